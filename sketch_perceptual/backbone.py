@@ -1,0 +1,231 @@
+"""VGG-16 with its first two max-pools replaced by attention (Seo 2025, section 3), read at named taps."""
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Iterable
+from itertools import islice
+from pathlib import Path
+
+import torch
+from huggingface_hub import PyTorchModelHubMixin
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from .attention import CBAM
+from .errors import InputError
+
+# Simonyan & Zisserman 2015, configuration D: convolutions per stage, each stage ended by a max-pool.
+STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
+ATTENTION_STAGES = (1, 2)
+LAYERS = tuple(f"relu{s}_{c}" for s, widths in enumerate(STAGES, 1) for c in range(1, len(widths) + 1))
+
+
+class AttentionVGG16(
+    nn.Module,
+    PyTorchModelHubMixin,
+    library_name="sketch-perceptual",
+    tags=["sketch", "perceptual-loss", "vgg16", "attention"],
+    license="apache-2.0",
+):
+    """VGG-16 for drawings: `features[4]` and `features[9]` are attention instead of max-pools (Seo 2025, section 3).
+
+    Without those pools the last map of a 224 px image is 28x28 and a forward pass takes 183.2 G multiply-adds
+    against VGG-16's 15.4 G. All other layers keep torchvision's names, so its `vgg16` weights fit.
+
+    Args:
+        attention: "cbam", or "none" for torchvision's plain `vgg16`.
+        pool_after_attention: keep the max-pool after each attention: VGG's own cost, not the paper's network.
+        num_classes: outputs of the classifier; 0 leaves the classifier out.
+        spatial_kernel: width of the spatial attention's convolution, odd.
+        reduction: channel attention's bottleneck divides the channels by this.
+
+    Images are RGB in [-1, 1], (B, 3, H, W); ImageNet's normalisation happens inside.
+    """
+
+    def __init__(
+        self,
+        attention: str = "cbam",
+        pool_after_attention: bool = False,
+        num_classes: int = 1000,
+        spatial_kernel: int = 7,
+        reduction: int = 16,
+    ):
+        super().__init__()
+        if attention not in ("cbam", "none"):
+            raise InputError(f'attention must be "cbam" or "none", got {attention!r}')
+        if num_classes < 0:
+            raise InputError(f"num_classes must be 0 (no classifier) or positive, got {num_classes}")
+        self.attention, self.num_classes = attention, num_classes
+        self.tap_index: dict[str, int] = {}
+        self.features = nn.Sequential()
+        channels = 3
+        for stage, widths in enumerate(STAGES, 1):
+            for number, width in enumerate(widths, 1):
+                self.features.append(_conv3x3(channels, width))
+                self.features.append(nn.ReLU(inplace=True))
+                self.tap_index[f"relu{stage}_{number}"] = len(self.features) - 1
+                channels = width
+            block = OrderedDict(pool=nn.MaxPool2d(2, 2))
+            if attention == "cbam" and stage in ATTENTION_STAGES:
+                block = OrderedDict(attention=CBAM(channels, reduction, spatial_kernel))
+                if pool_after_attention:
+                    block["pool"] = nn.MaxPool2d(2, 2)
+            self.features.append(nn.Sequential(block))
+        self.avgpool = nn.AdaptiveAvgPool2d(7)
+        self.classifier = _classifier(channels * 7 * 7, num_classes) if num_classes else nn.Identity()
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """[-1, 1] to ImageNet's normalisation."""
+        return ((images + 1) / 2 - self.mean) / self.std
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] -> logits (B, num_classes); without a classifier the flat 7x7 map (B, 25088)."""
+        return self.classifier(self.avgpool(self.features(self.normalize(images))).flatten(1))
+
+    def taps(self, images: Tensor, layers: Iterable[str]) -> dict[str, Tensor]:
+        """Activations (B, C, h, w) at the named layers, e.g. "relu3_3"; stops at the deepest one asked for."""
+        wanted = {self.tap_index[name]: name for name in check_layers(layers)}
+        x, found = self.normalize(images), {}
+        for index, layer in enumerate(islice(self.features, max(wanted) + 1)):
+            x = layer(x)
+            if index in wanted:
+                found[wanted[index]] = x
+        return found
+
+    def load_vgg16(self, source: str | Path = "imagenet") -> list[str]:
+        """Load VGG-16 weights; returns the names of the parameters that `source` cannot know and that stay new.
+
+        Args:
+            source: "imagenet" (torchvision's weights, downloaded once) or a `.safetensors` file in torchvision's
+                names: a full `vgg16` or its `features` alone.
+
+        New may be the attention, a classifier of another number of classes, and all of the classifier when the file
+        holds `features` alone. Anything else missing, left over or of another shape is an `InputError`.
+        """
+        weights = _imagenet_weights() if source == "imagenet" else _read_safetensors(source)
+        own = self.state_dict()
+        trunk_only = not any(name.startswith("classifier.") for name in weights)
+        head = "classifier.6."
+        other_head = not trunk_only and self.num_classes != len(weights.get(head + "bias", ()))
+        if self.num_classes == 0:
+            weights = {name: w for name, w in weights.items() if name.startswith("features.")}
+        elif other_head:
+            weights = {name: w for name, w in weights.items() if not name.startswith(head)}
+        new = [
+            name
+            for name in own
+            if ".attention." in name
+            or (trunk_only and name.startswith("classifier."))
+            or (other_head and name.startswith(head))
+        ]
+        wrong = sorted(set(own) - set(new) - set(weights)) + sorted(set(weights) - set(own))
+        wrong += [name for name in weights if name in own and weights[name].shape != own[name].shape]
+        if wrong:
+            raise InputError(
+                f"{source} does not hold torchvision's vgg16: {len(wrong)} tensors are missing, unknown or of another"
+                f" shape, first {wrong[0]}. Pass a .safetensors with its names (features.0.weight ...), or, for a"
+                " network saved by this package, its folder."
+            )
+        self.load_state_dict({name: own[name] for name in new} | weights)
+        return new
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id, config=None, map_location="cpu", strict=True, **kwargs):
+        if config is None:
+            raise InputError(f"{model_id} has no config.json, so it was not written by save_pretrained")
+        try:
+            return super()._from_pretrained(model_id=model_id, map_location=map_location, strict=strict, **kwargs)
+        except (RuntimeError, SafetensorError) as error:
+            raise InputError(f"{model_id}: the weights do not fit its config.json: {error}") from error
+
+    @classmethod
+    def _load_as_pickle(cls, model, model_file, map_location, strict):
+        raise InputError(f"{model_file} is a pickle; only model.safetensors is loaded")
+
+
+def load_backbone(source: str | Path, attention: str = "cbam") -> AttentionVGG16:
+    """A backbone from a folder or Hub id written by `save_pretrained`, or from VGG-16 weights.
+
+    Args:
+        source: the folder or id; or "imagenet" or a `.safetensors` file as in `AttentionVGG16.load_vgg16`, which
+            make a network without a classifier.
+        attention: for weights only: "cbam" (untrained: the arm that fails in the paper) or "none".
+    """
+    if source == "imagenet" or str(source).endswith(".safetensors"):
+        backbone = AttentionVGG16(attention=attention, num_classes=0)
+        backbone.load_vgg16(source)
+        return backbone.eval()
+    try:
+        return AttentionVGG16.from_pretrained(str(source))
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"no backbone at {source}: it must be a folder or a Hub id written by save_pretrained, a .safetensors"
+            f' with VGG-16 weights, or "imagenet" ({_first_line(error)})'
+        ) from error
+
+
+def check_layers(layers: Iterable[str]) -> tuple[str, ...]:
+    """The names as a tuple; unknown, repeated or no names are an `InputError`."""
+    layers = tuple(layers)
+    unknown = [name for name in layers if name not in LAYERS]
+    if unknown or not layers or len(set(layers)) < len(layers):
+        raise InputError(f"layers must be distinct names out of {', '.join(LAYERS)}; got {' '.join(layers) or 'none'}")
+    return layers
+
+
+def fingerprint(module: nn.Module) -> str:
+    """Which weights these are, whatever file they came in: 12 hex digits of sha256 over names and float32 values."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def _conv3x3(channels: int, width: int) -> nn.Conv2d:
+    conv = nn.Conv2d(channels, width, 3, padding=1)
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")  # torchvision's initialisation
+    nn.init.zeros_(conv.bias)
+    return conv
+
+
+def _classifier(features: int, num_classes: int) -> nn.Sequential:
+    widths = ((features, 4096), (4096, 4096), (4096, num_classes))
+    linears = [nn.Linear(*width) for width in widths]
+    for linear in linears:
+        nn.init.normal_(linear.weight, 0, 0.01)  # torchvision's initialisation
+        nn.init.zeros_(linear.bias)
+    hidden = [layer for linear in linears[:2] for layer in (linear, nn.ReLU(inplace=True), nn.Dropout())]
+    return nn.Sequential(*hidden, linears[2])
+
+
+def _imagenet_weights() -> dict[str, Tensor]:
+    from torchvision.models import VGG16_Weights
+
+    try:
+        return VGG16_Weights.IMAGENET1K_V1.get_state_dict(check_hash=True, weights_only=True)
+    except OSError as error:
+        raise InputError(
+            f"torchvision's VGG-16 weights could not be downloaded ({_first_line(error)}). Pass a local .safetensors"
+            " with them instead; the README tells how to make one."
+        ) from error
+
+
+def _read_safetensors(path: str | Path) -> dict[str, Tensor]:
+    if not Path(path).is_file():
+        raise InputError(f"there is no weights file {path}")
+    if Path(path).suffix != ".safetensors":
+        raise InputError(f"{path} is not a .safetensors file; pickles are not loaded")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise InputError(f"{path} cannot be read as safetensors: {error}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
