@@ -1,0 +1,213 @@
+"""The perceptual term of a latent diffusion run (Seo 2025, section 4.1): predicted x0, decoded, scored.
+
+    perceptual_term = PerceptualTerm(loss, vae, noise_scheduler)
+    perceptual = perceptual_term(model_pred, noisy_latents, timesteps, images)  # (B,)
+    loss = denoising_loss + weight * perceptual.mean()
+
+Latents here are already multiplied by the VAE's scaling factor; only `encode` and `decode` know it.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from .errors import InputError
+
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+# Below this share of signal, 1 in 10,000, dividing the noise prediction by it leaves no picture to score.
+MIN_SIGNAL = 1e-4
+
+
+def encode(vae, images: Tensor, generator: torch.Generator | None = None, sample: bool = True) -> Tensor:
+    """(B, 3, H, W) in [-1, 1] -> scaled latents (B, 4, H/8, W/8), in the encoder's dtype.
+
+    Draws from the posterior with `generator`; `sample=False` takes its mode.
+    """
+    posterior = vae.encode(images.to(_dtype(vae.encoder))).latent_dist
+    return (posterior.sample(generator) if sample else posterior.mode()) * vae.config.scaling_factor
+
+
+def decode(vae, latents: Tensor) -> Tensor:
+    """Scaled latents -> (B, 3, H, W) about [-1, 1], not clamped, in the decoder's dtype, autocast off.
+
+    `vae` is an `AutoencoderKL` or an `AutoencoderTiny`, whose scaling factor is 1.
+    """
+    with torch.autocast(latents.device.type, enabled=False):
+        return vae.decode(latents.to(_dtype(vae.decoder)) / vae.config.scaling_factor).sample
+
+
+def signal(noise_scheduler, timesteps: Tensor) -> Tensor:
+    """alpha_bar at the timesteps: the share of signal in each noisy latent, (B,) float32 on their device."""
+    if not hasattr(noise_scheduler, "alphas_cumprod"):
+        raise InputError(
+            f"{type(noise_scheduler).__name__} has no alphas_cumprod; the perceptual term needs a DDPM-like scheduler"
+        )
+    return noise_scheduler.alphas_cumprod.to(timesteps.device, torch.float32)[timesteps]
+
+
+def predict_x0(model_pred: Tensor, noisy_latents: Tensor, timesteps: Tensor, noise_scheduler) -> Tensor:
+    """The clean latents that a prediction stands for, row by row, in float32.
+
+    Exact for "epsilon", "v_prediction" (Salimans & Ho 2022) and "sample". An epsilon prediction where no signal is
+    left (zero-terminal SNR) stands for no latents at all and is an `InputError`.
+    """
+    prediction_type = check_prediction_type(noise_scheduler.config.prediction_type)
+    alpha_bar = signal(noise_scheduler, timesteps).view(-1, *[1] * (model_pred.ndim - 1))
+    alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+    model_pred, noisy_latents = model_pred.float(), noisy_latents.float()
+    if prediction_type == "sample":
+        return model_pred
+    if prediction_type == "v_prediction":
+        return alpha * noisy_latents - sigma * model_pred
+    if (alpha_bar == 0).any():
+        raise InputError(
+            "an epsilon prediction at zero SNR does not determine x0; use v_prediction with this schedule"
+        )
+    return (noisy_latents - sigma * model_pred) / alpha
+
+
+def denoising_target(latents: Tensor, noise: Tensor, timesteps: Tensor, noise_scheduler) -> Tensor:
+    """What the model is asked to predict from the noisy latents, by the scheduler's prediction type."""
+    prediction_type = check_prediction_type(noise_scheduler.config.prediction_type)
+    if prediction_type == "epsilon":
+        return noise
+    if prediction_type == "v_prediction":
+        return noise_scheduler.get_velocity(latents, noise, timesteps)
+    return latents
+
+
+def min_snr_weights(timesteps: Tensor, gamma: float, noise_scheduler) -> Tensor:
+    """Min-SNR weights (B,) of the denoising loss (Hang et al. 2023, section 3.4), finite at zero SNR."""
+    prediction_type = check_prediction_type(noise_scheduler.config.prediction_type)
+    alpha_bar = signal(noise_scheduler, timesteps)
+    snr = alpha_bar / (1 - alpha_bar)
+    if prediction_type == "epsilon":
+        return (gamma / snr).clamp(max=1)
+    capped = snr.clamp(max=gamma)
+    return capped / (snr + 1) if prediction_type == "v_prediction" else capped
+
+
+def check_prediction_type(prediction_type: str) -> str:
+    if prediction_type not in PREDICTION_TYPES:
+        raise InputError(f"prediction_type must be one of {', '.join(PREDICTION_TYPES)}; got {prediction_type!r}")
+    return prediction_type
+
+
+class PerceptualTerm:
+    """Scores the image that a prediction stands for: `(model_pred, noisy_latents, timesteps, images) -> (B,)`.
+
+    Rows outside the gate are 0 and cost no decode. Inside, x0 is decoded with gradients through the frozen decoder
+    and compared with the image. Decoder and loss run in `dtype` with autocast off, and nothing is clamped: white
+    paper sits at the range's edge, where a clamp has no gradient.
+
+    Args:
+        loss: any callable `(images, target) -> (B,)` on RGB in [-1, 1], e.g. `PerceptualLoss`.
+        vae: the pipeline's `AutoencoderKL`; it is frozen and its decoder cast to `dtype`.
+        noise_scheduler: the training scheduler; gives alphas_cumprod and the prediction type.
+        min_snr: the gate: rows with SNR = alpha_bar / (1 - alpha_bar) at or above this; 1 is t <= 353 on SD-1.5,
+            0 is no gate (the paper). An epsilon prediction is never scored below a signal share of 1e-4.
+        max_timestep: a gate by timestep instead: rows with t <= max_timestep.
+        start_step, every: rows count only from this training step on, in each `every`-th step.
+        target: "image", or "reconstruction": the image through the VAE and back, so that the decoder's own loss of
+            detail is not held against the prediction.
+        decoder: another decoder for the same latents, e.g. an `AutoencoderTiny`; None is the VAE's.
+        dtype: torch.float32 or torch.bfloat16. VAE decoders overflow in float16.
+        checkpoint: recompute the decoder's activations in the backward pass instead of keeping them.
+    """
+
+    def __init__(
+        self,
+        loss: Callable[[Tensor, Tensor], Tensor],
+        vae,
+        noise_scheduler,
+        *,
+        min_snr: float = 1.0,
+        max_timestep: int | None = None,
+        start_step: int = 0,
+        every: int = 1,
+        target: str = "image",
+        decoder=None,
+        dtype: torch.dtype = torch.float32,
+        checkpoint: bool = True,
+    ):
+        if dtype not in (torch.float32, torch.bfloat16):
+            raise InputError(f"the perceptual term runs in float32 or bfloat16, not {dtype}")
+        if target not in ("image", "reconstruction"):
+            raise InputError(f'the perceptual target must be "image" or "reconstruction", got {target!r}')
+        if every < 1 or start_step < 0 or min_snr < 0:
+            raise InputError("the perceptual term needs every >= 1, start_step >= 0 and min_snr >= 0")
+        check_prediction_type(noise_scheduler.config.prediction_type)
+        self.loss, self.vae, self.noise_scheduler = loss, vae, noise_scheduler
+        self.start_step, self.every, self.target, self.dtype = start_step, every, target, dtype
+        self.decoder = _frozen_decoder(vae if decoder is None else decoder, dtype, checkpoint)
+        if isinstance(loss, nn.Module):
+            loss.to(next(vae.parameters()).device, dtype).requires_grad_(False).eval()
+        self.open = self._open_timesteps(min_snr, max_timestep)
+
+    def _open_timesteps(self, min_snr: float, max_timestep: int | None) -> Tensor:
+        timesteps = torch.arange(self.noise_scheduler.config.num_train_timesteps)
+        alpha_bar = signal(self.noise_scheduler, timesteps)
+        is_open = alpha_bar >= min_snr * (1 - alpha_bar) if max_timestep is None else timesteps <= max_timestep
+        if self.noise_scheduler.config.prediction_type == "epsilon":
+            is_open &= alpha_bar >= MIN_SIGNAL
+        if not is_open.any():
+            raise InputError(f"the gate never opens: min_snr={min_snr}, max_timestep={max_timestep}")
+        return is_open
+
+    def gate(self, timesteps: Tensor, step: int | None = None) -> Tensor:
+        """Which rows are scored, (B,) bool on the CPU; `step` counts from 0 and is needed by start_step and every."""
+        if step is None:
+            if self.start_step > 0 or self.every > 1:
+                raise InputError("start_step and every need the training step: perceptual_term(..., step=global_step)")
+        elif step < self.start_step or (step - self.start_step) % self.every:
+            return torch.zeros(len(timesteps), dtype=torch.bool)
+        return self.open[timesteps.cpu()]
+
+    def __call__(
+        self,
+        model_pred: Tensor,
+        noisy_latents: Tensor,
+        timesteps: Tensor,
+        images: Tensor,
+        step: int | None = None,
+    ) -> Tensor:
+        """The loss of each row, (B,) float32, exactly 0 where the gate is shut.
+
+        Args:
+            model_pred: the denoiser's output (B, 4, h, w), of the scheduler's prediction type.
+            noisy_latents: its input (B, 4, h, w).
+            timesteps: (B,) integers.
+            images: the clean images (B, 3, H, W) in [-1, 1].
+            step: the training step, from 0.
+        """
+        per_row = model_pred.new_zeros(len(model_pred), dtype=torch.float32)
+        rows = self.gate(timesteps, step).nonzero().flatten().to(model_pred.device)
+        if len(rows) == 0:
+            return per_row
+        latents = predict_x0(model_pred[rows], noisy_latents[rows], timesteps[rows], self.noise_scheduler)
+        with torch.autocast(model_pred.device.type, enabled=False):
+            target = self._target(images[rows]).to(self.dtype)
+            return per_row.index_put((rows,), self.loss(decode(self.decoder, latents), target).float())
+
+    @torch.no_grad()
+    def _target(self, images: Tensor) -> Tensor:
+        if self.target == "image":
+            return images
+        return decode(self.decoder, encode(self.vae, images, sample=False)).clamp(-1, 1)
+
+
+def _frozen_decoder(vae, dtype: torch.dtype, checkpoint: bool):
+    vae.requires_grad_(False)
+    vae.decoder.to(dtype)
+    if getattr(vae, "post_quant_conv", None) is not None:
+        vae.post_quant_conv.to(dtype)
+    if checkpoint:
+        vae.enable_gradient_checkpointing()
+        # AutoencoderTiny's encoder skips its input scaling while checkpointing; encoding needs no gradient anyway.
+        vae.encoder.gradient_checkpointing = False
+    return vae
+
+
+def _dtype(module: nn.Module) -> torch.dtype:
+    return next(module.parameters()).dtype

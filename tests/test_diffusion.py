@@ -1,0 +1,272 @@
+import copy
+
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    DDPMScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
+from diffusers.training_utils import compute_snr
+
+from sketch_perceptual.diffusion import (
+    PREDICTION_TYPES,
+    PerceptualTerm,
+    decode,
+    denoising_target,
+    encode,
+    min_snr_weights,
+    predict_x0,
+)
+from sketch_perceptual.errors import InputError
+from sketch_perceptual.losses import PixelLoss
+
+SD15 = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+
+
+def scheduler(prediction_type="epsilon", **options):
+    return DDPMScheduler(**SD15, prediction_type=prediction_type, **options)
+
+
+@pytest.fixture
+def vae():
+    torch.manual_seed(0)
+    return AutoencoderKL(
+        block_out_channels=[8, 8],
+        down_block_types=["DownEncoderBlock2D"] * 2,
+        up_block_types=["UpDecoderBlock2D"] * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+        layers_per_block=1,
+    )
+
+
+def tiny_decoder():
+    torch.manual_seed(0)
+    return AutoencoderTiny(
+        encoder_block_out_channels=[8, 8],
+        decoder_block_out_channels=[8, 8],
+        num_encoder_blocks=[1, 1],
+        num_decoder_blocks=[1, 1],
+    )
+
+
+def batch(n=4, size=16, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    latents, noise = torch.randn(2, n, 4, size // 2, size // 2, generator=draw)
+    return latents, noise, torch.rand(n, 3, size, size, generator=draw) * 2 - 1
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize("options", [{}, {"rescale_betas_zero_snr": True}])
+def test_x0_from_the_true_prediction_is_the_clean_latent_at_every_timestep(prediction_type, options):
+    noise_scheduler = scheduler(prediction_type, **options)
+    timesteps = torch.arange(999 if options and prediction_type == "epsilon" else 1000)
+    latents, noise = torch.randn(2, len(timesteps), 4, 2, 2)
+    noisy = noise_scheduler.add_noise(latents, noise, timesteps)
+    target = denoising_target(latents, noise, timesteps, noise_scheduler)
+    x0 = predict_x0(target, noisy, timesteps, noise_scheduler)
+    torch.testing.assert_close(x0, latents, rtol=1e-3, atol=5e-3 if options else 1e-3)
+
+
+def test_x0_agrees_with_the_scheduler_that_takes_one_row_at_a_time():
+    for prediction_type in PREDICTION_TYPES:
+        noise_scheduler = scheduler(prediction_type, clip_sample=False)
+        latents, noise, _ = batch()
+        timesteps = torch.tensor([1, 300, 700, 999])
+        ours = predict_x0(noise, latents, timesteps, noise_scheduler)
+        for row, t in enumerate(timesteps):
+            theirs = noise_scheduler.step(noise[row], t, latents[row]).pred_original_sample
+            torch.testing.assert_close(ours[row], theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_epsilon_at_zero_terminal_snr_is_refused_by_x0_and_shut_out_by_the_gate(vae):
+    noise_scheduler = scheduler(rescale_betas_zero_snr=True)
+    latents, noise, images = batch()
+    with pytest.raises(InputError, match="v_prediction"):
+        predict_x0(noise, latents, torch.tensor([0, 1, 2, 999]), noise_scheduler)
+    term = PerceptualTerm(PixelLoss(), vae, noise_scheduler, min_snr=0)
+    assert term.gate(torch.tensor([0, 900, 999])).tolist() == [True, True, False]
+    value = term(noise, latents, torch.full((4,), 999), images)
+    assert torch.equal(value, torch.zeros(4))
+
+
+def test_v_prediction_at_zero_terminal_snr_is_finite(vae):
+    latents, noise, images = batch()
+    term = PerceptualTerm(PixelLoss(), vae, scheduler("v_prediction", rescale_betas_zero_snr=True), min_snr=0)
+    value = term(noise, latents, torch.full((4,), 999), images)
+    assert torch.isfinite(value).all()
+    assert (value > 0).all()
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_min_snr_weights_are_the_official_scripts_but_finite(prediction_type):
+    timesteps, gamma = torch.arange(1000), 5.0
+    snr = compute_snr(scheduler(), timesteps)
+    expected = snr.clamp(max=gamma) / (snr if prediction_type == "epsilon" else snr + 1)
+    torch.testing.assert_close(
+        min_snr_weights(timesteps, gamma, scheduler(prediction_type)), expected, rtol=1e-4, atol=1e-6
+    )
+    zero = min_snr_weights(timesteps, gamma, scheduler(prediction_type, rescale_betas_zero_snr=True))
+    assert torch.isfinite(zero).all()
+
+
+def test_the_default_gate_is_snr_one_which_is_timestep_353_on_sd15(vae):
+    term = PerceptualTerm(PixelLoss(), vae, scheduler())
+    assert term.open.nonzero().max() == 353
+    assert term.open.sum() == 354
+    by_timestep = PerceptualTerm(PixelLoss(), vae, scheduler(), max_timestep=100)
+    assert by_timestep.open.nonzero().max() == 100
+    assert PerceptualTerm(PixelLoss(), vae, scheduler(), min_snr=0).open.all()
+
+
+def test_start_step_and_every_choose_the_steps(vae):
+    term = PerceptualTerm(PixelLoss(), vae, scheduler(), start_step=4, every=3)
+    opened = [step for step in range(12) if term.gate(torch.tensor([0]), step).item()]
+    assert opened == [4, 7, 10]
+    with pytest.raises(InputError, match="step=global_step"):
+        term.gate(torch.tensor([0]))
+
+
+def test_rows_outside_the_gate_are_zero_and_are_not_decoded(vae):
+    term = PerceptualTerm(PixelLoss(), vae, scheduler())
+    decoded = []
+    vae.decoder.register_forward_pre_hook(lambda _, inputs: decoded.append(len(inputs[0])))
+    latents, noise, images = batch()
+    noise.requires_grad_()
+    value = term(noise, latents, torch.tensor([10, 900, 300, 354]), images)
+    assert decoded == [2]
+    assert (value > 0).tolist() == [True, False, True, False]
+    value.sum().backward()
+    assert noise.grad.flatten(1).abs().sum(1).gt(0).tolist() == [True, False, True, False]
+    assert torch.equal(term(noise, latents, torch.full((4,), 999), images), torch.zeros(4))
+    assert decoded == [2]
+
+
+def test_each_row_is_its_own_decoded_x0_against_its_image(vae):
+    noise_scheduler = scheduler()
+    term = PerceptualTerm(PixelLoss(), vae, noise_scheduler)
+    latents, noise, images = batch()
+    timesteps = torch.tensor([0, 999, 100, 353])
+    value = term(noise, latents, timesteps, images)
+    x0 = predict_x0(noise, latents, timesteps, noise_scheduler)
+    expected = (vae.decode(x0 / vae.config.scaling_factor).sample - images).abs().mean((1, 2, 3))
+    torch.testing.assert_close(value[[0, 2, 3]], expected[[0, 2, 3]])
+    assert value.dtype == torch.float32
+
+
+def test_a_perfect_prediction_of_a_round_trip_scores_nothing(vae):
+    vae.decoder.conv_out.weight.data /= 4  # inside [-1, 1], to which the target is clamped
+    noise_scheduler = scheduler()
+    term = PerceptualTerm(PixelLoss(), vae, noise_scheduler, target="reconstruction")
+    _, noise, images = batch()
+    latents = encode(vae, images, sample=False)
+    timesteps = torch.tensor([5, 50, 100, 200])
+    noisy = noise_scheduler.add_noise(latents, noise, timesteps)
+    assert decode(vae, latents).abs().max() < 1
+    torch.testing.assert_close(term(noise, noisy, timesteps, images), torch.zeros(4), atol=1e-4, rtol=0)
+    assert PerceptualTerm(PixelLoss(), vae, noise_scheduler)(noise, noisy, timesteps, images).min() > 0.1
+
+
+def test_gradient_passes_the_frozen_decoder_and_no_clamp(vae):
+    vae.decoder.conv_out.bias.data.fill_(3.0)  # every decoded pixel lies outside [-1, 1]
+    term = PerceptualTerm(PixelLoss(), vae, scheduler())
+    latents, noise, images = batch()
+    noise.requires_grad_()
+    term(noise, latents, torch.zeros(4, dtype=torch.long), images).sum().backward()
+    assert (noise.grad.flatten(1).abs().sum(1) > 0).all()
+    assert all(p.grad is None and not p.requires_grad for p in vae.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_decoder_and_loss_ignore_an_outer_autocast(vae, dtype):
+    seen = set()
+    for module in vae.decoder.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.register_forward_hook(lambda _, inputs, output: seen.update({inputs[0].dtype, output.dtype}))
+
+    def loss(images, target):
+        seen.update({images.dtype, target.dtype, (images.flatten(1) @ target.flatten(1).T).dtype})
+        return PixelLoss()(images, target)
+
+    term = PerceptualTerm(loss, vae, scheduler(), dtype=dtype)
+    latents, noise, images = batch()
+    with torch.autocast("cpu", torch.bfloat16 if dtype == torch.float32 else torch.float16):
+        value = term(noise.bfloat16(), latents, torch.zeros(4, dtype=torch.long), images)
+    assert seen == {dtype}
+    assert value.dtype == torch.float32
+
+
+def test_checkpointing_keeps_the_gradient_and_halves_what_is_kept(vae):
+    def run(checkpoint):
+        term = PerceptualTerm(PixelLoss(), copy.deepcopy(vae), scheduler(), checkpoint=checkpoint)
+        latents, noise, images = batch(size=32)
+        noise.requires_grad_()
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t):
+            value = term(noise, latents, torch.zeros(4, dtype=torch.long), images).sum()
+        value.backward()
+        return noise.grad, sum(kept)
+
+    (gradient, small), (expected, large) = run(True), run(False)
+    torch.testing.assert_close(gradient, expected)
+    assert small < large / 2
+
+
+def test_a_tiny_autoencoder_decodes_the_same_scaled_latents(vae):
+    tiny = tiny_decoder()
+    latents, noise, images = batch()
+    term = PerceptualTerm(PixelLoss(), vae, scheduler(), decoder=tiny)
+    timesteps = torch.zeros(4, dtype=torch.long)
+    value = term(noise, latents, timesteps, images)
+    x0 = predict_x0(noise, latents, timesteps, scheduler())
+    torch.testing.assert_close(value, (tiny.decoder(x0) - images).abs().mean((1, 2, 3)))
+    before = tiny_decoder().encode(images).latents
+    torch.testing.assert_close(tiny.encode(images).latents, before)
+
+
+def test_encode_knows_the_scaling_factor_and_its_generator(vae):
+    images = batch()[2]
+    mode = vae.encode(images).latent_dist.mode() * vae.config.scaling_factor
+    torch.testing.assert_close(encode(vae, images, sample=False), mode)
+    draws = [encode(vae, images, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+
+
+def test_an_encoder_in_half_precision_stands_beside_a_decoder_in_full(vae):
+    vae.to(torch.bfloat16)
+    term = PerceptualTerm(PixelLoss(), vae, scheduler(), target="reconstruction")
+    latents, noise, images = batch()
+    assert encode(vae, images).dtype == torch.bfloat16
+    assert torch.isfinite(term(noise, latents, torch.zeros(4, dtype=torch.long), images)).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": torch.float16}, "float32 or bfloat16"),
+        ({"target": "latent"}, '"image" or "reconstruction"'),
+        ({"every": 0}, "every >= 1"),
+        ({"start_step": -1}, "start_step >= 0"),
+        ({"min_snr": 1e9}, "never opens: min_snr=1000000000.0"),
+        ({"max_timestep": -1}, "never opens"),
+    ],
+)
+def test_wrong_options_are_named(vae, options, message):
+    with pytest.raises(InputError, match=message):
+        PerceptualTerm(PixelLoss(), vae, scheduler(), **options)
+
+
+def test_other_schedules_are_refused(vae):
+    with pytest.raises(InputError, match="one of epsilon, v_prediction, sample; got 'flow'"):
+        noise_scheduler = scheduler()
+        noise_scheduler.register_to_config(prediction_type="flow")
+        PerceptualTerm(PixelLoss(), vae, noise_scheduler)
+    flow = FlowMatchEulerDiscreteScheduler()
+    flow.register_to_config(prediction_type="sample")
+    with pytest.raises(InputError, match="FlowMatchEulerDiscreteScheduler has no alphas_cumprod"):
+        PerceptualTerm(PixelLoss(), vae, flow)
+    assert PerceptualTerm(PixelLoss(), vae, EulerDiscreteScheduler(**SD15)).open.sum() == 354
