@@ -1,0 +1,732 @@
+"""Draw labelled sketches and their exact coloured twins, as many as asked for, without any download.
+
+    python -m sketch_perceptual.drawings --output_dir drawings/sketches --per_class 16
+
+Every class below is a small scene whose proportions, parts and colours follow from (seed, class, index)
+alone. It is laid out in hundredths of the picture's side: x from -50 to 50, y from 0 (top) to 100. Photo and
+sketches of one index are painted from the same scene, so they match pixel for pixel.
+"""
+
+import argparse
+import colorsys
+import json
+import math
+import random
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageChops, ImageDraw
+
+from sketch_perceptual.errors import InputError
+
+STYLES = ("pen", "marker", "hatching")
+OVERSAMPLING = 4
+INK = 24
+
+
+@dataclass(frozen=True)
+class Stroke:
+    width: float  # of the picture's side
+    thinnest: float  # pixels; keeps a fine pen visible in a small picture
+    swing: float = 0.0  # relative change of the width along a stroke
+    wobble: float = 0.0  # of the picture's side
+    hatched: bool = False
+
+
+STROKES = {
+    "pen": Stroke(0.008, 1.0, 0.25, 0.0028),
+    "marker": Stroke(0.018, 1.7, 0.2, 0.0034),
+    "hatching": Stroke(0.007, 0.9, 0.3, 0.0022, hatched=True),
+    "photo": Stroke(0.009, 0.9),
+}
+
+# hue (None: any), saturation, value
+PALETTE = {
+    "bright": (None, 0.65, 0.88), "accent": (None, 0.6, 0.85), "third": (None, 0.6, 0.9),
+    "pastel": (None, 0.25, 0.95), "trim": (None, 0.5, 0.6),
+    "white": (0.1, 0.04, 0.98), "snow": (0.58, 0.04, 0.97), "cream": (0.1, 0.15, 0.95), "red": (0, 0.7, 0.77),
+    "pink": (0.96, 0.5, 0.9), "orange": (0.07, 0.75, 0.93), "gold": (0.12, 0.7, 0.88), "sun": (0.13, 0.6, 1),
+    "light": (0.14, 0.25, 1), "leaf": (0.29, 0.6, 0.64), "green": (0.33, 0.6, 0.5), "fir": (0.37, 0.6, 0.45),
+    "autumn": (0.09, 0.75, 0.85), "blue": (0.6, 0.6, 0.65), "violet": (0.78, 0.55, 0.85),
+    "glass": (0.54, 0.3, 0.94), "sea": (0.57, 0.6, 0.6), "sand": (0.1, 0.35, 0.85), "brown": (0.07, 0.45, 0.55),
+    "rust": (0.04, 0.6, 0.6), "wood": (0.07, 0.5, 0.42), "rock": (0.08, 0.15, 0.5), "slate": (0.6, 0.15, 0.35),
+    "silver": (0.6, 0.06, 0.85), "grey": (0.6, 0.08, 0.6), "black": (0.62, 0.12, 0.22), "dark": (0.07, 0.4, 0.22),
+}  # fmt: skip
+
+
+# --- outlines: each is an (n, 2) array of points -----------------------------------------------------------
+
+
+def oval(x, y, rx, ry, start=0, end=360):
+    angle = np.radians(np.linspace(start, end, max(8, round(abs(end - start) / 5))))
+    return np.stack([x + rx * np.cos(angle), y + ry * np.sin(angle)], 1)
+
+
+def rect(x0, y0, x1, y1):
+    return np.array([(x0, y0), (x1, y0), (x1, y1), (x0, y1)])
+
+
+def smooth(*points, closed=False):
+    """A Catmull-Rom curve through the points."""
+    p = np.array(points, float)
+    p = np.concatenate([p[-1:], p, p[:2]] if closed else [p[:1], p, p[-1:]])
+    t = np.linspace(0, 1, 12, endpoint=False)[:, None]
+    parts = [
+        b + t / 2 * (c - a + t * (2 * a - 5 * b + 4 * c - d + t * (3 * (b - c) + d - a)))
+        for a, b, c, d in zip(p, p[1:], p[2:], p[3:], strict=False)
+    ]
+    return np.concatenate(parts if closed else [*parts, p[-1:]])
+
+
+def blob(*points):
+    return smooth(*points, closed=True)
+
+
+def cloud(x, y, rx, ry, bumps):
+    angle = np.linspace(0, 2 * np.pi, 16 * bumps, endpoint=False)
+    radius = 0.85 + 0.2 * np.abs(np.sin(angle * bumps / 2))
+    return np.stack([x + rx * radius * np.cos(angle), y + ry * radius * np.sin(angle)], 1)
+
+
+def tube(path, start, end):
+    """The outline of a path whose half width goes from start to end."""
+    along = np.gradient(path, axis=0)
+    side = np.stack([-along[:, 1], along[:, 0]], 1) / np.linalg.norm(along, axis=1, keepdims=True)
+    side *= np.linspace(start, end, len(path))[:, None]
+    return np.concatenate([path + side, (path - side)[::-1]])
+
+
+def both(*half):
+    """Closes the right half of a symmetric outline, given from top to bottom, with its mirror image."""
+    return np.concatenate([half, (np.array(half) * (-1, 1))[::-1]])
+
+
+def vase(*half):
+    return both(*smooth(*half))
+
+
+def shift(points, x, y):
+    return np.array(points) + np.array([x, y])
+
+
+def turn(points, degrees, x=0, y=0):
+    c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    return (np.array(points) - (x, y)) @ np.array([(c, s), (-s, c)]) + (x, y)
+
+
+# --- the scene --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shape:
+    points: np.ndarray  # 0..1 over the picture
+    colour: np.ndarray  # 8-bit RGB
+    closed: bool
+    solid: bool  # inked all over in a sketch: pupils, buttons
+    plain: bool  # never hatched: the backdrop
+
+
+class Scene:
+    """Shapes in painter's order, and the random choices that make them."""
+
+    def __init__(self, key):
+        self.rng = random.Random(key)  # a text is seeded through SHA-512: the same in every process
+        self.shapes, self.colours, self.sky = [], {}, None
+        self.plain, self.place = True, np.array
+        self.waves = [(self.u(5, 9), self.u(0, 6), self.u(5, 9), self.u(0, 6)) for _ in range(2)]
+
+    def u(self, low, high):
+        return self.rng.uniform(low, high)
+
+    def pick(self, *choices):
+        return self.rng.choice(choices)
+
+    def chance(self, share):
+        return self.rng.random() < share
+
+    def mix(self, h, s, v):
+        """An RGB colour near this hue, saturation and value."""
+        h = self.u(0, 1) if h is None else h + self.u(-0.02, 0.02)
+        s, v = (min(1, max(0, c + self.u(-0.06, 0.06))) for c in (s, v))
+        return 255 * np.array(colorsys.hsv_to_rgb(h % 1, s, v))
+
+    def paint(self, name):
+        if name not in self.colours:
+            self.colours[name] = self.mix(*PALETTE[name])
+        return self.colours[name]
+
+    def fill(self, points, colour, solid=False):
+        self._add([*points, points[0]], colour, True, solid)
+
+    def line(self, points, colour="dark"):
+        self._add(points, colour, False, False)
+
+    def fills(self, points, colour, x=0, solid=False):
+        """Fills an outline given from the axis x on, and its mirror image."""
+        for side in (1, -1):
+            self.fill(np.array(points) * (side, 1) + (x, 0), colour, solid)
+
+    def lines(self, points, colour="dark", x=0):
+        for side in (1, -1):
+            self.line(np.array(points) * (side, 1) + (x, 0), colour)
+
+    def dot(self, x, y, r):
+        self.fill(oval(x, y, r, r), "black", solid=True)
+
+    def pose(self, flip, lean):
+        """Everything added from now on belongs to the object: sized, moved, leaning and maybe flipped."""
+        scale, x, y, angle = self.u(0.84, 1), self.u(-4, 4), self.u(-1.5, 1.5), self.u(-lean, lean)
+        size = scale * (self.pick(1, -1) if flip else 1), scale
+        self.plain = False
+        self.place = lambda points: shift(turn(shift(points, 0, -50) * size, angle), x, 50 + y)
+
+    def _add(self, points, colour, closed, solid):
+        p = _dense(self.place(points)) / 100 + (0.5, 0)
+        # the whole scene is bent a little, so that nothing is ruled
+        (a, b, c, d), (e, f, g, h) = self.waves
+        dx = np.sin(a * p[:, 1] + b) + np.sin(c * p[:, 0] + d)
+        dy = np.sin(e * p[:, 0] + f) + np.sin(g * p[:, 1] + h)
+        p = p + 0.007 * np.stack([dx, dy], 1)
+        self.shapes.append(Shape(p, self.paint(colour), closed, solid, self.plain))
+
+
+def _dense(points):
+    """Adds points so that none is further than 1.5 from the next; corners stay."""
+    steps = np.diff(points, axis=0)
+    counts = np.maximum(1, np.ceil(np.hypot(*steps.T) / 1.5)).astype(int)
+    share = np.concatenate([np.arange(n) / n for n in counts])[:, None]
+    between = np.repeat(points[:-1], counts, 0) + share * np.repeat(steps, counts, 0)
+    return np.concatenate([between, points[-1:]])
+
+
+# --- backdrops --------------------------------------------------------------------------------------------
+
+# sky at the top and lower down, ground (hue, saturation, value), the range of the horizon, what belongs to it
+BACKDROPS = {
+    "meadow": ((0.57, 0.45, 0.95), (0.55, 0.12, 1), (0.28, 0.5, 0.72), (68, 78), ("sun", "grass")),
+    "road": ((0.56, 0.4, 0.95), (0.1, 0.12, 1), (0.6, 0.05, 0.62), (68, 74), ("sun",)),
+    "snow": ((0.6, 0.42, 0.8), (0.58, 0.14, 0.95), (0.58, 0.05, 0.97), (66, 76), ("stars",)),
+    "sea": ((0.57, 0.35, 0.97), (0.1, 0.15, 1), (0.55, 0.55, 0.72), (62, 68), ("sun", "ripples")),
+    "reef": ((0.52, 0.4, 0.92), (0.57, 0.6, 0.65), (0.12, 0.35, 0.85), (86, 90), ("bubbles", "weed")),
+    "table": ((0.12, 0.15, 0.95), (0.1, 0.22, 0.85), (0.07, 0.5, 0.58), (70, 78), ()),
+    "rain": ((0.6, 0.2, 0.7), (0.6, 0.08, 0.92), (0.58, 0.1, 0.6), (88, 93), ("drops",)),
+    "air": ((0.57, 0.5, 0.95), (0.55, 0.1, 1), (0.3, 0.45, 0.75), (90, 95), ("sun", "grass")),
+    "dusk": ((0.68, 0.45, 0.5), (0.04, 0.35, 0.95), (0.62, 0.35, 0.4), (84, 90), ("moon", "stars")),
+    "space": ((0.66, 0.6, 0.25), (0.72, 0.5, 0.5), (0.08, 0.15, 0.6), (92, 95), ("moon", "stars")),
+}
+
+
+def backdrop(s, kind):
+    top, low, ground, horizon, parts = BACKDROPS[kind]
+    s.sky, s.colours["ground"] = (s.mix(*top), s.mix(*low)), s.mix(*ground)
+    y = s.u(*horizon)
+    if "moon" in parts or ("sun" in parts and s.chance(0.5)):
+        s.fill(oval(s.pick(-39, 39), s.u(9, 15), *[s.u(5.5, 8)] * 2), "light" if "moon" in parts else "sun")
+    elif "sun" in parts:
+        s.fill(cloud(s.pick(-34, 34), s.u(8, 16), 12, 6, 7), "snow")
+    s.fill([*smooth((-80, y), (0, y - s.u(0, 3)), (80, y)), (80, 130), (-80, 130)], "ground")
+    for x in (s.u(-48, -20), s.u(20, 48), s.pick(-1, 1) * s.u(30, 48)):
+        high, deep = s.u(20, y - 10), s.u((y + 100) / 2, 96)
+        if "grass" in parts:
+            s.line(shift([(-2, -3), (0, 0), (0.5, -4.5), (1, 0), (3.5, -3)], x, deep), "fir")
+        if "ripples" in parts:
+            s.line(shift(smooth((-7, 0), (-3, -1.5), (0, 0), (4, -1.5), (8, 0)), x, deep), "glass")
+        if "stars" in parts:  # flakes, when it snows
+            for angle in (0, 60, 120):
+                s.line(turn([(x - 1.8, high), (x + 1.8, high)], angle, x, high), "white")
+        if "drops" in parts:
+            s.line([(x, high), (x - 2, high + 7)], "glass")
+        if "bubbles" in parts:
+            s.fill(oval(x, high, 1.8, 1.8), "glass")
+        if "weed" in parts:
+            bend = s.u(2, 5)
+            s.fill(tube(smooth((x, 100), (x + bend, 88), (x - bend, 77), (x, 68)), 2.2, 0.3), "fir")
+
+
+# --- the classes ------------------------------------------------------------------------------------------
+# Outlines are packed by hand: one point a line would hide the shapes.
+# fmt: off
+
+
+def house(s):
+    half, top = s.u(27, 37), s.u(44, 54)
+    peak, ridge, x = top - s.u(22, 31), s.pick(0, 0, 12), s.pick(-18, 18)
+    if s.chance(0.75):
+        s.line(smooth((x, peak), (x + 3, peak - 6), (x - 2, peak - 10), (x + 3, peak - 15)), "white")
+        s.fill(rect(x - 4.5, peak + 2, x + 4.5, top), "brown")
+    s.fill(rect(-half, top, half, 92), "pastel")
+    s.fill(both((ridge, peak), (6 + half, top + 1)), s.pick("red", "rust", "blue"))
+    door, *windows = s.rng.sample([-0.6 * half, 0, 0.6 * half], 3)
+    s.fill(rect(door - 6.5, 70, door + 6.5, 92), "trim")
+    s.dot(door + 4, 82, 1)
+    y = s.u(63, 67)
+    for x in windows:
+        s.fill(rect(x - 6, y - 6, x + 6, y + 7), "glass")
+        s.line([(x, y - 6), (x, y + 7)], "trim")
+        s.line([(x - 6, y), (x + 6, y)], "trim")
+    if not ridge:
+        s.fill(oval(0, peak * 0.4 + top * 0.6, 4.5, 4.5), "glass")
+
+
+def tree(s):
+    width = s.u(3.5, 6)
+    s.fill(vase((width * 0.7, 40), (width, 78), (4 + width * 1.5, 93)), "wood")
+    if s.chance(0.35):  # a fir, from its lowest tier up
+        tiers, spread = s.pick(3, 4), s.u(26, 34)
+        for k in np.arange(tiers, 0, -1) / tiers:
+            tip, low, half = 4 + 56 * (k - 1 / tiers), 10 + 66 * k, spread * (0.4 + 0.6 * k)
+            s.fill(both(*smooth((0, tip), (half * 0.4, (tip + low) / 2), (half, low)), (0, low + 3)), "green")
+        return
+    rx, ry, y = s.u(30, 40), s.u(26, 32), s.u(36, 40)
+    s.line([(0, 80), (2, 72)])
+    s.fill(cloud(0, y, rx, ry, s.pick(9, 10, 11, 12)), s.pick("leaf", "leaf", "green", "autumn"))
+    for dx, dy in ((-0.5, 0.2), (-0.15, -0.45), (0.45, -0.3), (0.1, 0.15), (0.55, 0.35), (-0.2, 0.6)):
+        spot = dx * rx, y + dy * ry
+        if s.chance(0.5):
+            s.fill(oval(*spot, 2.8, 2.8), "red")
+        else:
+            s.line(oval(*spot, 4, 3, 200, 340))
+
+
+def cat(s):
+    fur, iris = s.pick("orange", "sand", "grey", "brown", "black"), s.pick("sun", "leaf", "glass")
+    wide, curl, ear = s.u(17, 22), s.u(-5, 5), s.u(14, 18)
+    x, y = s.u(-3, 3), s.u(29, 33)
+    s.fill(tube(smooth((12, 86), (30, 86), (36, 70), (30 + curl, 56), (36 + curl, 46)), 4.5, 1.2), fur)
+    s.fill(vase((0, 40), (wide * 0.7, 50), (wide, 75), (2 + wide, 88), (6, 92)), fur)
+    s.fill(blob((0, 48), (7, 58), (0, 70), (-7, 58)), "cream")
+    s.lines(smooth((10, 66), (11, 80), (10, 87)))
+    s.fills(oval(6, 90, 5.5, 3.5), "cream")
+    s.fills([(6, y - 10), (19, y - ear - 10), (20, y - 2)], fur, x)
+    s.fills([(10, y - 10), (17, y - ear - 3), (17, y - 6)], "pink", x)
+    s.fill(oval(x, y, 22.5, s.u(16.5, 18.5)), fur)
+    if s.chance(0.6):
+        for dx in (-5, 0, 5):
+            s.fill([(x + dx - 1.4, y - 15), (x + dx + 1.4, y - 15), (x + dx * 0.8, y - 8)], "dark")
+    s.fills(oval(9, y, 4.2, 4.5), iris, x)
+    s.fills(oval(9, y, 1.6, 3.8), "black", x, solid=True)
+    for dy in (-2, 1.5, 5):
+        s.lines([(11, y + 7 + dy * 0.4), (29, y + 6 + dy)], "dark", x)
+    s.lines(smooth((0, y + 8.5), (2.5, y + 11), (6, y + 9.5)), "dark", x)
+    s.fill([(x - 2.5, y + 5.5), (x + 2.5, y + 5.5), (x, y + 8.5)], "pink", solid=True)
+
+
+def fish(s):
+    deep, tail = s.u(19, 27), s.u(15, 22)
+    x = np.linspace(43, -27, 40)
+    edge = deep * np.sin(np.pi * ((43 - x) / 70) ** 0.8) ** 0.75
+    s.fill(blob((-22, 50), (-43, 50 - tail), (-37, 50), (-43, 50 + tail), (-26, 53)), "accent")
+    s.fill(blob((22, 50 - deep * 0.7), (5, 42 - deep), (-14, 44 - deep * 0.9), (-10, 50)), "accent")
+    s.fill(blob((12, 50 + deep * 0.7), (-2, 57 + deep), (-8, 50 + deep * 0.7)), "accent")
+    s.fill(np.stack([[*x, *x[::-1]], [*(50 - edge), *(50 + edge[::-1])]], 1), "bright")
+    if s.chance(0.5):
+        for left in (-14, -3, 8):
+            a, b = np.interp((left, left + 5), x[::-1], edge[::-1])
+            s.fill([*smooth((left, 50 - a), (left - 3, 50), (left, 50 + a)),
+                    *smooth((left + 5, 50 + b), (left + 2, 50), (left + 5, 50 - b))], "accent")
+    else:
+        for left in (-16, -7, 2, 11):
+            for k in (-0.5, 0, 0.5):
+                s.line(oval(left, 50 + k * np.interp(left, x[::-1], edge[::-1]), 3.5, 4.5, 90, 270), "trim")
+    s.line(smooth((20, 50 - deep * 0.6), (16.5, 50), (20, 50 + deep * 0.6)), "trim")
+    s.fill(oval(29, 46, 4.2, 4.2), "white")
+    s.dot(30, 46, 2)
+    s.line(smooth((40, 54.5), (36.5, 56), (33.5, 55)))
+    s.fill(blob((14, 55), (3, 55), (2, 65)), "accent")
+
+
+def flower(s):
+    petal, y, lean = s.pick("pink", "red", "sun", "violet", "blue", "white"), s.u(33, 36), s.u(-6, 6)
+    s.fill(tube(smooth((0, y), (lean, 62), (0, 95)), 1.4, 1.8), "green")
+    for side in (-1, 1):
+        low, high = s.u(78, 86), s.u(60, 70)
+        s.fill(blob((0, low), (side * 12, high), (side * 27, high - 1), (side * 16, low - 2)), "green")
+        s.line([(side * 4, low - 3), (side * 20, high + 2)], "fir")
+    if s.chance(0.25):  # a tulip
+        s.fill(blob((0, 10), (13, 28), (0, 50), (-13, 28)), petal)
+        s.fills([*smooth((0, 51), (17, 44), (21, 12)), *smooth((6, 28), (0, 42))], petal)
+        return
+    count, inner, long = s.pick(5, 6, 8, 10), s.u(7.5, 10), s.u(25, 28)
+    half, bend = 27 * math.sin(math.pi / count) * s.pick(0.75, 1) + 1.5, y - long * 0.65
+    for k in range(count):
+        leaf = blob((0, y), (half, bend), (0, y - long), (-half, bend))
+        s.fill(turn(leaf, 360 * k / count + lean, 0, y), petal)
+    s.fill(oval(0, y, inner, inner), "gold")
+    for x, seed in oval(0, y, inner * 0.55, inner * 0.55)[::12]:
+        s.dot(x, seed, 0.8)
+
+
+def boat(s):
+    mast, top, right = s.u(-4, 4), s.u(7, 12), s.u(28, 36)
+    if s.chance(0.7):
+        s.fill([(mast, top - 4), (mast - 12, top - 1), (mast, top + 2.5)], "red")
+    s.fill([*smooth((mast, top + 2), (right - 13, 36), (right, 62)), (mast, 62)], s.pick("bright", "white"))
+    s.fill([*smooth((mast, top + 10), (mast - 15, 40), (-34, 62)), (mast, 62)], "accent")
+    s.fill(rect(mast - 1.4, top, mast + 1.4, 75), "wood")
+    if s.chance(0.5):
+        s.line(smooth((mast + 3, 42), (right - 12, 41)), "trim")
+    s.fill([(-40, 68), (42, 66), *smooth((36, 77), (28, 87)), *smooth((-24, 87), (-34, 80))],
+           s.pick("rust", "brown", "blue", "red"))
+    s.line([(-38, 73), (39, 71.5)], "white")
+    if s.chance(0.5):
+        for x in (-16, 0, 16):
+            s.fill(oval(x, 77.5, 2.5, 2.5), "glass")
+    s.plain, x = True, np.linspace(-80, 80, 90)
+    crests = 85.5 - 2.2 * np.abs(np.sin(x * s.u(0.14, 0.2)))
+    s.fill([*np.stack([x, crests], 1), (80, 130), (-80, 130)], "sea")
+
+
+def mushroom(s):
+    half, y, top, w = s.u(34, 42), s.u(48, 54), s.u(10, 18), s.u(8, 12)
+    s.fill(oval(0, y, half * 0.97, 10), "sand")
+    for k in (0.32, 0.55, 0.75):
+        s.lines([(k * half, y + 9.5 * math.sqrt(1 - k * k)), (k * half * 0.8, y)], "brown")
+    s.fill(vase((w, y - 5), (w, 70), (3 + w * 1.3, 86), (w, 93)), "cream")
+    if s.chance(0.5):
+        s.fill(both(*smooth((w, y + 10), (5 + w, y + 17)), (0, y + 20)), "cream")
+    s.fill(vase((0, top), (half * 0.65, top * 0.7 + y * 0.3), (half, y + 1), (half * 0.6, y + 2), (0, y + 3)),
+           s.pick("red", "red", "rust", "autumn", "brown"))
+    for dx, dy, r in ((-0.1, 0.22, 5), (0.35, 0.35, 4.5), (-0.5, 0.6, 5), (0.08, 0.68, 6), (0.66, 0.78, 4)):
+        s.fill(oval(dx * half, top + dy * (y - top), r * s.u(0.8, 1.15), r * 0.8), "white")
+
+
+def umbrella(s):
+    wide, high, panels = s.u(40, 44), s.u(30, 37), s.pick(4, 5, 6)
+    s.fill(tube(np.array([(0, 7), (0, 80), *oval(-6, 82, 6, 9, 0, 170)]), 1.4, 1.8), "wood")
+    angle = np.linspace(0, np.pi / 2, 24)
+    ribs = [
+        np.stack([k * wide * np.sin(angle), 48 - high * np.cos(angle)], 1)
+        for k in np.sin(np.linspace(-np.pi / 2, np.pi / 2, panels + 1))
+    ]
+    for n, (left, right) in enumerate(pairwise(ribs)):
+        middle = (left[-1] + right[-1]) / 2 - (0, 4.5)
+        s.fill([*left, *smooth(left[-1], middle, right[-1]), *right[::-1]], ("bright", "accent")[n % 2])
+
+
+def car(s):
+    roof, front, r = s.u(30, 36), s.u(10, 18), s.u(9.5, 12)
+    tail, back = s.pick((-38, -34), (-30, -20), (-24, -14))
+    pillar = (back + front) / 2
+    s.fill([(tail, 58), *smooth((tail, 54), (back, roof), (front - 4, roof), (front + 15, 56)), (30, 60)],
+           "bright")
+    s.fill([(tail + 6, 54), (back + 3, roof + 5), (pillar - 1.5, roof + 4.5), (pillar - 1.5, 54)], "glass")
+    s.fill([(pillar + 1.5, 54), (pillar + 1.5, roof + 4.5), (front - 3, roof + 5), (front + 10, 54)], "glass")
+    s.fill(smooth((-44, 80), (-45, 60), (-40, 55), (-10, 54.5), (25, 56), (40, 60), (45, 70), (44, 80)),
+           "bright")
+    s.line([(pillar, 56), (pillar, 78)])
+    s.line([(pillar + 5, 62), (pillar + 10, 62)])
+    s.fill(oval(40, 65, 2.5, 3.5), "light")
+    s.fill(rect(-45, 63, -41.5, 68), "red")
+    s.fill(rect(-47, 76, 47, 81), "silver")
+    for x in (-25, 26):
+        s.fill(oval(x, 81, r, r), "black")
+        s.fill(oval(x, 81, r * 0.55, r * 0.55), "silver")
+        s.dot(x, 81, 1.4)
+
+
+def snail(s):
+    x, y, r = s.u(-10, -5), s.u(50, 54), s.u(27, 31)
+    skin, head, tilt = s.pick("sand", "gold", "leaf", "cream"), s.u(40, 48), s.u(-2, 3)
+    for foot in (31, 38):
+        tip = foot * 1.6 - 18 + tilt, head - 18
+        s.line(smooth((foot, head + 5), (foot * 1.3 - 9, head - 8), tip), skin)
+        s.dot(*tip, 2)
+    s.fill(blob((-47, 89), (-25, 77), (5, 77), (19, 70), (23, head + 5), (33, head - 2), (43, head + 6),
+                (40, 72), (28, 89), (-10, 90.5)), skin)
+    s.fill(oval(x, y, r, r), "accent")
+    turns = np.linspace(0, 2 * np.pi * s.u(2.3, 3), 90)
+    reach = r * (1 - turns / turns[-1])
+    s.line(np.stack([x + reach * np.cos(turns + 1), y + reach * np.sin(turns + 1)], 1))
+    s.line(smooth((42, head + 12), (38.5, head + 14), (35, head + 12)))
+
+
+def teapot(s):
+    wide, top, low = s.u(25, 29), s.u(30, 38), 90
+    y = (top + low) / 2
+    grip = smooth((6 - wide, top + 10), (-12 - wide, top + 5), (-16 - wide, y), (4 - wide, 78))
+    s.fill(tube(grip, 2.4, 2.4), "trim")
+    s.fill(blob((wide - 8, y - 2), (wide + 6, y - 6), (wide + 10, top + 2), (wide + 20, top - 2),
+                (wide + 18, top + 8), (wide + 12, y + 6), (wide - 6, y + 14)), "accent")
+    s.fill(both((wide * 0.55, low - 3), (wide * 0.6, low + 3)), "trim")
+    s.fill(vase((wide * 0.5, top), (wide, y - 6), (wide * 0.96, y + 9), (wide * 0.55, low)), "accent")
+    s.fill(vase((0, top - 11), (wide * 0.4, top - 7), (wide * 0.56, top + 1), (0, top + 3)), "trim")
+    s.fill(oval(0, top - 13, 3.5, 3.5), "trim")
+    if s.chance(0.5):
+        for k in (0.2, 0.6):
+            s.fills(oval(k * wide, y + 4 - 4 * k, 3.5, 3.5), "white")
+    else:
+        for dy in (-5, 6):
+            s.line(smooth((0.5 - wide, y + dy), (0, y + dy + 5), (wide - 0.5, y + dy)), "trim")
+    for x in (wide + 15, wide + 20):
+        s.line(smooth((x, top - 6), (x - 3, top - 12), (x + 1, top - 17), (x - 2, top - 23)), "grey")
+
+
+def butterfly(s):
+    high, wide, low = s.u(10, 17), s.u(36, 43), s.u(82, 90)
+    s.fills(blob((2, 52), (10, 28), (wide * 0.8, high), (wide, high + 12), (wide * 0.85, 45), (16, 56)),
+            "bright")
+    s.fills(blob((2, 54), (18, 54), (wide * 0.8, 64), (wide * 0.7, low - 6), (16, low), (6, 70)), "accent")
+    s.fills(oval(wide * 0.66, high + 16, 6, 7.5), "third")
+    s.fills(oval(wide * 0.5, 69, 5, 6), "third")
+    s.fills(oval(12, 45, 2.8, 3.5), "accent")
+    s.lines(smooth((1, 32), (5, 20), (12, 12)))
+    s.fills(oval(12, 12, 1.4, 1.4), "black", solid=True)
+    s.fill(blob((0, 36), (3.5, 50), (0, 78), (-3.5, 50)), "wood")
+    s.fill(oval(0, 34.5, 4, 4), "wood")
+
+
+def snowman(s):
+    low, middle, top = s.u(17.5, 20), s.u(13, 14.2), s.u(10, 11.2)
+    base = 93 - low
+    chest = base - low - middle * 0.72
+    face = chest - middle - top * 0.68
+    neck, brim, crown = face + top * 0.78, face - top * 0.72, s.u(10, 13)
+    for side in (-1, 1):
+        x, y = s.u(36, 42), chest - s.u(2, 16)
+        s.line(np.array([(10, chest), (26, chest + 2), (x, y)]) * (side, 1), "wood")
+        s.line(np.array([(x - 3, y - 7), (x - 4, y + 1), (x + 5, y + 2)]) * (side, 1), "wood")
+    for y, r in ((base, low), (chest, middle), (face, top)):
+        s.fill(oval(0, y, r * 1.05, r), "snow")
+    if s.chance(0.7):
+        s.fill(blob((4, neck), (12, neck + 14), (6, neck + 17), (2, neck + 4)), "accent")
+        s.fill(vase((0, neck), (10, neck - 3), (11, neck + 2), (0, neck + 5)), "accent")
+    for y in (chest - 2, chest + 6, base - 6):
+        s.dot(0, y, 1.6)
+    s.fills(oval(4.5, face - 2.5, 1.5, 1.5), "black", solid=True)
+    s.line(oval(0, face + 2.5, 6, 4.5, 25, 155))
+    s.fill([(-1, face), (0, face + 3.5), (14, face + 3.5)], "orange")
+    s.fill(rect(-9, brim - crown, 9, brim), "slate")
+    s.fill(rect(-9, brim - 4, 9, brim), "accent")
+    s.fill(oval(0, brim, 15, 2.2), "slate")
+
+
+def lighthouse(s):
+    colour, bands = s.pick("red", "red", "blue", "green"), s.pick(3, 5, 7)
+    if s.chance(0.6):
+        s.fills([(5, 22), (75, 4), (75, 32)], "light")
+    edge = np.linspace((9, 29), (s.u(16, 19), 86), bands + 1)
+    for k, band in enumerate(pairwise(edge)):
+        s.fill(both(*band), (colour, "white")[k % 2])
+    s.fill(rect(-6, 17, 6, 27), "sun")
+    s.lines([(2, 17), (2, 27)], "slate")
+    s.fill(vase((0, 7), (5, 10), (9, 17.5)), colour)
+    s.fill(rect(-12, 26.5, 12, 30), "slate")
+    for y in (42, 58):
+        s.fill(rect(-2.5, y, 2.5, y + 7), "slate")
+    s.fill([(-5.5, 86), *oval(0, 76, 5, 5, 180, 360), (5.5, 86)], "wood")
+    crags = [(x, 88 - s.u(0, 5)) for x in (-36, -24, -13, 2, 14, 26, 37)]
+    s.fill([(-44, 110), *crags, (45, 110)], "rock")
+
+
+def owl(s):
+    wide, eye, tuft, iris = s.u(27, 31), s.u(9.5, 11.5), s.u(6, 12), s.pick("sun", "orange", "gold")
+    feathers, wing = s.pick(("brown", "wood"), ("sand", "brown"), ("grey", "slate"))
+    s.fill(tube(smooth((-70, 90), (-20, 87), (20, 90), (70, 86)), 3.5, 2.5), "wood")
+    s.fill(both((0, 17), (10, 14), (wide * 0.9, 14 - tuft),
+                *smooth((wide * 0.92, 28), (wide, 55), (wide * 0.8, 78), (0, 87))), feathers)
+    s.fill(vase((0, 40), (wide * 0.62, 52), (wide * 0.6, 72), (0, 84)), "cream")
+    for y, row in ((54, (-8, 0, 8)), (62, (-12, -4, 4, 12)), (70, (-8, 0, 8))):
+        for x in row:
+            s.line([(x - 2.2, y), (x, y + 3), (x + 2.2, y)], "brown")
+    s.fills(blob((wide * 0.85, 42), (2 + wide * 1.08, 60), (wide * 0.75, 82), (wide * 0.62, 60)), wing)
+    for x in (8, 12, 16):
+        s.fills(oval(x, 87.5, 2, 3.5), "gold")
+    s.fills(oval(11.5, 31, eye + 2.5, eye + 2.5), "cream")
+    s.fills(oval(11.5, 31, eye * 0.75, eye * 0.75), iris)
+    s.fills(oval(11.5, 31, eye * 0.42, eye * 0.42), "black", solid=True)
+    s.fill([(-3.5, 35.5), (3.5, 35.5), (0, 45)], "gold")
+
+
+def rocket(s):
+    wide, nose, fire = s.u(12, 15), s.u(5, 9), s.u(20, 25)
+    colour = s.pick("red", "orange", "blue", "leaf")
+    s.fill(vase((9, 72), (10, 81), (0, 72 + fire)), "orange")
+    s.fill(vase((5, 72), (5, 77), (0, 72 + fire * 0.55)), "sun")
+    s.fills([*smooth((wide * 0.9, 50), (wide + 12, 62), (wide + 14, 82)), (wide * 0.7, 71)], colour)
+    hull = smooth((0, nose), (wide * 0.75, 25), (wide, 45), (wide * 0.65, 72))
+    s.fill(both(*hull), "silver")
+    s.fill(both(*hull[:13]), colour)
+    s.fill(oval(0, 38, 6.5, 6.5), "grey")
+    s.fill(oval(0, 38, 4.5, 4.5), "glass")
+    if s.chance(0.6):
+        s.fill(oval(0, 54, 3.5, 3.5), "glass")
+    s.fill(blob((0, 60), (2, 70), (0, 82), (-2, 70)), colour)
+
+
+# class: its drawing, its backdrops, whether it may be flipped, how far it may lean (degrees)
+SCENES = {
+    "boat": (boat, ("sea",), True, 4),
+    "butterfly": (butterfly, ("air", "meadow"), False, 20),
+    "car": (car, ("road",), True, 1),
+    "cat": (cat, ("meadow", "table"), True, 2),
+    "fish": (fish, ("reef",), True, 12),
+    "flower": (flower, ("meadow", "air"), True, 5),
+    "house": (house, ("meadow", "snow"), True, 1),
+    "lighthouse": (lighthouse, ("sea",), True, 2),
+    "mushroom": (mushroom, ("meadow", "air"), True, 6),
+    "owl": (owl, ("air", "dusk"), True, 3),
+    "rocket": (rocket, ("space", "air"), False, 30),
+    "snail": (snail, ("meadow",), True, 2),
+    "snowman": (snowman, ("snow",), True, 3),
+    "teapot": (teapot, ("table",), True, 2),
+    "tree": (tree, ("meadow", "snow"), True, 3),
+    "umbrella": (umbrella, ("rain",), True, 14),
+}
+CLASSES = tuple(SCENES)
+# fmt: on
+
+
+# --- rendering --------------------------------------------------------------------------------------------
+
+
+def _noise(rng, length):
+    """Smooth noise in about -1..1 along a path, at each of its lengths (in picture sides)."""
+    slow, fast = (np.sin(length * rng.uniform(*f) + rng.uniform(0, 6.3)) for f in ((20, 40), (70, 110)))
+    return 0.7 * slow + 0.3 * fast
+
+
+def _paint_path(pen, points, widths, ink):
+    """Runs a round nib along the points; everything in pixels."""
+    for (x0, y0), (x1, y1), width in zip(points, points[1:], widths, strict=False):
+        pen.line((x0, y0, x1, y1), fill=ink, width=round(width))
+        r = width / 2
+        pen.ellipse((x0 - r, y0 - r, x0 + r, y0 + r), fill=ink)
+    (x, y), r = points[-1], widths[-1] / 2
+    pen.ellipse((x - r, y - r, x + r, y + r), fill=ink)
+
+
+def _hatch(image, outline, darkness, width, rng):
+    """Hatches an outline from its shaded side on: the darker its colour, the further and the closer."""
+    region, lines = Image.new("L", image.size), Image.new("L", image.size)
+    ImageDraw.Draw(region).polygon([tuple(p) for p in outline], fill=255)
+    pen = ImageDraw.Draw(lines)
+    for angle, share in ((-45, 0.1 + 1.4 * darkness), (20, 1.8 * darkness - 0.9)):
+        upright = turn(outline, -angle)  # here the hatching runs along x
+        (left, light), (right, shade) = upright.min(0), upright.max(0)
+        x = np.linspace(left, right, max(3, int((right - left) / width / 3)))
+        y, gap = shade, width * (3.8 - 2 * darkness)
+        stop = shade - share * (shade - light) if share > 0.25 else shade  # light colours stay white
+        while y > max(stop, light):
+            line = np.stack([x, y + gap * 0.2 * _noise(rng, x / image.width)], 1)
+            line = turn(line, angle + rng.uniform(-1.5, 1.5))
+            pen.line([tuple(p) for p in line], 255, round(width * 0.75))
+            y, gap = y - gap, gap * 1.02
+    image.paste(INK, mask=ImageChops.multiply(lines, region))
+
+
+def _sketch(scene, style, size, rng):
+    stroke, side = STROKES[style], size * OVERSAMPLING
+    base = max(stroke.width * side, stroke.thinnest * OVERSAMPLING)
+    image = Image.new("L", (side, side), 255)
+    pen = ImageDraw.Draw(image)
+    for shape in scene.shapes:
+        steps = np.linalg.norm(np.diff(shape.points, axis=0, prepend=shape.points[:1]), axis=1)
+        length = np.cumsum(steps)
+        drift = np.stack([_noise(rng, length), _noise(rng, length)], 1)
+        points = (shape.points + stroke.wobble * drift) * side
+        width = base * min(1, 0.4 + 5 * np.ptp(shape.points, axis=0).max())  # small parts, finer lines
+        if shape.closed:
+            pen.polygon([tuple(p) for p in points], fill=INK if shape.solid else 255)
+            if stroke.hatched and not shape.solid and not shape.plain:
+                darkness = 1 - np.dot(shape.colour, (0.3, 0.59, 0.11)) / 255
+                _hatch(image, points, darkness, base, rng)
+        _paint_path(pen, points, width * (1 + stroke.swing * _noise(rng, length)), INK)
+    return image.reduce(OVERSAMPLING).convert("RGB")
+
+
+def _gradient(corners, size):
+    """A colour ramp over (width, height) from four corner colours in reading order."""
+    ramp = np.array(corners).reshape(2, 2, 3).clip(0, 255).astype(np.uint8)
+    return Image.fromarray(ramp).resize(size, Image.Resampling.BICUBIC)
+
+
+def _photo(scene, size):
+    side = size * OVERSAMPLING
+    width = max(STROKES["photo"].width * side, STROKES["photo"].thinnest * OVERSAMPLING)
+    top, low = scene.sky
+    image = _gradient((top, top, low, low), (side, side))
+    for shape in scene.shapes:
+        points, colour = shape.points * side, shape.colour
+        if not shape.closed:
+            _paint_path(ImageDraw.Draw(image), points, [width] * len(points), tuple(colour.astype(int)))
+            continue
+        corner = np.floor(points.min(0)).astype(int)
+        box = tuple(int(n) for n in np.ceil(points.max(0)).astype(int) - corner + 1)
+        mask = Image.new("L", box)
+        ImageDraw.Draw(mask).polygon([tuple(p) for p in points - corner], fill=255)
+        lit = colour + 0.35 * (255 - colour)
+        image.paste(_gradient((lit, colour, colour, colour * 0.68), box), tuple(int(n) for n in corner), mask)
+    return image.reduce(OVERSAMPLING)
+
+
+def _check(names, styles, size):
+    for given, choices, what in ((names, CLASSES, "class"), (styles, (*STYLES, "photo"), "style")):
+        for value in given:
+            if value not in choices:
+                raise InputError(f"unknown {what} {value!r}: choose from {', '.join(choices)}")
+    if size < 16:
+        raise InputError(f"size {size} is too small: give at least 16 pixels")
+
+
+def draw(name, index, seed=0, style="pen", size=256):
+    """One drawing as an RGB image of size x size pixels.
+
+    name is one of CLASSES; style one of STYLES, or "photo" for the coloured twin. Geometry and colours follow
+    from (seed, name, index); the style changes only how they are put on paper. The same arguments give the
+    same pixels. Raises InputError for an unknown name or style and for a size below 16.
+    """
+    _check([name], [style], size)
+    key = f"{seed}/{name}/{index}"
+    compose, backdrops, flip, lean = SCENES[name]
+    scene = Scene(key)
+    backdrop(scene, scene.pick(*backdrops))
+    scene.pose(flip, lean)
+    compose(scene)
+    if style == "photo":
+        return _photo(scene, size)
+    return _sketch(scene, style, size, random.Random(f"{key}/{style}"))
+
+
+def write_folder(output_dir, per_class=16, seed=0, size=256, styles=("pen",), classes=CLASSES):
+    """Writes per_class drawings of each class and style, and metadata.jsonl with a sentence for each.
+
+    Pictures are named house/0003.png, so that a folder of sketches and one of photos match by name; several
+    styles in one folder are told apart as house/0003_pen.png. Each line of metadata.jsonl holds file_name
+    (relative to output_dir) and text. Returns the number of pictures. Raises InputError as draw does.
+    """
+    _check(classes, styles, size)
+    folder, lines = Path(output_dir), []
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in classes:
+        (folder / name).mkdir(exist_ok=True)
+        article = "an" if name[0] in "aeiou" else "a"
+        for index in range(per_class):
+            for style in styles:
+                suffix = f"_{style}" if len(styles) > 1 else ""
+                file_name = f"{name}/{index:04d}{suffix}.png"
+                draw(name, index, seed, style, size).save(folder / file_name)
+                kind = "photo" if style == "photo" else "sketch"
+                lines.append(json.dumps({"file_name": file_name, "text": f"a {kind} of {article} {name}"}))
+    (folder / "metadata.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return len(lines)
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description="Write a folder of drawings with captions.")
+    parser.add_argument("--output_dir", required=True, help="folder to write to; it is made if missing")
+    parser.add_argument("--per_class", type=int, default=16, help="pictures per class and style (16)")
+    parser.add_argument("--size", type=int, default=256, help="side of a picture in pixels, from 16 on (256)")
+    parser.add_argument("--seed", type=int, default=0, help="another seed, other pictures (0)")
+    parser.add_argument("--styles", nargs="+", default=["pen"], help=f"{', '.join(STYLES)} or photo (pen)")
+    args = parser.parse_args(arguments)
+    try:
+        count = write_folder(args.output_dir, args.per_class, args.seed, args.size, args.styles)
+    except InputError as error:
+        parser.error(str(error))
+    print(f"{count} pictures written to {args.output_dir}")
+
+
+if __name__ == "__main__":
+    main()
