@@ -1,0 +1,22 @@
+"""Sheets of pictures."""
+
+from PIL import Image, ImageDraw, ImageFont
+
+
+def sheet(rows: dict[str, list[Image.Image]], columns: list[str] | None = None, size: int = 160) -> Image.Image:
+    """A labelled grid: one row of pictures a name, each drawn `size` pixels wide and high; columns may have heads."""
+    gap, head = 4, 20
+    font = ImageFont.load_default(14)
+    names = int(max(font.getlength(name) for name in rows)) + 3 * gap
+    width = max(len(pictures) for pictures in rows.values())
+    page = Image.new("RGB", (names + width * (size + gap), head + len(rows) * (size + gap)), "white")
+    draw = ImageDraw.Draw(page)
+    for x, text in enumerate(columns or []):
+        draw.text((names + x * (size + gap), gap / 2), text, "black", font)
+    for y, (name, pictures) in enumerate(rows.items()):
+        top = head + y * (size + gap)
+        draw.text((gap, top + size / 2), name, "black", font, anchor="lm")
+        for x, picture in enumerate(pictures):
+            resample = Image.Resampling.LANCZOS if picture.width >= size else Image.Resampling.BICUBIC
+            page.paste(picture.convert("RGB").resize((size, size), resample), (names + x * (size + gap), top))
+    return page

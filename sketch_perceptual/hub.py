@@ -1,0 +1,74 @@
+"""Model cards and uploads to the Hugging Face Hub: a card that tells how it was made, and only the files meant."""
+
+from pathlib import Path
+
+from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import HfHubHTTPError
+
+from .errors import InputError
+
+CARD = """---
+{metadata}
+---
+
+# {title}
+
+{description}
+
+{pictures}
+
+## Use
+
+```python
+{snippet}
+```
+
+## Training
+
+| option | value |
+|---|---|
+{options}
+"""
+
+
+def write_card(
+    folder: str | Path, *, data: ModelCardData, title: str, description: str, snippet: str, options: dict, pictures=()
+) -> None:
+    """Write `folder/README.md`: what it is, how to use it, and the options that made it; checks its metadata."""
+    text = CARD.format(
+        metadata=data.to_yaml(),
+        title=title,
+        description=description,
+        snippet=snippet,
+        pictures="\n".join(f"![{Path(p).stem}](./{p})" for p in pictures),
+        options="\n".join(f"| {name} | {_one_line(value)} |" for name, value in options.items()),
+    )
+    ModelCard(text, ignore_metadata_errors=False).save(Path(folder, "README.md"))
+
+
+def create_repo(repo_id: str, token: str | None) -> str:
+    """Create the repository, or find it, before training; its full id."""
+    try:
+        return HfApi(token=token).create_repo(repo_id, exist_ok=True).repo_id
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise InputError(
+            f"--push_to_hub cannot reach {repo_id} ({_one_line(error)}); log in with `hf auth login` or train without"
+        ) from error
+
+
+def push(folder: str | Path, repo_id: str, files: list[str], token: str | None) -> None:
+    """Upload `files`, names or patterns inside `folder`, and nothing else. What fails keeps the local files."""
+    try:
+        HfApi(token=token).upload_folder(
+            repo_id=repo_id, folder_path=folder, allow_patterns=files, commit_message="End of training"
+        )
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        include = " ".join(f"--include {name!r}" for name in files)
+        raise InputError(
+            f"the upload to {repo_id} failed ({_one_line(error)}); all is in {folder}. To try again:"
+            f" hf upload {repo_id} {folder} . {include}"
+        ) from error
+
+
+def _one_line(value) -> str:
+    return " ".join(str(value).split()).replace("|", "\\|")

@@ -1,0 +1,220 @@
+"""Pictures of any kind made RGB: the one place that knows 0-255, alpha, EXIF, palettes and 16 bits."""
+
+import io
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageColor, UnidentifiedImageError
+from torch import Tensor
+
+from .errors import InputError
+
+INTERPOLATIONS = {
+    name: Image.Resampling[name.upper()] for name in ("bicubic", "bilinear", "box", "hamming", "lanczos", "nearest")
+} | {"nearest_exact": Image.Resampling.NEAREST}
+UPRIGHT = {  # EXIF orientation -> what undoes it
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+Source = str | os.PathLike | bytes | Image.Image | dict
+
+
+def load_image(source: Source, background: str = "white", name: str | None = None) -> Image.Image:
+    """Any picture as 8-bit RGB: upright, its transparency laid on `background`, the first of several frames.
+
+    16-bit values lose their lower byte. 32-bit integers are read as 8 bit up to 255, as 16 bit up to 65535;
+    floats as 0 to 1, or as 0 to 255 where one exceeds 1.
+
+    Args:
+        source: a path, the bytes of a file, a PIL image, or `{"bytes": ..., "path": ...}` from `datasets`.
+        background: a colour that PIL knows, "white" or "#ff8800".
+        name: what messages call the image; its path if None.
+
+    Raises InputError for what is missing, damaged, larger than Pillow's limit or beyond those values.
+    """
+    colour = _colour(background)
+    try:
+        image = _eight_bit(_upright(_decode(source)))
+        return _flatten(image, colour) if image.has_transparency_data else image.convert("RGB")
+    except Exception as error:  # Pillow's decoders raise nearly everything on damaged files
+        raise InputError(f"Cannot read the image {name or _name(source)}: {_reason(error)}.") from error
+
+
+def to_tensor(image: Image.Image | np.ndarray | Tensor) -> Tensor:
+    """(3, H, W) float32 in [-1, 1] from a PIL image, uint8 (H, W, 3), or floats in [0, 1] of (3, H, W)."""
+    x = np.asarray(load_image(image)) if isinstance(image, Image.Image) else image
+    if isinstance(x, np.ndarray) and (x.dtype == np.uint8 or x.dtype.kind == "f"):
+        # The copy has the strides and byte order that torch asks for, which a flipped view or a TIFF's do not.
+        x = torch.from_numpy(x.astype(np.uint8 if x.dtype == np.uint8 else np.float32))
+    if isinstance(x, Tensor) and x.ndim == 3 and x.numel():
+        if x.dtype == torch.uint8 and x.shape[2] == 3:
+            return x.permute(2, 0, 1).float().div(127.5).sub(1).contiguous()
+        if x.is_floating_point() and x.shape[0] == 3 and x.min() >= 0 and x.max() <= 1:
+            return x.float() * 2 - 1
+    raise InputError(f"Expected a PIL image, uint8 (H, W, 3) or floats in [0, 1] (3, H, W), got {_describe(image)}.")
+
+
+def to_pil(x: Tensor) -> Image.Image:
+    """The inverse of `to_tensor`: a PIL image from floats (3, H, W) in [-1, 1]; values outside are clamped."""
+    if not (x.ndim == 3 and x.shape[0] == 3 and x.is_floating_point()) or x.isnan().any():
+        raise InputError(f"Expected floats in [-1, 1] (3, H, W), got {_describe(x)}.")
+    levels = x.detach().float().clamp(-1, 1).add(1).mul(127.5).round()
+    return Image.fromarray(levels.byte().permute(1, 2, 0).cpu().numpy())
+
+
+def fit_image(
+    image: Image.Image,
+    resolution: int,
+    fit: str = "crop",
+    background: str = "white",
+    interpolation: str = "lanczos",
+    position: tuple[float, float] = (0.5, 0.5),
+) -> Image.Image:
+    """An RGB image made (resolution, resolution).
+
+    Args:
+        fit: "crop" brings the shorter side to `resolution` and cuts the longer one; "pad" brings the longer side
+            to it and fills up with `background`.
+        interpolation: a name in `INTERPOLATIONS`.
+        position: what a crop keeps, as fractions of the free room in x and y; (0.5, 0.5) is the centre.
+    """
+    if resolution < 1:
+        raise InputError(f"--resolution must be at least 1 pixel, got {resolution}.")
+    check_choice("--fit", fit, ("crop", "pad"))
+    check_choice("--image_interpolation_mode", interpolation, INTERPOLATIONS)
+    colour, resample = _colour(background), INTERPOLATIONS[interpolation]
+    if fit == "crop":
+        return image.resize((resolution, resolution), resample, box=_crop_box(image.size, resolution, position))
+    longer = max(image.size)
+    width, height = (max(1, round(side * resolution / longer)) for side in image.size)
+    canvas = Image.new("RGB", (resolution, resolution), colour)
+    corner = ((resolution - width) // 2, (resolution - height) // 2)
+    canvas.paste(image.resize((width, height), resample), corner)
+    return canvas
+
+
+def _decode(source: Source) -> Image.Image:
+    if isinstance(source, Image.Image):
+        image = source
+    else:
+        data = _bytes(source)
+        if not data:
+            raise ValueError("the file is empty")
+        image = Image.open(io.BytesIO(data))
+        if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+            raise Image.DecompressionBombError  # Pillow itself only warns below twice the limit
+    if 0 in image.size:
+        raise ValueError("it has no pixels")
+    image.load()
+    return image
+
+
+def _bytes(source: str | os.PathLike | bytes | dict) -> bytes:
+    if isinstance(source, dict):
+        source = source["path"] if source["bytes"] is None else source["bytes"]
+    if isinstance(source, bytes):
+        return source
+    if isinstance(source, str | os.PathLike):
+        return Path(source).read_bytes()
+    raise ValueError(f"expected a path, bytes, a PIL image or a dict of bytes and path, got {source!r}")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    # Not ImageOps.exif_transpose: it also rewrites the EXIF block and fails where other entries are broken.
+    try:
+        orientation = image.getexif().get(0x0112)
+    except Exception:  # as many kinds as there are ways to break EXIF; the pixels are fine
+        return image
+    return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """Modes I;16, I and F as L, or LA where a 16-bit level is marked transparent; other modes as they are."""
+    if not image.mode.startswith(("I", "F")):
+        return image
+    values = np.asarray(image)
+    low, high = values.min(), values.max()
+    limit, expected = (255, "0 to 1 or 0 to 255") if image.mode == "F" else (65535, "0 to 65535")
+    if not (low >= 0 and high <= limit):  # written so that NaN fails
+        raise ValueError(f"its values run from {low} to {high}, expected {expected}")
+    if image.mode == "F":
+        levels = np.rint(values * 255 if high <= 1 else values)
+    else:
+        levels = values if image.mode == "I" and high <= 255 else values >> 8
+    grey = Image.fromarray(levels.astype(np.uint8))
+    if "transparency" not in image.info:
+        return grey
+    return Image.merge("LA", (grey, Image.fromarray(values != image.info["transparency"]).convert("L")))
+
+
+def _flatten(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
+    rgba = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+    canvas = Image.new("RGB", image.size, colour)
+    canvas.paste(rgba, mask=rgba.getchannel("A"))
+    return canvas
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "there is no such file"
+    if isinstance(error, IsADirectoryError):
+        return "it is a folder"
+    if isinstance(error, UnidentifiedImageError):  # whose own message shows only the address of a buffer
+        return "it is not an image that Pillow knows"
+    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
+        return f"it has more than {Image.MAX_IMAGE_PIXELS} pixels, Pillow's limit against decompression bombs"
+    return str(error) or type(error).__name__
+
+
+def _name(source: Source) -> str:
+    if isinstance(source, dict):
+        source = source["path"] or source["bytes"]
+    if isinstance(source, Image.Image):
+        source = getattr(source, "filename", None)
+    return str(source) if isinstance(source, str | os.PathLike) and str(source) else "given in memory"
+
+
+def _describe(x: Any) -> str:
+    if not isinstance(x, np.ndarray | Tensor):
+        return type(x).__name__
+    values = f" from {x.min()} to {x.max()}" if 0 not in x.shape else ""
+    return f"{x.dtype} {tuple(x.shape)}{values}"
+
+
+def _crop_box(
+    size: tuple[int, int], resolution: int, position: tuple[float, float]
+) -> tuple[float, float, float, float]:
+    """The part of the image that resizing and then cropping would keep.
+
+    Resizing this part alone is the same picture, and a strip of 2 x 9000 does not grow to gigabytes on the way.
+    """
+    low, high = [], []
+    for side, fraction in zip(size, position, strict=True):
+        resized = int(side * resolution / min(size))
+        start = round((resized - resolution) * fraction)  # whole pixels: half a pixel would blur the lines
+        low.append(start * side / resized)
+        high.append((start + resolution) * side / resized)
+    return (*low, *high)
+
+
+def _colour(background: str) -> tuple[int, int, int]:
+    try:
+        return ImageColor.getrgb(background)[:3]
+    except ValueError:
+        raise InputError(f"--background: {background!r} is not a colour; try white or #ff8800.") from None
+
+
+def check_choice(option: str, value: str, choices: Iterable[str]) -> None:
+    if value not in choices:
+        raise InputError(f"{option} must be one of {', '.join(choices)}, got {value!r}.")

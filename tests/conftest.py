@@ -1,0 +1,100 @@
+"""A pipeline in the shape of Stable Diffusion 1.5, small and random, made from configurations."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import json
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image, ImageDraw
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from sketch_perceptual.backbone import AttentionVGG16
+
+
+def tiny_tokenizer(folder):
+    """A CLIPTokenizer of single letters."""
+    letters = "abcdefghijklmnopqrstuvwxyz.,"
+    tokens = ["<|startoftext|>", "<|endoftext|>", *letters, *(letter + "</w>" for letter in letters)]
+    (folder / "vocab.json").write_text(json.dumps({token: index for index, token in enumerate(tokens)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77)
+
+
+@pytest.fixture(scope="session")
+def tiny_sd(tmp_path_factory):
+    """Folder of a `StableDiffusionPipeline` that draws at 32 px on 8x8 latents."""
+    folder = tmp_path_factory.mktemp("tiny-sd")
+    torch.manual_seed(0)
+    StableDiffusionPipeline(
+        vae=AutoencoderKL(
+            block_out_channels=[8, 8, 8],
+            down_block_types=["DownEncoderBlock2D"] * 3,
+            up_block_types=["UpDecoderBlock2D"] * 3,
+            layers_per_block=1,
+            latent_channels=4,
+            norm_num_groups=4,
+            sample_size=32,
+        ),
+        unet=UNet2DConditionModel(
+            block_out_channels=[16, 16],
+            down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"],
+            up_block_types=["UpBlock2D", "CrossAttnUpBlock2D"],
+            layers_per_block=1,
+            norm_num_groups=4,
+            cross_attention_dim=16,
+            attention_head_dim=2,
+            sample_size=8,
+        ),
+        text_encoder=CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=100,
+                hidden_size=16,
+                intermediate_size=16,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                bos_token_id=0,
+                eos_token_id=1,
+                pad_token_id=1,
+            )
+        ),
+        tokenizer=tiny_tokenizer(folder),
+        scheduler=PNDMScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            skip_prk_steps=True,
+            steps_offset=1,
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def drawings(tmp_path_factory):
+    """Seven drawings in two class folders, each its own."""
+    folder = tmp_path_factory.mktemp("drawings")
+    for number in range(7):
+        image = Image.new("RGB", (40, 36), "white")
+        draw = ImageDraw.Draw(image)
+        draw.line((4 * number, 0, 39 - 3 * number, 35), "black", 2)
+        draw.ellipse((5, 5, 12 + 3 * number, 30), outline="black")
+        path = folder / ("house", "snow_man")[number % 2] / f"{number}.png"
+        path.parent.mkdir(exist_ok=True)
+        image.save(path)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def backbone(tmp_path_factory):
+    """Folder of an attention-VGG16 with random weights."""
+    folder = tmp_path_factory.mktemp("backbone")
+    torch.manual_seed(0)
+    AttentionVGG16(pool_after_attention=True, num_classes=0).save_pretrained(folder)
+    return folder

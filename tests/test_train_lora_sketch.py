@@ -1,0 +1,702 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from peft.tuners.lora import LoraLayer
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import train_lora_sketch as script
+from sketch_perceptual import hub, training
+from sketch_perceptual.errors import InputError
+from sketch_perceptual.losses import PixelLoss
+
+# UNet2DConditionModel of stable-diffusion-v1-5, from its published config.json.
+SD15_UNET = {
+    "act_fn": "silu",
+    "attention_head_dim": 8,
+    "block_out_channels": [320, 640, 1280, 1280],
+    "cross_attention_dim": 768,
+    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+    "in_channels": 4,
+    "layers_per_block": 2,
+    "out_channels": 4,
+    "sample_size": 64,
+    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+}
+
+
+class Run:
+    """One training in this process: its folder, what it logged, and its options."""
+
+    def __init__(self, folder, options, logs):
+        self.folder, self.options, self.logs = folder, options, logs
+
+    @property
+    def adapter(self):
+        return load_file(self.folder / script.WEIGHTS)
+
+    def __eq__(self, other):
+        a, b = self.adapter, other.adapter
+        return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.fixture
+def train(tiny_sd, drawings, tmp_path, monkeypatch):
+    """Train in this process with the pixel loss, unless the options say otherwise; 4 steps of 2 images."""
+
+    def train(*options, output="out", data=("--train_data_dir", str(drawings)), steps=4, seed=0):
+        PartialState._reset_state()
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+        logs = []
+        monkeypatch.setattr(Accelerator, "log", lambda self, values, step: logs.append({"step": step} | values))
+        fixed = f"""--pretrained_model_name_or_path {tiny_sd} --output_dir {tmp_path / output} --resolution 32
+            --perceptual_loss pixel --train_batch_size 2 --lr_warmup_steps 0 --learning_rate 1e-2 --report_to none"""
+        fixed += f" --max_train_steps {steps}" if steps is not None else ""
+        fixed += f" --seed {seed}" if seed is not None else ""
+        script.main(script.parse_args([*fixed.split(), *data, *map(str, options)]))
+        return Run(tmp_path / output, options, logs)
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield train
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def draw(folder, adapter=None, weight_name=script.WEIGHTS):
+    """What a user's fresh pipeline draws with an adapter."""
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    if adapter is not None:
+        pipeline.load_lora_weights(adapter, weight_name=weight_name)
+    generator = torch.Generator().manual_seed(0)
+    return torch.tensor(pipeline("a house", num_inference_steps=2, generator=generator, output_type="np").images)
+
+
+def test_the_adapter_loads_anywhere_and_keeps_its_alpha(train, tiny_sd):
+    run = train("--rank", 2, "--lora_alpha", 8, "--export_kohya", "--perceptual_weight", 1)
+    keys = list(run.adapter)
+    assert len(keys) == 2 * 4 * 2 * 4  # down and up of 4 projections in 2 attentions of 4 transformer blocks
+    assert all(key.startswith("unet.") and key.endswith((".lora.down.weight", ".lora.up.weight")) for key in keys)
+    assert {weight.dtype for weight in run.adapter.values()} == {torch.float32}
+    with safe_open(run.folder / script.WEIGHTS, "pt") as file:
+        config = json.loads(file.metadata()["lora_adapter_metadata"])
+    assert (config["unet.r"], config["unet.lora_alpha"]) == (2, 8)
+
+    base, tuned = draw(tiny_sd), draw(tiny_sd, run.folder)
+    assert (base - tuned).abs().max() > 1e-3
+    kohya = load_file(run.folder / script.KOHYA_WEIGHTS)
+    assert {float(value) for key, value in kohya.items() if key.endswith(".alpha")} == {8.0}
+    assert all(key.startswith("lora_unet_") for key in kohya)
+    torch.testing.assert_close(draw(tiny_sd, run.folder, script.KOHYA_WEIGHTS), tuned)
+
+
+def test_sd15_gets_128_modules_and_797184_parameters():
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**SD15_UNET)
+        args = script.parse_args(["--pretrained_model_name_or_path", "x", "--train_data_dir", "y", "--seed", "0"])
+        parameters = script.add_lora(args, unet)
+    assert sum(isinstance(module, LoraLayer) for module in unet.modules()) == 128
+    assert sum(parameter.numel() for parameter in parameters) == 797_184
+
+
+def test_weight_zero_is_the_plain_script_bit_for_bit_and_loads_nothing(train):
+    plain = train("--perceptual_weight", 0, "--perceptual_loss", "attention_vgg", "--backbone", "nowhere")
+    shut = train("--perceptual_weight", 1, "--perceptual_start_step", 99, output="shut")
+    scored = train("--perceptual_weight", 1, "--perceptual_min_snr", 0, output="scored")
+    assert plain == shut
+    assert plain != scored
+    assert "perceptual_loss" not in plain.logs[0]
+    assert [log["gated_rows"] for log in shut.logs] == [0] * 4
+    assert [log["gated_rows"] for log in scored.logs] == [1] * 4
+
+
+def test_attention_vgg_scores_a_run(train, backbone):
+    run = train("--perceptual_loss", "attention_vgg", "--backbone", backbone, "--perceptual_min_snr", 0)
+    assert all(log["perceptual_loss"] > 0 for log in run.logs)
+    for log in run.logs:
+        assert log["train_loss"] == pytest.approx(log["denoising_loss"] + 0.1 * log["perceptual_loss"])
+
+
+def test_clipping_clips_and_the_norm_before_it_is_logged(train, monkeypatch):
+    norms, step = [], torch.optim.AdamW.step
+
+    def spy(self, *args, **kwargs):
+        gradients = [p.grad for group in self.param_groups for p in group["params"]]
+        norms.append(float(torch.nn.utils.get_total_norm(gradients)))
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    run = train("--max_grad_norm", 1e-3)
+    assert len(norms) == 4
+    assert max(norms) <= 1e-3 * 1.001
+    assert min(log["grad_norm"] for log in run.logs) > 1e-3
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+@pytest.mark.parametrize("told_by", ["script", "launcher"])
+def test_adapters_are_float32_under_any_precision_from_any_source(train, monkeypatch, told_by, precision):
+    dtypes, moments, step = set(), set(), torch.optim.AdamW.step
+
+    def spy(self, *args, **kwargs):
+        result = step(self, *args, **kwargs)
+        dtypes.update(p.dtype for group in self.param_groups for p in group["params"])
+        moments.update(state["exp_avg"].dtype for state in self.state.values())
+        return result
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    base = []
+    monkeypatch.setattr(
+        script, "finish", lambda args, accelerator, pipeline, *rest: base.append(pipeline.unet.conv_in)
+    )
+    if told_by == "launcher":
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
+    train(*(["--mixed_precision", precision] if told_by == "script" else []))
+    assert dtypes == moments == {torch.float32}
+    assert base[0].weight.dtype == {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def test_small_updates_survive_bfloat16(train):
+    run = train("--mixed_precision", "bf16", "--learning_rate", 1e-6)
+    up = [weight for key, weight in run.adapter.items() if key.endswith("up.weight")]
+    assert all(0 < float(weight.abs().max()) < 1e-5 for weight in up)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize(("steps", "length"), [(6, ()), (None, ("--num_train_epochs", 2))])
+def test_the_schedule_warms_up_and_ends_on_the_last_step(train, schedule, accumulation, steps, length):
+    options = ("--lr_scheduler", schedule, "--lr_warmup_steps", 1, "--gradient_accumulation_steps", accumulation)
+    run = train(*options, *length, steps=steps)
+    rates = [log["lr"] for log in run.logs]
+    assert len(rates) == (steps or 2 * -(-4 // accumulation))  # four batches an epoch
+    assert rates[0] == max(rates) == pytest.approx(1e-2)
+    assert rates[-1] == pytest.approx(0, abs=1e-9)
+
+
+def test_validation_leaves_no_trace(train):
+    options = ("--mixed_precision", "bf16", "--num_train_epochs", 1)
+    prompts = ("--validation_prompt", "a house", "a snow man", "--num_validation_images", 2)
+    silent, drawn = train(*options), train(*options, *prompts, output="drawn")
+    assert silent == drawn
+    assert silent.logs == drawn.logs
+    assert [path.name for path in (drawn.folder / "validation").iterdir()] == ["step-000004.png"]
+    width, height = Image.open(drawn.folder / "before_after.png").size
+    assert width > 4 * 160
+    assert height > 2 * 160
+
+
+def test_validation_puts_modes_and_random_state_back(tiny_sd):
+    PartialState._reset_state()
+    AcceleratorState._reset_state(True)
+    args = script.parse_args(
+        f"--pretrained_model_name_or_path {tiny_sd} --train_data_dir x --resolution 32 --seed 0".split()
+        + "--num_validation_images 1 --validation_prompt house".split()
+    )
+    accelerator = Accelerator(cpu=True)
+    pipeline, _ = script.load_models(args, accelerator)
+    script.add_lora(args, pipeline.unet)
+    pipeline.unet.train()
+
+    def state():
+        return [(n, p.dtype, p.requires_grad, p.device) for n, p in pipeline.unet.named_parameters()]
+
+    before, random_state = state(), torch.get_rng_state()
+    first = script.generate(args, accelerator, pipeline)
+    assert pipeline.unet.training
+    assert state() == before
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert script.generate(args, accelerator, pipeline)["house"][0].tobytes() == first["house"][0].tobytes()
+
+
+class Poisoned(PixelLoss):
+    """NaN on the calls in `bad`, counted from the first training step."""
+
+    bad = ()
+
+    def __init__(self):
+        super().__init__()
+        self.calls = -3  # the contract comes first
+
+    def compare(self, images, target):
+        self.calls += 1
+        return super().compare(images, target) * (torch.nan if self.calls in self.bad else 1)
+
+
+POISON = ("--perceptual_loss", "test_train_lora_sketch:Poisoned", "--perceptual_min_snr", 0)
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted(train, monkeypatch, caplog):
+    monkeypatch.setattr(Poisoned, "bad", (2,))
+    run = train(*POISON)
+    assert [log.get("skipped_steps", 0) for log in run.logs] == [0, 1, 1, 1]
+    assert all(torch.isfinite(weight).all() for weight in run.adapter.values())
+    skipped = [record.getMessage() for record in caplog.records if "skipped, not finite" in record.getMessage()]
+    assert len(skipped) == 1
+    assert "step 1 skipped" in skipped[0]
+    assert skipped[0].count(".png at timestep ") == 2
+
+
+def test_a_run_that_stays_not_finite_ends_and_saves_no_nan(train, monkeypatch, tmp_path):
+    monkeypatch.setattr(Poisoned, "bad", range(3, 99))
+    with pytest.raises(
+        FloatingPointError, match=r"5 steps in a row were not finite, the last at step 6: .*png at time"
+    ):
+        train(*POISON, "--max_train_steps", 20, "--checkpointing_steps", 1)
+    checkpoints = training.find_checkpoints(tmp_path / "out")
+    assert len(checkpoints) == 6
+    for checkpoint in checkpoints:
+        assert all(torch.isfinite(weight).all() for weight in load_file(checkpoint / script.WEIGHTS).values())
+
+
+@pytest.mark.parametrize(
+    ("first", "options"),
+    [
+        (4, ()),  # at an epoch's end
+        (3, ()),  # in its middle
+        (3, ("--gradient_accumulation_steps", 2)),
+        (3, ("--dataloader_num_workers", 2, "--mixed_precision", "bf16", "--lr_scheduler", "cosine")),
+    ],
+)
+def test_a_resumed_run_is_the_straight_run_bit_for_bit(train, first, options):
+    options = (
+        *options,
+        "--random_flip",
+        "--noise_offset",
+        0.1,
+        "--checkpointing_steps",
+        first,
+        "--perceptual_min_snr",
+        0,
+    )
+    straight = train("--max_train_steps", 8, *options)
+    stopped = train("--max_train_steps", 8, *options, output="resumed")
+    for path in training.find_checkpoints(stopped.folder)[1:]:
+        (path / training.STATE_FILE).unlink()  # as if the run had been killed while writing it
+    (stopped.folder / script.WEIGHTS).unlink()
+    resumed = train("--max_train_steps", 8, *options, "--resume_from_checkpoint", "latest", output="resumed")
+    assert [log["step"] for log in resumed.logs] == list(range(first + 1, 9))
+    assert resumed.logs == straight.logs[first:]
+    assert resumed == straight
+
+
+def test_a_finished_run_resumed_trains_nothing_and_exports_again(train):
+    run = train("--checkpointing_steps", 4)
+    again = train("--resume_from_checkpoint", run.folder / "checkpoint-4", output="again")
+    assert again.logs == []
+    assert again == run
+
+
+def test_checkpoints_are_adapters_and_old_ones_go(train, tiny_sd):
+    run = train("--checkpointing_steps", 1, "--checkpoints_total_limit", 2)
+    names = sorted(path.name for path in run.folder.iterdir() if "checkpoint" in path.name)
+    assert names == ["checkpoint-3", "checkpoint-4"]
+    torch.testing.assert_close(draw(tiny_sd, run.folder / "checkpoint-4"), draw(tiny_sd, run.folder))
+    assert "model.safetensors" not in [path.name for path in (run.folder / "checkpoint-4").iterdir()]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--rank", 8), r"checkpoint-4 was trained with rank=4, this run has rank=8"),
+        (("--lora_alpha", 8), "lora_alpha=4, this run has lora_alpha=8"),
+        (("--seed", 1), "seed=0, this run has seed=1"),
+        (("--perceptual_min_snr", 2), "perceptual_min_snr=1.0, this run has perceptual_min_snr=2.0"),
+        (("--prediction_type", "v_prediction"), "prediction_type=None, this run has prediction_type=v_prediction"),
+        (("--max_train_samples", 3), "images=7, this run has images=3"),
+        (("--resume_from_checkpoint", "checkpoint-5"), "checkpoint-5 is no complete checkpoint; .* has checkpoint-4"),
+    ],
+)
+def test_a_resume_that_would_be_another_run_is_refused(train, options, message):
+    train("--checkpointing_steps", 4)
+    with pytest.raises(InputError, match=message):
+        train("--resume_from_checkpoint", "latest", *options)
+
+
+def test_without_a_seed_one_is_drawn_and_a_resume_takes_it_over(train):
+    first = train("--checkpointing_steps", 2, seed=None)
+    resumed = train("--resume_from_checkpoint", first.folder / "checkpoint-2", output="resumed", seed=None)
+    assert resumed == first
+    assert train(output="other", seed=None) != first
+
+
+def test_a_signal_ends_the_step_saves_and_exits_with_its_own_code(train, monkeypatch, tmp_path):
+    losses = script.compute_losses
+
+    def interrupt_at_step_one(*args):
+        if args[-1] == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return losses(*args)
+
+    monkeypatch.setattr(script, "compute_losses", interrupt_at_step_one)
+    with pytest.raises(SystemExit) as exit:
+        train()
+    assert exit.value.code == 128 + signal.SIGTERM
+    assert [path.name for path in training.find_checkpoints(tmp_path / "out")] == ["checkpoint-2"]
+    monkeypatch.setattr(script, "compute_losses", losses)
+    assert train("--resume_from_checkpoint", "latest") == train(output="straight")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda weights: {key: torch.zeros_like(w) for key, w in weights.items()}, "0 of 64 weights came back"),
+        (lambda weights: {"base_model." + key: w for key, w in weights.items()}, "0 of 64 weights came back"),
+        (lambda weights: dict(list(weights.items())[:8]), "8 of 64 weights came back"),
+    ],
+)
+def test_an_export_that_does_not_load_as_trained_fails_the_run(train, monkeypatch, damage, message):
+    save = script.save_adapter
+
+    def save_damaged(unet, folder):
+        save(unet, folder)
+        path = Path(folder, script.WEIGHTS)
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+        script.save_file(damage(load_file(path)), path, metadata=metadata)
+
+    monkeypatch.setattr(script, "save_adapter", save_damaged)
+    with pytest.raises(RuntimeError, match=message):
+        train()
+
+
+def test_an_adapter_that_was_not_trained_is_not_exported_as_one(train):
+    with pytest.raises(RuntimeError, match="changes nothing"):
+        train("--learning_rate", 0)
+
+
+def test_trackers_get_options_without_the_token(train, monkeypatch):
+    monkeypatch.setattr(Accelerator, "trackers", [], raising=False)
+    seen = {}
+    monkeypatch.setattr(Accelerator, "init_trackers", lambda self, name, config: seen.update(config))
+    train("--hub_token", "hf_secret", "--validation_prompt", "a", "b", "--num_validation_images", 0)
+    assert seen["rank"] == 4
+    assert seen["validation_prompt"] == "['a', 'b']"
+    assert "hf_secret" not in str(seen)
+    assert {type(value) for value in seen.values()} <= {bool, int, float, str}
+
+
+def test_tensorboard_takes_what_is_logged(train, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = Accelerator.log
+    run = train("--report_to", "none")
+    monkeypatch.undo()
+    assert Accelerator.log is log
+    options = ["--report_to", "tensorboard", "--validation_prompt", "a house", "--num_validation_images", "1"]
+    args = script.parse_args(
+        f"--pretrained_model_name_or_path x --train_data_dir y --output_dir {run.folder}".split() + options
+    )
+    PartialState._reset_state()
+    AcceleratorState._reset_state(True)
+    accelerator = training.start(args)
+    training.start_trackers(accelerator, "text2image-fine-tune", args)
+    accelerator.log(run.logs[0], 1)
+    script.track_images(accelerator, "validation", {"a house": [Image.new("RGB", (32, 32))]}, 1)
+    accelerator.end_training()
+    events = EventAccumulator(str(run.folder / "logs" / "text2image-fine-tune"))
+    events.Reload()
+    assert {"train_loss", "denoising_loss", "gated_rows", "grad_norm", "lr"} <= set(events.Tags()["scalars"])
+    assert events.Tags()["images"] == ["validation"]
+
+
+class FakeHub:
+    """Stands in for HfApi and keeps what it is sent."""
+
+    sent: dict
+
+    def __init__(self, token=None):
+        pass
+
+    def create_repo(self, repo_id, exist_ok):
+        assert exist_ok
+        return type("Repo", (), {"repo_id": f"someone/{repo_id}"})()
+
+    def upload_folder(self, repo_id, folder_path, allow_patterns, commit_message):
+        from huggingface_hub.utils import filter_repo_objects
+
+        paths = [p.relative_to(folder_path).as_posix() for p in Path(folder_path).rglob("*") if p.is_file()]
+        FakeHub.sent = {repo_id: sorted(filter_repo_objects(paths, allow_patterns=allow_patterns))}
+
+
+def test_the_hub_gets_adapter_card_and_picture_and_nothing_else(train, monkeypatch, drawings, tiny_sd):
+    monkeypatch.setattr(hub, "HfApi", FakeHub)
+    prompt = ("--validation_prompt", "a house", "--num_validation_images", 1)
+    run = train("--push_to_hub", "--hub_token", "hf_secret", "--checkpointing_steps", 2, *prompt)
+    assert FakeHub.sent == {"someone/out": ["README.md", "before_after.png", script.WEIGHTS]}
+    card = (run.folder / "README.md").read_text()
+    for secret in ("hf_secret", str(tiny_sd), str(drawings)):
+        assert secret not in card
+    assert "base_model" not in card
+    for line in (
+        "| rank | 4 |",
+        "| perceptual_loss | pixel |",
+        "| steps | 4 |",
+        "![before_after](./before_after.png)",
+    ):
+        assert line in card
+    train("--push_to_hub", output="again")  # without a validation prompt there is no picture to push
+    assert FakeHub.sent == {"someone/again": ["README.md", script.WEIGHTS]}
+
+
+def test_a_push_that_fails_keeps_the_files_and_says_how_to_retry(train, monkeypatch, tmp_path):
+    class Down(FakeHub):
+        def upload_folder(self, **options):
+            raise OSError("no network")
+
+    monkeypatch.setattr(hub, "HfApi", Down)
+    with pytest.raises(InputError, match=r"upload to someone/out failed \(no network\).* hf upload someone/out"):
+        train("--push_to_hub")
+    assert (tmp_path / "out" / script.WEIGHTS).is_file()
+
+
+def test_a_hub_that_cannot_be_reached_is_found_before_training(train, monkeypatch, tmp_path):
+    with pytest.raises(InputError, match=r"--push_to_hub cannot reach out .*hf auth login"):
+        train("--push_to_hub")
+    assert not (tmp_path / "out" / script.WEIGHTS).exists()
+
+
+def test_a_dataset_folder_with_labels_and_captions(train, tmp_path):
+    import datasets
+
+    rows = {
+        "line": [Image.new("L", (32, 32), 10 * n) for n in range(3)],
+        "text": ["poodle", "owl", "cat"],
+        "label": [0, 1, 0],
+    }
+    features = datasets.Features(
+        line=datasets.Image(), text=datasets.Value("string"), label=datasets.ClassLabel(names=["animal", "sea_bird"])
+    )
+    data = datasets.Dataset.from_dict(rows, features)
+    (tmp_path / "parquet").mkdir()
+    data.to_parquet(tmp_path / "parquet" / "train.parquet")
+    data.save_to_disk(tmp_path / "arrow")
+    read = []
+    tokenize = script.tokenize
+    script.tokenize = lambda tokenizer, captions: read.extend(captions) or tokenize(tokenizer, captions)
+    options = ("--image_column", "line", "--max_train_steps", 2)
+    try:
+        train(*options, data=("--dataset_name", str(tmp_path / "parquet")))
+        assert set(read) == {"poodle", "owl", "cat"}
+        read.clear()
+        train(*options, "--caption_column", "label", data=("--dataset_name", str(tmp_path / "arrow")))
+        assert set(read) == {"a sketch of a animal", "a sketch of a sea bird"}
+    finally:
+        script.tokenize = tokenize
+
+
+def test_long_captions_are_counted(train, tmp_path, caplog, drawings):
+    path = tmp_path / "long"
+    path.mkdir()
+    Image.open(drawings / "house" / "0.png").save(path / "a.png")
+    (path / "a.txt").write_text("a house " * 20)
+    train(data=("--train_data_dir", str(path)))
+    assert "1 captions have more than 77 tokens" in caplog.text
+
+
+OFFICIAL = {
+    "revision": None,
+    "variant": None,
+    "dataset_name": None,
+    "dataset_config_name": None,
+    "image_column": "image",
+    "caption_column": "text",
+    "validation_prompt": None,
+    "num_validation_images": 4,
+    "validation_epochs": 1,
+    "max_train_samples": None,
+    "output_dir": "sd-model-finetuned-lora",
+    "cache_dir": None,
+    "seed": None,
+    "resolution": 512,
+    "center_crop": False,
+    "random_flip": False,
+    "train_batch_size": 16,
+    "num_train_epochs": 100,
+    "max_train_steps": None,
+    "gradient_accumulation_steps": 1,
+    "gradient_checkpointing": False,
+    "learning_rate": 1e-4,
+    "scale_lr": False,
+    "lr_scheduler": "constant",
+    "lr_warmup_steps": 500,
+    "snr_gamma": None,
+    "use_8bit_adam": False,
+    "allow_tf32": False,
+    "dataloader_num_workers": 0,
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.999,
+    "adam_weight_decay": 1e-2,
+    "adam_epsilon": 1e-8,
+    "max_grad_norm": 1.0,
+    "push_to_hub": False,
+    "hub_token": None,
+    "prediction_type": None,
+    "hub_model_id": None,
+    "logging_dir": "logs",
+    "mixed_precision": None,
+    "report_to": "tensorboard",
+    "local_rank": -1,
+    "checkpointing_steps": 500,
+    "checkpoints_total_limit": None,
+    "resume_from_checkpoint": None,
+    "enable_xformers_memory_efficient_attention": False,
+    "noise_offset": 0,
+    "rank": 4,
+    "image_interpolation_mode": "lanczos",
+}
+
+
+def test_options_and_defaults_are_the_official_scripts():
+    args = vars(script.parse_args(["--pretrained_model_name_or_path", "x", "--train_data_dir", "y"]))
+    assert {name: args[name] for name in OFFICIAL} == OFFICIAL
+
+
+def test_the_official_readmes_command_line_is_understood():
+    command = """--pretrained_model_name_or_path=CompVis/stable-diffusion-v1-4
+        --dataset_name=lambdalabs/naruto-blip-captions --caption_column=text --resolution=512 --random_flip
+        --train_batch_size=1 --num_train_epochs=100 --checkpointing_steps=5000 --learning_rate=1e-04
+        --lr_scheduler=constant --lr_warmup_steps=0 --seed=42 --output_dir=sd-naruto-model-lora
+        --validation_prompt=creature --report_to=wandb"""
+    args = script.parse_args(command.split())
+    assert args.validation_prompt == ["creature"]
+    assert args.learning_rate == 1e-4
+
+
+BAD_OPTIONS = [
+    (["--rank", "0"], r"argument --rank: must be a number of at least 1, got 0"),
+    (["--learning_rate", "nan"], r"argument --learning_rate: must be a number of at least 0.0, got nan"),
+    (["--max_grad_norm", "0"], "argument --max_grad_norm"),
+    (["--checkpoints_total_limit", "0"], "argument --checkpoints_total_limit"),
+    (["--lr_scheduler", "step"], "invalid choice: 'step'"),
+    (["--prediction_type", "flow"], "invalid choice: 'flow'"),
+    (["--perceptual_dtype", "float16"], "invalid choice: 'float16'"),
+    (["--fit", "stretch"], "invalid choice: 'stretch'"),
+    (["--image_interpolation_mode", "cubic"], "invalid choice: 'cubic'"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD_OPTIONS, ids=[" ".join(case[0]) for case in BAD_OPTIONS])
+def test_options_out_of_range_are_named(options, message, capsys):
+    with pytest.raises(SystemExit) as exit:
+        script.parse_args(["--pretrained_model_name_or_path", "x", "--train_data_dir", "y", *options])
+    assert exit.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_no_data_is_named(capsys):
+    with pytest.raises(SystemExit):
+        script.parse_args(["--pretrained_model_name_or_path", "x"])
+    assert "pass --train_data_dir with a folder of drawings, or --dataset_name" in capsys.readouterr().err
+
+
+BAD_RUNS = [
+    (
+        ["--pretrained_model_name_or_path", "nowhere/sd"],
+        r"--pretrained_model_name_or_path nowhere/sd cannot be loaded",
+    ),
+    (["--resolution", "30"], "--resolution 30 must be a multiple of 4"),
+    (["--train_data_dir", "nowhere"], "nowhere"),
+    (["--dataset_name", "nowhere/drawings"], "--dataset_name nowhere/drawings cannot be loaded"),
+    (["--perceptual_loss", "ssim"], "no perceptual loss 'ssim'"),
+    (["--perceptual_loss", "attention_vgg"], "pass --backbone"),
+    (["--perceptual_loss", "attention_vgg", "--backbone", "nowhere/vgg"], "no backbone at nowhere/vgg"),
+    (["--perceptual_loss", "vgg", "--backbone", "nowhere.safetensors"], "no weights file nowhere.safetensors"),
+    (["--perceptual_layers", "relu1_2"], "pixel does not take these options, layers"),
+    (["--perceptual_resolution", "8"], "at least 16 pixels"),
+    (["--perceptual_min_snr", "1e9"], "the gate never opens"),
+    (["--perceptual_decoder", "nowhere/taesd"], "--perceptual_decoder nowhere/taesd cannot be loaded"),
+    (["--caption_template", "a sketch"], "class"),
+    (["--background", "nocolour"], "nocolour"),
+    (["--report_to", "nobody"], "accelerate refuses .*report_to"),
+    (["--report_to", "wandb", "--hub_token", "hf_x"], "use `hf auth login`"),
+    (["--use_8bit_adam"], "pip install bitsandbytes"),
+    (["--resume_from_checkpoint", "checkpoint-9"], "checkpoint-9 is no complete checkpoint"),
+    (["--output_dir", "/proc/nothing"], "--output_dir /proc/nothing cannot be written to"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD_RUNS, ids=[" ".join(case[0]) for case in BAD_RUNS])
+def test_a_users_mistake_is_a_sentence_before_training(train, options, message):
+    with pytest.raises(InputError, match=message):
+        train(*options)
+
+
+def test_another_pipeline_is_named(train, tiny_sd, tmp_path):
+    (tmp_path / "sdxl").mkdir()
+    (tmp_path / "sdxl" / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')
+    with pytest.raises(InputError, match=r"sdxl is a StableDiffusionXLPipeline; this script trains SD-1\.x"):
+        train("--pretrained_model_name_or_path", tmp_path / "sdxl")
+
+
+def test_a_mistake_ends_without_a_traceback(tiny_sd, tmp_path):
+    command = [sys.executable, "train_lora_sketch.py", "--pretrained_model_name_or_path", str(tiny_sd)]
+    command += ["--train_data_dir", str(tmp_path / "nowhere"), "--output_dir", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(script.__file__).parent, check=False)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("train_lora_sketch.py: error: ")
+
+
+DRIVER = """
+import json, os, sys
+import torch
+import train_lora_sketch as script
+
+unets, steps, losses = [], [], script.compute_losses
+add_lora = script.add_lora
+script.add_lora = lambda args, unet: unets.append(unet) or add_lora(args, unet)
+def spy(*args):
+    result = losses(*args)
+    steps.append([result[2].tolist(), result[3].tolist(), args[6]["name"]])
+    return result
+script.compute_losses = spy
+args = script.parse_args(sys.argv[2:])
+script.finish = lambda *rest: None
+script.main(args)
+rank = os.environ["RANK"]
+torch.save({n: p for n, p in unets[0].named_parameters() if p.requires_grad}, f"{sys.argv[1]}/adapter-{rank}.pt")
+json.dump(steps, open(f"{sys.argv[1]}/steps-{rank}.json", "w"))
+"""
+
+
+def test_two_processes_draw_apart_and_agree(tiny_sd, drawings, tmp_path):
+    (tmp_path / "driver.py").write_text(DRIVER)
+    options = f"""--pretrained_model_name_or_path {tiny_sd} --output_dir {tmp_path / "out"} --resolution 32
+        --train_data_dir {drawings} --perceptual_loss pixel --train_batch_size 1 --num_train_epochs 3 --seed 0
+        --learning_rate 1e-2 --lr_warmup_steps 2 --lr_scheduler linear --checkpointing_steps 6 --report_to none"""
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(Path(script.__file__).parent)}
+    environment |= {"OMP_NUM_THREADS": "1"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611"]
+    done = subprocess.run(
+        [*launch, str(tmp_path / "driver.py"), str(tmp_path), *options.split()],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    adapters = [torch.load(tmp_path / f"adapter-{rank}.pt", weights_only=True) for rank in (0, 1)]
+    assert all(torch.equal(adapters[0][name], adapters[1][name]) for name in adapters[0])
+    assert any(float(weight.detach().abs().max()) > 0 for name, weight in adapters[0].items() if "lora_B" in name)
+    steps = [json.loads((tmp_path / f"steps-{rank}.json").read_text()) for rank in (0, 1)]
+    assert len(steps[0]) == len(steps[1]) == 12  # three epochs of four batches: 7 images on 2 processes
+    gates = [(a[0][0], b[0][0]) for a, b in zip(*steps, strict=True)]
+    assert any(a != b for a, b in gates), "the gate was never open on one process and shut on the other"
+    timesteps = [[step[1] for step in rank] for rank in steps]
+    assert timesteps[0] != timesteps[1]
+    names = [name for rank in steps for step in rank[:4] for name in step[2]]
+    assert len(set(names)) == 7
+    state = json.loads((tmp_path / "out" / "checkpoint-12" / training.STATE_FILE).read_text())
+    assert state["lr_scheduler"]["_last_lr"] == [0.0]

@@ -1,0 +1,649 @@
+#!/usr/bin/env python
+"""Fine-tune Stable Diffusion 1.5 on drawings with LoRA and a perceptual term (Seo 2025, section 4.1).
+
+    accelerate launch train_lora_sketch.py \\
+      --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \\
+      --train_data_dir drawings --backbone attention-vgg16 --train_batch_size 1 --seed 42 \\
+      --validation_prompt "a sketch of a fox" --output_dir sketch-lora
+
+Takes every option of diffusers' train_text_to_image_lora.py. The prediction's clean latents are decoded and compared
+with the drawing by a network that knows drawings; --perceptual_weight 0 is the plain script. The adapter loads with
+`pipeline.load_lora_weights(output_dir)`.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import broadcast_object_list, set_seed
+from diffusers import AutoencoderTiny, DDPMScheduler, StableDiffusionPipeline
+from diffusers.training_utils import cast_training_params
+from diffusers.utils import convert_state_dict_to_diffusers, convert_unet_state_dict_to_peft
+from huggingface_hub import ModelCardData
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from PIL import Image
+from safetensors.torch import save_file
+from tqdm.auto import tqdm
+
+from sketch_perceptual import hub
+from sketch_perceptual.backbone import fingerprint
+from sketch_perceptual.data import (
+    CAPTION_TEMPLATE,
+    INTERPOLATIONS,
+    CaptionedImages,
+    captioned_dataset,
+    captioned_folder,
+    drop_bad,
+    generator,
+    scan,
+    to_pil,
+)
+from sketch_perceptual.diffusion import (
+    PREDICTION_TYPES,
+    PerceptualTerm,
+    decode,
+    denoising_target,
+    encode,
+    min_snr_weights,
+)
+from sketch_perceptual.errors import InputError
+from sketch_perceptual.figures import sheet
+from sketch_perceptual.losses import LOSSES, build_loss
+from sketch_perceptual.training import (
+    EpochSampler,
+    NonFiniteGuard,
+    add_training_options,
+    at_least,
+    catch_signals,
+    load_checkpoint,
+    make_lr_scheduler,
+    make_optimizer,
+    plan_steps,
+    run,
+    save_checkpoint,
+    start,
+    start_trackers,
+)
+
+logger = get_logger(__name__, log_level="INFO")
+
+TARGET_MODULES = ["to_k", "to_q", "to_v", "to_out.0"]
+ADAPTER = "default"
+WEIGHTS = "pytorch_lora_weights.safetensors"
+KOHYA_WEIGHTS = "pytorch_lora_weights_kohya.safetensors"
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    count, natural, rate = at_least(1), at_least(0), at_least(0.0, float)
+
+    add = parser.add_argument_group("model").add_argument
+    add("--pretrained_model_name_or_path", required=True, help="an SD-1.x pipeline: Hub id or folder")
+    add("--revision", help="revision of the pipeline on the Hub")
+    add("--variant", help='variant of its files, e.g. "fp16"')
+    add("--rank", type=count, default=4, help="rank of the LoRA")
+    add("--lora_alpha", type=count, help="scale of the LoRA is alpha / rank; default: the rank")
+    add("--prediction_type", choices=PREDICTION_TYPES, help="default: the scheduler's own")
+    add("--noise_offset", type=rate, default=0.0, help="scale of a noise that is constant over each channel")
+    add("--snr_gamma", type=rate, help="Min-SNR weighting of the denoising loss; 5.0 is recommended")
+    add("--enable_xformers_memory_efficient_attention", action="store_true")
+    add("--export_kohya", action="store_true", help=f"also write {KOHYA_WEIGHTS} for AUTOMATIC1111 and ComfyUI")
+
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset_name", help="a data set of the Hub, or a folder that `datasets` can read")
+    add("--dataset_config_name")
+    add("--train_data_dir", help="a folder of images with metadata.jsonl or .csv, .txt side-cars, or class folders")
+    add("--image_column", default="image")
+    add("--caption_column", default="text", help="captions, lists of captions, or class labels")
+    add("--caption_template", default=CAPTION_TEMPLATE, help="caption of an image of a class; {class} is its name")
+    add("--default_caption", help="caption of images that have none")
+    add("--on_missing_caption", choices=("error", "skip", "default"), default="error")
+    add("--on_bad_image", choices=("error", "skip"), default="error", help="what to do with unreadable images")
+    add("--background", default="white", help="colour behind transparent drawings and around padded ones")
+    add("--max_train_samples", type=count, help="train on a random choice of so many images")
+    add("--cache_dir", help="where downloads are kept")
+    add("--resolution", type=count, default=512, help="images are made this wide and high, in pixels")
+    add("--fit", choices=("crop", "pad"), default="crop", help="how an image that is not square becomes one")
+    add("--center_crop", action="store_true", help="crop the centre; default: a random place")
+    add("--random_flip", action="store_true", help="mirror half of the images")
+    add("--image_interpolation_mode", choices=tuple(INTERPOLATIONS), default="lanczos")
+
+    add = parser.add_argument_group("perceptual term").add_argument
+    add("--perceptual_weight", type=rate, default=0.1, help="factor of the term; 0 is the plain script")
+    add("--perceptual_loss", default="attention_vgg", help=f"{', '.join(LOSSES)}, an entry point, or module:Class")
+    add("--backbone", help='network of the loss: folder, Hub id, .safetensors with VGG-16 weights, or "imagenet"')
+    add("--perceptual_layers", nargs="+", metavar="LAYER", help="taps, e.g. relu1_2 relu3_3")
+    add("--perceptual_resolution", type=count, help="larger images are shrunk to this for the loss; default: 224")
+    add("--perceptual_min_snr", type=rate, default=1.0, help="rows with less signal are not scored; 0 scores all")
+    add("--perceptual_max_timestep", type=natural, help="gate by timestep instead of by SNR")
+    add("--perceptual_start_step", type=natural, default=0, help="no term before this step")
+    add("--perceptual_every", type=count, default=1, help="the term in each so many-th step only")
+    add("--perceptual_target", choices=("image", "reconstruction"), default="image", help="or its VAE round trip")
+    add("--perceptual_decoder", default="vae", help='"vae", or an AutoencoderTiny, e.g. madebyollin/taesd')
+    add("--perceptual_dtype", choices=("float32", "bfloat16"), default="float32")
+
+    add_training_options(parser, output_dir="sd-model-finetuned-lora")
+
+    add = parser.add_argument_group("validation").add_argument
+    add("--validation_prompt", nargs="+", metavar="PROMPT", help="prompts drawn during training and at its end")
+    add("--num_validation_images", type=natural, default=4, help="images a prompt")
+    add("--validation_epochs", type=count, default=1, help="draw them every so many epochs")
+
+    args = parser.parse_args(argv)
+    if args.dataset_name is None and args.train_data_dir is None:
+        parser.error("pass --train_data_dir with a folder of drawings, or --dataset_name")
+    if args.lora_alpha is None:
+        args.lora_alpha = args.rank
+    if args.perceptual_resolution is None and args.perceptual_loss in LOSSES:
+        args.perceptual_resolution = 224
+    return args
+
+
+def main(args: argparse.Namespace) -> None:
+    accelerator = start(args)
+    pipeline, noise_scheduler = load_models(args, accelerator)
+    data = load_data(args, accelerator, pipeline.tokenizer)
+    perceptual_term = build_term(args, pipeline.vae, noise_scheduler)
+    repo_id = None
+    if args.push_to_hub and accelerator.is_main_process:
+        repo_id = hub.create_repo(args.hub_model_id or Path(args.output_dir).resolve().name, args.hub_token)
+
+    lora_parameters = add_lora(args, pipeline.unet)
+    sampler = EpochSampler(len(data), args.seed)
+    loader = torch.utils.data.DataLoader(
+        data,
+        sampler=sampler,
+        batch_size=args.train_batch_size,
+        collate_fn=collate,
+        num_workers=args.dataloader_num_workers,
+        persistent_workers=args.dataloader_num_workers > 0,
+    )
+    optimizer = make_optimizer(args, lora_parameters)
+    unet, prepared_optimizer, loader = accelerator.prepare(pipeline.unet, optimizer, loader)
+    plan_steps(args, len(loader))
+    lr_scheduler = make_lr_scheduler(args, optimizer)
+    register_adapter_hooks(accelerator, args)
+    settings = resumable_settings(args, accelerator, data, perceptual_term)
+    state = {"global_step": 0, "epoch": 0, "batch": 0, "skipped_steps": 0, "lr_scheduler": lr_scheduler.state_dict()}
+    state |= {"settings": settings} | (load_checkpoint(accelerator, args, settings) or {})
+    lr_scheduler.load_state_dict(state["lr_scheduler"])
+    guard = NonFiniteGuard(state["skipped_steps"], scaled=accelerator.scaler is not None)
+    start_trackers(accelerator, "text2image-fine-tune", args)
+    logger.info(run_summary(args, accelerator, data, loader, perceptual_term))
+
+    stop = catch_signals()
+    step, sums, seen = state["global_step"], 0, []
+    progress = tqdm(
+        total=args.max_train_steps, initial=step, desc="Steps", disable=not accelerator.is_local_main_process
+    )
+    for epoch in range(state["epoch"], args.num_train_epochs):
+        unet.train()
+        sampler.epoch = epoch
+        first = state["batch"] if epoch == state["epoch"] else 0
+        batches = accelerator.skip_first_batches(loader, first) if first else loader
+        for number, batch in enumerate(batches, first):
+            if step >= args.max_train_steps:
+                break
+            with accelerator.accumulate(unet):
+                draw = generator(args.seed, "noise", epoch, number, accelerator.process_index)
+                denoising, perceptual, gate, timesteps = compute_losses(
+                    args, accelerator, pipeline, unet, noise_scheduler, perceptual_term, batch, draw, step
+                )
+                accelerator.backward(denoising.mean() + args.perceptual_weight * perceptual.mean())
+                parts = (
+                    denoising.sum(),
+                    perceptual.sum(),
+                    gate.sum().to(denoising.device),
+                    denoising.new_tensor(len(gate)),
+                )
+                sums = sums + torch.stack([part.detach().float() for part in parts])
+                seen.append((batch["name"], timesteps, (denoising + perceptual).detach()))
+                if not accelerator.sync_gradients:
+                    continue
+                grad_norm = accelerator.clip_grad_norm_(lora_parameters, args.max_grad_norm)
+                *totals, stopped = accelerator.reduce(torch.cat([sums, sums.new_tensor([stop() > 0])]), "sum").tolist()
+                if guard.is_finite(step, [*totals, float(grad_norm)], seen) or guard.scaled:
+                    prepared_optimizer.step()
+                lr_scheduler.step()
+                prepared_optimizer.zero_grad()
+
+            step, sums, seen = step + 1, 0, []
+            logs = step_logs(args, totals, float(grad_norm), lr_scheduler, guard)
+            progress.update()
+            progress.set_postfix({k: f"{v:.3g}" for k, v in logs.items()})
+            accelerator.log(logs, step)
+            if step % args.checkpointing_steps == 0 or stopped:
+                state = {"global_step": step, "epoch": epoch, "batch": number + 1, "skipped_steps": guard.total}
+                state |= {"lr_scheduler": lr_scheduler.state_dict(), "settings": settings}
+                save_checkpoint(accelerator, args, state)
+            if stopped:
+                logger.warning(f"interrupted after step {step}; go on with --resume_from_checkpoint latest")
+                accelerator.end_training()
+                sys.exit(128 + (stop() or 15))
+        if args.validation_prompt and epoch % args.validation_epochs == 0 and accelerator.is_main_process:
+            validate(args, accelerator, pipeline, step)
+
+    progress.close()
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        finish(args, accelerator, pipeline, accelerator.unwrap_model(unet, keep_fp32_wrapper=False), settings, guard)
+        if repo_id:
+            hub.push(
+                args.output_dir, repo_id, [WEIGHTS, KOHYA_WEIGHTS, "README.md", "before_after.png"], args.hub_token
+            )
+    accelerator.end_training()
+
+
+def compute_losses(
+    args, accelerator, pipeline, unet, noise_scheduler, perceptual_term, batch, draw, step
+) -> tuple[torch.Tensor, ...]:
+    """Denoising loss (B,), perceptual loss (B,), gate (B,) and timesteps (B,) of one batch."""
+    images = batch["pixel_values"]
+    with torch.no_grad():
+        latents = encode(pipeline.vae, images, draw).float()
+        prompt_embeds = pipeline.text_encoder(tokenize(pipeline.tokenizer, batch["caption"]).to(images.device))[0]
+    noise = torch.randn(latents.shape, generator=draw)
+    if args.noise_offset:
+        noise += args.noise_offset * torch.randn(*latents.shape[:2], 1, 1, generator=draw)
+    noise = noise.to(latents.device)
+    timesteps = torch.randint(noise_scheduler.config.num_train_timesteps, (len(latents),), generator=draw)
+    timesteps = timesteps.to(latents.device)
+    noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
+    model_pred = unet(noisy_latents.to(prompt_embeds.dtype), timesteps, prompt_embeds, return_dict=False)[0].float()
+
+    target = denoising_target(latents, noise, timesteps, noise_scheduler)
+    denoising = F.mse_loss(model_pred, target, reduction="none").flatten(1).mean(1)
+    if args.snr_gamma is not None:
+        denoising = denoising * min_snr_weights(timesteps, args.snr_gamma, noise_scheduler)
+    if perceptual_term is None:
+        return denoising, torch.zeros_like(denoising), torch.zeros(len(images)), timesteps
+    perceptual = perceptual_term(model_pred, noisy_latents, timesteps, images, step)
+    return denoising, perceptual, perceptual_term.gate(timesteps, step), timesteps
+
+
+def load_models(args, accelerator: Accelerator) -> tuple[StableDiffusionPipeline, DDPMScheduler]:
+    """The frozen pipeline on its device, in the precision of the run, and the scheduler that adds the noise."""
+    source = args.pretrained_model_name_or_path
+    options = {"revision": args.revision, "cache_dir": args.cache_dir}
+    try:
+        kind = StableDiffusionPipeline.load_config(source, **options).get("_class_name")
+        if kind != "StableDiffusionPipeline":
+            raise InputError(f"{source} is a {kind}; this script trains SD-1.x, a StableDiffusionPipeline")
+        pipeline = StableDiffusionPipeline.from_pretrained(
+            source, variant=args.variant, safety_checker=None, requires_safety_checker=False, **options
+        )
+        noise_scheduler = DDPMScheduler.from_pretrained(source, subfolder="scheduler", **options)
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"--pretrained_model_name_or_path {source} cannot be loaded as a Stable Diffusion pipeline: {error}"
+        ) from error
+    if args.prediction_type is not None:
+        noise_scheduler.register_to_config(prediction_type=args.prediction_type)
+        pipeline.scheduler = type(pipeline.scheduler).from_config(
+            pipeline.scheduler.config, prediction_type=args.prediction_type
+        )
+    if args.resolution % pipeline.vae_scale_factor:
+        raise InputError(f"--resolution {args.resolution} must be a multiple of {pipeline.vae_scale_factor}")
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    for model in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+        model.requires_grad_(False).to(accelerator.device)
+        if model.dtype != dtype:
+            model.to(dtype=dtype)
+    if args.gradient_checkpointing:
+        pipeline.unet.enable_gradient_checkpointing()
+    if args.enable_xformers_memory_efficient_attention:
+        try:
+            pipeline.unet.enable_xformers_memory_efficient_attention()
+        except (ImportError, ValueError) as error:
+            raise InputError(f"--enable_xformers_memory_efficient_attention: {error}") from error
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline, noise_scheduler
+
+
+def load_data(args, accelerator: Accelerator, tokenizer) -> CaptionedImages:
+    """The captioned images, each of which has been read once."""
+    options = {
+        "caption_column": args.caption_column,
+        "caption_template": args.caption_template,
+        "default_caption": args.default_caption,
+        "on_missing_caption": args.on_missing_caption,
+        "resolution": args.resolution,
+        "fit": args.fit,
+        "center_crop": args.center_crop,
+        "random_flip": args.random_flip,
+        "interpolation": args.image_interpolation_mode,
+        "background": args.background,
+        "seed": args.seed,
+    }
+    if args.dataset_name is None:
+        data = captioned_folder(args.train_data_dir, **options)
+    else:
+        with accelerator.main_process_first():
+            rows = load_rows(args)
+        data = captioned_dataset(rows, name=args.dataset_name, image_column=args.image_column, **options)
+    if args.max_train_samples is not None and args.max_train_samples < len(data):
+        chosen = torch.randperm(len(data), generator=generator(args.seed, "samples"))[: args.max_train_samples]
+        data = data.select(sorted(chosen.tolist()))
+    found = broadcast_object_list([scan(data) if accelerator.is_main_process else None])[0]
+    data = drop_bad(data, found, args.on_bad_image)
+    logger.info(found.summary)
+    warn_of_long_captions(tokenizer, data.captions)
+    return data
+
+
+def load_rows(args) -> datasets.Dataset:
+    name = args.dataset_name
+    try:
+        if Path(name, "state.json").is_file() or Path(name, "dataset_dict.json").is_file():
+            rows = datasets.load_from_disk(name)
+        else:
+            rows = datasets.load_dataset(
+                name, args.dataset_config_name, cache_dir=args.cache_dir, data_dir=args.train_data_dir
+            )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(f"--dataset_name {name} cannot be loaded: {error}") from error
+    if isinstance(rows, datasets.Dataset):
+        return rows
+    if "train" not in rows:
+        raise InputError(f'--dataset_name {name} has no split "train", only {", ".join(rows)}')
+    return rows["train"]
+
+
+def warn_of_long_captions(tokenizer, captions: list) -> None:
+    texts = [text for entry in captions for text in ([entry] if isinstance(entry, str) else entry)]
+    lengths = [len(ids) for ids in tokenizer(texts, verbose=False).input_ids]
+    long = [text for text, n in zip(texts, lengths, strict=True) if n > tokenizer.model_max_length]
+    if long:
+        logger.warning(
+            f"{len(long)} captions have more than {tokenizer.model_max_length} tokens; what is over is not read. The"
+            f" longest: {max(long, key=len)!r}"
+        )
+
+
+def tokenize(tokenizer, captions: list[str]) -> torch.Tensor:
+    return tokenizer(
+        captions, max_length=tokenizer.model_max_length, padding="max_length", truncation=True, return_tensors="pt"
+    ).input_ids
+
+
+def collate(examples: list[dict]) -> dict:
+    return {
+        "pixel_values": torch.stack([example["pixel_values"] for example in examples]),
+        "caption": [example["caption"] for example in examples],
+        "name": [example["name"] for example in examples],
+    }
+
+
+def build_term(args, vae, noise_scheduler) -> PerceptualTerm | None:
+    """The perceptual term; None at weight 0, for which nothing is loaded."""
+    if args.perceptual_weight == 0:
+        return None
+    loss = build_loss(
+        args.perceptual_loss,
+        backbone=args.backbone,
+        layers=args.perceptual_layers,
+        resolution=args.perceptual_resolution,
+    )
+    decoder = None
+    if args.perceptual_decoder != "vae":
+        try:
+            decoder = AutoencoderTiny.from_pretrained(args.perceptual_decoder, cache_dir=args.cache_dir).to(vae.device)
+        except (OSError, ValueError) as error:
+            raise InputError(f"--perceptual_decoder {args.perceptual_decoder} cannot be loaded: {error}") from error
+    return PerceptualTerm(
+        loss,
+        vae,
+        noise_scheduler,
+        min_snr=args.perceptual_min_snr,
+        max_timestep=args.perceptual_max_timestep,
+        start_step=args.perceptual_start_step,
+        every=args.perceptual_every,
+        target=args.perceptual_target,
+        decoder=decoder,
+        dtype=getattr(torch, args.perceptual_dtype),
+    )
+
+
+def add_lora(args, unet) -> list[torch.nn.Parameter]:
+    """Add the adapter and return its parameters, in float32 whatever the precision of the run."""
+    set_seed(args.seed)  # what was loaded before must not change how the adapter starts
+    unet.add_adapter(
+        LoraConfig(
+            r=args.rank, lora_alpha=args.lora_alpha, init_lora_weights="gaussian", target_modules=TARGET_MODULES
+        ),
+        adapter_name=ADAPTER,
+    )
+    cast_training_params(unet, dtype=torch.float32)
+    return [parameter for parameter in unet.parameters() if parameter.requires_grad]
+
+
+def register_adapter_hooks(accelerator: Accelerator, args) -> None:
+    """Checkpoints hold the adapter, as a file that loads as it is, in place of the U-Net."""
+
+    def save(models, weights, output_dir):
+        weights.clear()
+        if accelerator.is_main_process:
+            save_adapter(accelerator.unwrap_model(models[0]), output_dir)
+
+    def load(models, input_dir):
+        lora_state_dict, _ = StableDiffusionPipeline.lora_state_dict(input_dir)
+        unet = accelerator.unwrap_model(models.pop())
+        unet_state_dict = {k.removeprefix("unet."): v for k, v in lora_state_dict.items()}
+        set_peft_model_state_dict(unet, convert_unet_state_dict_to_peft(unet_state_dict), adapter_name=ADAPTER)
+        cast_training_params(unet, dtype=torch.float32)
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
+
+
+def save_adapter(unet, folder: str | Path) -> None:
+    """Write the adapter in diffusers' names with its LoraConfig, which holds the alpha, as metadata."""
+    StableDiffusionPipeline.save_lora_weights(
+        save_directory=folder,
+        unet_lora_layers=convert_state_dict_to_diffusers(get_peft_model_state_dict(unet, adapter_name=ADAPTER)),
+        unet_lora_adapter_metadata=unet.peft_config[ADAPTER].to_dict(),
+    )
+
+
+def save_kohya(unet, path: Path) -> None:
+    """Write the adapter in the names of kohya's scripts, each module with its alpha."""
+    weights = {}
+    for name, weight in get_peft_model_state_dict(unet, adapter_name=ADAPTER).items():
+        module, _, part = name.removesuffix(".weight").rpartition(".")
+        module = "lora_unet_" + module.replace(".", "_")
+        weights[f"{module}.lora_{'down' if part == 'lora_A' else 'up'}.weight"] = weight.contiguous()
+        weights[f"{module}.alpha"] = torch.tensor(float(unet.peft_config[ADAPTER].lora_alpha))
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+def resumable_settings(args, accelerator: Accelerator, data: CaptionedImages, perceptual_term) -> dict:
+    """What a resumed run must share with the run that it continues."""
+    names = """pretrained_model_name_or_path rank lora_alpha prediction_type noise_offset snr_gamma dataset_name
+        train_data_dir resolution fit center_crop random_flip seed train_batch_size gradient_accumulation_steps
+        perceptual_weight"""
+    settings = {name: getattr(args, name) for name in names.split()}
+    settings |= {"images": len(data), "processes": accelerator.num_processes}
+    if perceptual_term is not None:
+        settings |= {name: value for name, value in vars(args).items() if name.startswith("perceptual_")}
+        if isinstance(perceptual_term.loss, torch.nn.Module):
+            settings["perceptual_loss_weights"] = fingerprint(perceptual_term.loss)
+    return settings
+
+
+def run_summary(args, accelerator, data, loader, perceptual_term) -> str:
+    lines = [
+        f"{len(data)} images, {len(loader)} batches a process and epoch, {args.max_train_steps} steps of"
+        f" {args.train_batch_size} x {accelerator.num_processes} x {args.gradient_accumulation_steps} images,"
+        f" seed {args.seed}"
+    ]
+    if perceptual_term is None:
+        lines.append("no perceptual term: --perceptual_weight is 0")
+    else:
+        open_timesteps = perceptual_term.open
+        lines.append(
+            f"perceptual term: {args.perceptual_weight:g} x {args.perceptual_loss}, open at"
+            f" {open_timesteps.float().mean():.0%} of the timesteps, the last {int(open_timesteps.nonzero().max())}"
+        )
+    return "\n".join(lines)
+
+
+def step_logs(args, totals: list[float], grad_norm: float, lr_scheduler, guard) -> dict[str, float]:
+    """Means of one optimizer step: the perceptual loss over the rows that the gate let through."""
+    denoising, perceptual, scored, rows = totals
+    logs = {"train_loss": (denoising + args.perceptual_weight * perceptual) / rows, "denoising_loss": denoising / rows}
+    if args.perceptual_weight:
+        logs["gated_rows"] = scored / rows
+        if scored:
+            logs["perceptual_loss"] = perceptual / scored
+    logs |= {"grad_norm": grad_norm, "lr": lr_scheduler.get_last_lr()[0]}
+    return logs | ({"skipped_steps": guard.total} if guard.total else {})
+
+
+@torch.no_grad()
+def generate(args, accelerator, pipeline) -> dict[str, list[Image.Image]]:
+    """`num_validation_images` of each validation prompt; leaves modes and random state as they were."""
+    unet, was_training = pipeline.unet, pipeline.unet.training
+    unet.eval()
+    images = {}
+    with torch.random.fork_rng(), accelerator.autocast():
+        for prompt in args.validation_prompt:
+            images[prompt] = []
+            for number in range(args.num_validation_images):
+                draw = torch.Generator().manual_seed(args.seed + number)
+                size = {"height": args.resolution, "width": args.resolution}
+                latents = pipeline(prompt, num_inference_steps=30, generator=draw, output_type="latent", **size).images
+                images[prompt].append(to_pil(decode(pipeline.vae, latents)[0]))
+    unet.train(was_training)
+    return images
+
+
+def validate(args, accelerator, pipeline, step: int) -> None:
+    """Draw the validation prompts to the trackers and to disk; a failure here does not end the training."""
+    if not args.num_validation_images:
+        return
+    try:
+        images = generate(args, accelerator, pipeline)
+    except torch.cuda.OutOfMemoryError as error:
+        torch.cuda.empty_cache()
+        logger.warning(f"no validation at step {step}: {error}")
+        return
+    folder = Path(args.output_dir, "validation")
+    folder.mkdir(exist_ok=True)
+    sheet(images).save(folder / f"step-{step:06d}.png")
+    track_images(accelerator, "validation", images, step)
+
+
+def track_images(accelerator, phase: str, images: dict[str, list[Image.Image]], step: int) -> None:
+    pictures = [picture for row in images.values() for picture in row]
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            array = np.stack([np.asarray(picture) for picture in pictures])
+            tracker.writer.add_images(phase, array, step, dataformats="NHWC")
+        elif tracker.name == "wandb":
+            tracker.log_images({phase: pictures}, step)
+
+
+def finish(args, accelerator, pipeline, unet, settings: dict, guard) -> None:
+    """Export the adapter, reload and check it, draw before and after, write the model card."""
+    unet.to(torch.float32)
+    save_adapter(unet, args.output_dir)
+    if args.export_kohya:
+        save_kohya(unet, Path(args.output_dir, KOHYA_WEIGHTS))
+    verify_export(args, pipeline, unet)
+    pictures = []
+    if args.validation_prompt and args.num_validation_images:
+        after = generate(args, accelerator, pipeline)
+        unet.disable_lora()
+        before = generate(args, accelerator, pipeline)
+        unet.enable_lora()
+        columns = ["before"] * args.num_validation_images + ["after"] * args.num_validation_images
+        path = Path(args.output_dir, "before_after.png")
+        sheet({prompt: before[prompt] + after[prompt] for prompt in after}, columns).save(path)
+        track_images(accelerator, "test", after, args.max_train_steps)
+        pictures = [path.name]
+    write_card(args, settings, pictures)
+    if guard.total:
+        logger.warning(f"{guard.total} steps were skipped: their loss or gradient was not finite")
+    logger.info(f"adapter: {Path(args.output_dir, WEIGHTS)}, reloaded and checked")
+    if pictures:
+        print(Path(args.output_dir, pictures[0]))
+
+
+@torch.no_grad()
+def verify_export(args, pipeline, unet) -> None:
+    """Load the exported file as a user would: every weight must come back, the output be the trained model's."""
+    unet.eval()
+    draw = generator("verify")
+    side = args.resolution // pipeline.vae_scale_factor
+    latents = torch.randn(1, unet.config.in_channels, side, side, generator=draw).to(unet.device)
+    prompt_embeds = torch.randn(1, 77, unet.config.cross_attention_dim, generator=draw).to(unet.device)
+
+    def predict() -> torch.Tensor:
+        return unet(latents, torch.tensor(200, device=unet.device), prompt_embeds, return_dict=False)[0]
+
+    def weights() -> dict[str, torch.Tensor]:
+        return get_peft_model_state_dict(unet, adapter_name=ADAPTER)
+
+    saved, trained = {name: weight.clone() for name, weight in weights().items()}, predict()
+    unet.disable_lora()
+    base = predict()
+    unet.enable_lora()
+    unet.delete_adapters(ADAPTER)
+    pipeline.unet = unet
+    pipeline.load_lora_weights(args.output_dir, weight_name=WEIGHTS, adapter_name=ADAPTER)
+    path = Path(args.output_dir, WEIGHTS)
+    if torch.equal(trained, base):
+        raise RuntimeError(f"{path} changes nothing: the adapter was not trained")
+    found = weights() if pipeline.get_list_adapters().get("unet") == [ADAPTER] else {}
+    matched = sum(torch.equal(found[name], weight) for name, weight in saved.items() if name in found)
+    if matched != len(saved):
+        raise RuntimeError(f"{path} does not load as it was trained: {matched} of {len(saved)} weights came back")
+    reloaded = predict()
+    if not torch.allclose(reloaded, trained, rtol=1e-3, atol=1e-4 * float(trained.abs().max())):
+        difference = float((reloaded - trained).abs().max())
+        raise RuntimeError(f"{path} loads but predicts otherwise than the trained model, by up to {difference:.3g}")
+
+
+def write_card(args, settings: dict, pictures: list[str]) -> None:
+    base_model = args.pretrained_model_name_or_path
+    prompt = args.validation_prompt[0] if args.validation_prompt else args.caption_template.replace("{class}", "house")
+    is_local = Path(base_model).exists()
+    shown = {name: value for name, value in settings.items() if name not in ("train_data_dir", "dataset_name")}
+    if is_local:
+        shown["pretrained_model_name_or_path"] = "a local copy"
+    tags = "stable-diffusion stable-diffusion-diffusers text-to-image diffusers diffusers-training lora sketch"
+    snippet = f"""from diffusers import StableDiffusionPipeline
+
+pipeline = StableDiffusionPipeline.from_pretrained("{"path/to/stable-diffusion-v1-5" if is_local else base_model}")
+pipeline.load_lora_weights("{args.hub_model_id or "path/to/this/folder"}")
+pipeline("{prompt}").images[0].save("sketch.png")"""
+    dataset = args.dataset_name if args.dataset_name and not Path(args.dataset_name).exists() else None
+    hub.write_card(
+        args.output_dir,
+        data=ModelCardData(
+            license="creativeml-openrail-m",
+            base_model=None if is_local else base_model,
+            datasets=dataset and [dataset],
+            library_name="diffusers",
+            tags=tags.split(),
+            inference=True,
+        ),
+        title=f"Sketch LoRA - {args.hub_model_id or Path(args.output_dir).resolve().name}",
+        description="LoRA weights for Stable Diffusion 1.5, fine-tuned on drawings with the perceptual term of"
+        f" sketch-perceptual. Captions follow {args.caption_template!r} where images had classes.",
+        snippet=snippet,
+        options=shown | {"steps": args.max_train_steps, "learning_rate": args.learning_rate},
+        pictures=pictures,
+    )
+
+
+if __name__ == "__main__":
+    run(main, parse_args())
