@@ -35,14 +35,12 @@ from sketch_perceptual import hub
 from sketch_perceptual.backbone import fingerprint
 from sketch_perceptual.data import (
     CAPTION_TEMPLATE,
-    INTERPOLATIONS,
     CaptionedImages,
     captioned_dataset,
     captioned_folder,
     drop_bad,
     generator,
     scan,
-    to_pil,
 )
 from sketch_perceptual.diffusion import (
     PREDICTION_TYPES,
@@ -54,7 +52,8 @@ from sketch_perceptual.diffusion import (
 )
 from sketch_perceptual.errors import InputError
 from sketch_perceptual.figures import sheet
-from sketch_perceptual.losses import LOSSES, build_loss
+from sketch_perceptual.images import INTERPOLATIONS, to_pil
+from sketch_perceptual.losses import LOSSES, build_loss, typical_distance
 from sketch_perceptual.training import (
     EpochSampler,
     NonFiniteGuard,
@@ -115,7 +114,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--image_interpolation_mode", choices=tuple(INTERPOLATIONS), default="lanczos")
 
     add = parser.add_argument_group("perceptual term").add_argument
-    add("--perceptual_weight", type=rate, default=0.1, help="factor of the term; 0 is the plain script")
+    add("--perceptual_weight", type=rate, default=0.1, help="1 weighs unrelated drawings as 1; 0 is the plain script")
     add("--perceptual_loss", default="attention_vgg", help=f"{', '.join(LOSSES)}, an entry point, or module:Class")
     add("--backbone", help='network of the loss: folder, Hub id, .safetensors with VGG-16 weights, or "imagenet"')
     add("--perceptual_layers", nargs="+", metavar="LAYER", help="taps, e.g. relu1_2 relu3_3")
@@ -149,7 +148,7 @@ def main(args: argparse.Namespace) -> None:
     accelerator = start(args)
     pipeline, noise_scheduler = load_models(args, accelerator)
     data = load_data(args, accelerator, pipeline.tokenizer)
-    perceptual_term = build_term(args, pipeline.vae, noise_scheduler)
+    perceptual_term = build_term(args, data, pipeline.vae, noise_scheduler)
     repo_id = None
     if args.push_to_hub and accelerator.is_main_process:
         repo_id = hub.create_repo(args.hub_model_id or Path(args.output_dir).resolve().name, args.hub_token)
@@ -170,22 +169,22 @@ def main(args: argparse.Namespace) -> None:
     lr_scheduler = make_lr_scheduler(args, optimizer)
     register_adapter_hooks(accelerator, args)
     settings = resumable_settings(args, accelerator, data, perceptual_term)
-    state = {"global_step": 0, "epoch": 0, "batch": 0, "skipped_steps": 0, "lr_scheduler": lr_scheduler.state_dict()}
-    state |= {"settings": settings} | (load_checkpoint(accelerator, args, settings) or {})
-    lr_scheduler.load_state_dict(state["lr_scheduler"])
-    guard = NonFiniteGuard(state["skipped_steps"], scaled=accelerator.scaler is not None)
+    resumed = load_checkpoint(accelerator, args, settings) or {"global_step": 0, "epoch": 0, "batch": 0}
+    if "lr_scheduler" in resumed:
+        lr_scheduler.load_state_dict(resumed["lr_scheduler"])
+    guard = NonFiniteGuard(resumed.get("skipped_steps", 0), scaled=accelerator.scaler is not None)
     start_trackers(accelerator, "text2image-fine-tune", args)
-    logger.info(run_summary(args, accelerator, data, loader, perceptual_term))
+    logger.info(run_summary(args, accelerator, loader, perceptual_term))
 
     stop = catch_signals()
-    step, sums, seen = state["global_step"], 0, []
+    step, sums, seen = resumed["global_step"], 0, []
     progress = tqdm(
         total=args.max_train_steps, initial=step, desc="Steps", disable=not accelerator.is_local_main_process
     )
-    for epoch in range(state["epoch"], args.num_train_epochs):
+    for epoch in range(resumed["epoch"], args.num_train_epochs):
         unet.train()
         sampler.epoch = epoch
-        first = state["batch"] if epoch == state["epoch"] else 0
+        first = resumed["batch"] if epoch == resumed["epoch"] else 0
         batches = accelerator.skip_first_batches(loader, first) if first else loader
         for number, batch in enumerate(batches, first):
             if step >= args.max_train_steps:
@@ -196,14 +195,9 @@ def main(args: argparse.Namespace) -> None:
                     args, accelerator, pipeline, unet, noise_scheduler, perceptual_term, batch, draw, step
                 )
                 accelerator.backward(denoising.mean() + args.perceptual_weight * perceptual.mean())
-                parts = (
-                    denoising.sum(),
-                    perceptual.sum(),
-                    gate.sum().to(denoising.device),
-                    denoising.new_tensor(len(gate)),
-                )
-                sums = sums + torch.stack([part.detach().float() for part in parts])
-                seen.append((batch["name"], timesteps, (denoising + perceptual).detach()))
+                rows = torch.stack([denoising, perceptual, gate, torch.ones_like(gate)]).detach()
+                sums = sums + rows.sum(1)
+                seen.append((batch["name"], timesteps, rows.sum(0)))
                 if not accelerator.sync_gradients:
                     continue
                 grad_norm = accelerator.clip_grad_norm_(lora_parameters, args.max_grad_norm)
@@ -243,7 +237,7 @@ def main(args: argparse.Namespace) -> None:
 def compute_losses(
     args, accelerator, pipeline, unet, noise_scheduler, perceptual_term, batch, draw, step
 ) -> tuple[torch.Tensor, ...]:
-    """Denoising loss (B,), perceptual loss (B,), gate (B,) and timesteps (B,) of one batch."""
+    """Denoising loss, perceptual loss, gate (1 where the term is open) and timesteps of one batch, each (B,)."""
     images = batch["pixel_values"]
     with torch.no_grad():
         latents = encode(pipeline.vae, images, draw).float()
@@ -262,9 +256,9 @@ def compute_losses(
     if args.snr_gamma is not None:
         denoising = denoising * min_snr_weights(timesteps, args.snr_gamma, noise_scheduler)
     if perceptual_term is None:
-        return denoising, torch.zeros_like(denoising), torch.zeros(len(images)), timesteps
+        return denoising, torch.zeros_like(denoising), torch.zeros_like(denoising), timesteps
     perceptual = perceptual_term(model_pred, noisy_latents, timesteps, images, step)
-    return denoising, perceptual, perceptual_term.gate(timesteps, step), timesteps
+    return denoising, perceptual, perceptual_term.gate(timesteps, step).to(denoising), timesteps
 
 
 def load_models(args, accelerator: Accelerator) -> tuple[StableDiffusionPipeline, DDPMScheduler]:
@@ -335,7 +329,7 @@ def load_data(args, accelerator: Accelerator, tokenizer) -> CaptionedImages:
     found = broadcast_object_list([scan(data) if accelerator.is_main_process else None])[0]
     data = drop_bad(data, found, args.on_bad_image)
     logger.info(found.summary)
-    warn_of_long_captions(tokenizer, data.captions)
+    warn_of_long_captions(tokenizer, [text for row in data.rows for text in data.captions[row]])
     return data
 
 
@@ -357,10 +351,9 @@ def load_rows(args) -> datasets.Dataset:
     return rows["train"]
 
 
-def warn_of_long_captions(tokenizer, captions: list) -> None:
-    texts = [text for entry in captions for text in ([entry] if isinstance(entry, str) else entry)]
-    lengths = [len(ids) for ids in tokenizer(texts, verbose=False).input_ids]
-    long = [text for text, n in zip(texts, lengths, strict=True) if n > tokenizer.model_max_length]
+def warn_of_long_captions(tokenizer, captions: list[str]) -> None:
+    lengths = [len(ids) for ids in tokenizer(captions, verbose=False).input_ids]
+    long = [text for text, n in zip(captions, lengths, strict=True) if n > tokenizer.model_max_length]
     if long:
         logger.warning(
             f"{len(long)} captions have more than {tokenizer.model_max_length} tokens; what is over is not read. The"
@@ -382,8 +375,8 @@ def collate(examples: list[dict]) -> dict:
     }
 
 
-def build_term(args, vae, noise_scheduler) -> PerceptualTerm | None:
-    """The perceptual term; None at weight 0, for which nothing is loaded."""
+def build_term(args, data: CaptionedImages, vae, noise_scheduler) -> PerceptualTerm | None:
+    """The perceptual term, in units of the loss between unrelated drawings; None at weight 0, which loads nothing."""
     if args.perceptual_weight == 0:
         return None
     loss = build_loss(
@@ -398,6 +391,10 @@ def build_term(args, vae, noise_scheduler) -> PerceptualTerm | None:
             decoder = AutoencoderTiny.from_pretrained(args.perceptual_decoder, cache_dir=args.cache_dir).to(vae.device)
         except (OSError, ValueError) as error:
             raise InputError(f"--perceptual_decoder {args.perceptual_decoder} cannot be loaded: {error}") from error
+    if isinstance(loss, torch.nn.Module):
+        loss.to(vae.device)
+    few = range(0, len(data), max(1, len(data) // 8))[:8]
+    scale = typical_distance(loss, [data[0, index]["pixel_values"].to(vae.device) for index in few])
     return PerceptualTerm(
         loss,
         vae,
@@ -409,6 +406,7 @@ def build_term(args, vae, noise_scheduler) -> PerceptualTerm | None:
         target=args.perceptual_target,
         decoder=decoder,
         dtype=getattr(torch, args.perceptual_dtype),
+        scale=scale,
     )
 
 
@@ -478,9 +476,9 @@ def resumable_settings(args, accelerator: Accelerator, data: CaptionedImages, pe
     return settings
 
 
-def run_summary(args, accelerator, data, loader, perceptual_term) -> str:
+def run_summary(args, accelerator, loader, perceptual_term) -> str:
     lines = [
-        f"{len(data)} images, {len(loader)} batches a process and epoch, {args.max_train_steps} steps of"
+        f"{len(loader)} batches a process and epoch, {args.max_train_steps} steps of"
         f" {args.train_batch_size} x {accelerator.num_processes} x {args.gradient_accumulation_steps} images,"
         f" seed {args.seed}"
     ]
@@ -489,8 +487,9 @@ def run_summary(args, accelerator, data, loader, perceptual_term) -> str:
     else:
         open_timesteps = perceptual_term.open
         lines.append(
-            f"perceptual term: {args.perceptual_weight:g} x {args.perceptual_loss}, open at"
-            f" {open_timesteps.float().mean():.0%} of the timesteps, the last {int(open_timesteps.nonzero().max())}"
+            f"perceptual term: {args.perceptual_weight:g} x {args.perceptual_loss} / {perceptual_term.scale:.4g},"
+            f" its value for unrelated drawings; open at {open_timesteps.float().mean():.0%} of the timesteps, up to"
+            f" {int(open_timesteps.nonzero().max())}"
         )
     return "\n".join(lines)
 

@@ -1,3 +1,25 @@
 """Perceptual losses that understand drawings (Seo 2025), and what it takes to train with them."""
 
+from .backbone import AttentionVGG16, load_backbone
+from .diffusion import PerceptualTerm, predict_x0
+from .errors import InputError
+from .images import load_image, to_pil, to_tensor
+from .losses import LOSSES, ImageLoss, PerceptualLoss, build_loss, check_loss
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "LOSSES",
+    "AttentionVGG16",
+    "ImageLoss",
+    "InputError",
+    "PerceptualLoss",
+    "PerceptualTerm",
+    "build_loss",
+    "check_loss",
+    "load_backbone",
+    "load_image",
+    "predict_x0",
+    "to_pil",
+    "to_tensor",
+]

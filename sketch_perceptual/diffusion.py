@@ -114,6 +114,7 @@ class PerceptualTerm:
         decoder: another decoder for the same latents, e.g. an `AutoencoderTiny`; None is the VAE's.
         dtype: torch.float32 or torch.bfloat16. VAE decoders overflow in float16.
         checkpoint: recompute the decoder's activations in the backward pass instead of keeping them.
+        scale: what the loss is divided by, e.g. its `typical_distance`, so that weights compare between losses.
     """
 
     def __init__(
@@ -130,16 +131,18 @@ class PerceptualTerm:
         decoder=None,
         dtype: torch.dtype = torch.float32,
         checkpoint: bool = True,
+        scale: float = 1.0,
     ):
         if dtype not in (torch.float32, torch.bfloat16):
             raise InputError(f"the perceptual term runs in float32 or bfloat16, not {dtype}")
         if target not in ("image", "reconstruction"):
             raise InputError(f'the perceptual target must be "image" or "reconstruction", got {target!r}')
-        if every < 1 or start_step < 0 or min_snr < 0:
-            raise InputError("the perceptual term needs every >= 1, start_step >= 0 and min_snr >= 0")
+        if every < 1 or start_step < 0 or min_snr < 0 or scale <= 0:
+            raise InputError("the perceptual term needs every >= 1, start_step >= 0, min_snr >= 0 and scale > 0")
         check_prediction_type(noise_scheduler.config.prediction_type)
         self.loss, self.vae, self.noise_scheduler = loss, vae, noise_scheduler
         self.start_step, self.every, self.target, self.dtype = start_step, every, target, dtype
+        self.scale = scale
         self.decoder = _frozen_decoder(vae if decoder is None else decoder, dtype, checkpoint)
         if isinstance(loss, nn.Module):
             loss.to(next(vae.parameters()).device, dtype).requires_grad_(False).eval()
@@ -188,7 +191,8 @@ class PerceptualTerm:
         latents = predict_x0(model_pred[rows], noisy_latents[rows], timesteps[rows], self.noise_scheduler)
         with torch.autocast(model_pred.device.type, enabled=False):
             target = self._target(images[rows]).to(self.dtype)
-            return per_row.index_put((rows,), self.loss(decode(self.decoder, latents), target).float())
+            value = self.loss(decode(self.decoder, latents), target).float() / self.scale
+            return per_row.index_put((rows,), value)
 
     @torch.no_grad()
     def _target(self, images: Tensor) -> Tensor:

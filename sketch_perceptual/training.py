@@ -119,7 +119,8 @@ def start(args: argparse.Namespace) -> Accelerator:
             f"{accelerator.distributed_type.value} shards what these scripts keep whole; use plain data parallelism:"
             " accelerate launch --multi_gpu"
         )
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger().setLevel(logging.INFO if accelerator.is_main_process else logging.WARNING)
     logging.captureWarnings(True)
     logging.getLogger("accelerate").setLevel(logging.WARNING)
     for library in (diffusers, transformers):  # what matters of their advice is checked by the scripts

@@ -154,6 +154,8 @@ def test_each_row_is_its_own_decoded_x0_against_its_image(vae):
     x0 = predict_x0(noise, latents, timesteps, noise_scheduler)
     expected = (vae.decode(x0 / vae.config.scaling_factor).sample - images).abs().mean((1, 2, 3))
     torch.testing.assert_close(value[[0, 2, 3]], expected[[0, 2, 3]])
+    halved = PerceptualTerm(PixelLoss(), vae, noise_scheduler, scale=2.0)(noise, latents, timesteps, images)
+    torch.testing.assert_close(halved, value / 2)
     assert value.dtype == torch.float32
 
 
@@ -251,6 +253,7 @@ def test_an_encoder_in_half_precision_stands_beside_a_decoder_in_full(vae):
         ({"target": "latent"}, '"image" or "reconstruction"'),
         ({"every": 0}, "every >= 1"),
         ({"start_step": -1}, "start_step >= 0"),
+        ({"scale": 0.0}, "scale > 0"),
         ({"min_snr": 1e9}, "never opens: min_snr=1000000000.0"),
         ({"max_timestep": -1}, "never opens"),
     ],

@@ -8,7 +8,15 @@ from torch import nn
 
 from sketch_perceptual.backbone import AttentionVGG16
 from sketch_perceptual.errors import InputError
-from sketch_perceptual.losses import LOSSES, ImageLoss, PerceptualLoss, PixelLoss, build_loss, check_loss
+from sketch_perceptual.losses import (
+    LOSSES,
+    ImageLoss,
+    PerceptualLoss,
+    PixelLoss,
+    build_loss,
+    check_loss,
+    typical_distance,
+)
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +97,16 @@ def test_known_answer_by_hand(sources):
     torch.testing.assert_close(PerceptualLoss(backbone, layers, weights)(x, y), l1)
     torch.testing.assert_close(PerceptualLoss(backbone, layers, weights, distance="l2")(x, y), l2)
     torch.testing.assert_close(PixelLoss()(x, y), (x - y).abs().mean((1, 2, 3)))
+
+
+def test_typical_distance_makes_losses_comparable(sources):
+    few = list(images(n=3))
+    loss = build_loss("vgg", backbone=sources["vgg"])
+    a, b, c = images(n=3).split(1)
+    expected = (loss(a, b) + loss(b, c) + loss(c, a)) / 3
+    assert typical_distance(loss, few) == pytest.approx(float(expected))
+    assert typical_distance(lambda x, y: 100 * loss(x, y), few) == pytest.approx(100 * float(expected))
+    assert typical_distance(loss, few[:1]) == 1.0
 
 
 def test_lpips_is_the_packages_own_arithmetic(sources):

@@ -200,8 +200,8 @@ def test_validation_puts_modes_and_random_state_back(tiny_sd):
     PartialState._reset_state()
     AcceleratorState._reset_state(True)
     args = script.parse_args(
-        f"--pretrained_model_name_or_path {tiny_sd} --train_data_dir x --resolution 32 --seed 0".split()
-        + "--num_validation_images 1 --validation_prompt house".split()
+        f"--pretrained_model_name_or_path {tiny_sd} --train_data_dir x --resolution 32 --seed 0"
+        " --num_validation_images 1 --validation_prompt house".split()
     )
     accelerator = Accelerator(cpu=True)
     pipeline, _ = script.load_models(args, accelerator)
@@ -226,7 +226,7 @@ class Poisoned(PixelLoss):
 
     def __init__(self):
         super().__init__()
-        self.calls = -3  # the contract comes first
+        self.calls = -10  # the contract and the scale come first
 
     def compare(self, images, target):
         self.calls += 1
