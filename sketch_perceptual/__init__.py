@@ -4,7 +4,7 @@ from .backbone import AttentionVGG16, load_backbone
 from .diffusion import PerceptualTerm, predict_x0
 from .errors import InputError
 from .images import load_image, to_pil, to_tensor
-from .losses import LOSSES, ImageLoss, PerceptualLoss, build_loss, check_loss
+from .losses import LOSSES, ImageLoss, PerceptualLoss, build_loss, check_loss, typical_distance
 
 __version__ = "0.1.0"
 
@@ -22,4 +22,5 @@ __all__ = [
     "predict_x0",
     "to_pil",
     "to_tensor",
+    "typical_distance",
 ]

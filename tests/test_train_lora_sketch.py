@@ -121,6 +121,12 @@ def test_weight_zero_is_the_plain_script_bit_for_bit_and_loads_nothing(train):
     assert [log["gated_rows"] for log in scored.logs] == [1] * 4
 
 
+def test_gradient_checkpointing_changes_nothing_but_memory(train):
+    plain, checkpointed = train(), train("--gradient_checkpointing", output="checkpointed")
+    for key, weight in plain.adapter.items():
+        torch.testing.assert_close(checkpointed.adapter[key], weight)
+
+
 def test_attention_vgg_scores_a_run(train, backbone):
     run = train("--perceptual_loss", "attention_vgg", "--backbone", backbone, "--perceptual_min_snr", 0)
     assert all(log["perceptual_loss"] > 0 for log in run.logs)

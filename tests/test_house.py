@@ -1,0 +1,83 @@
+"""The README is true, and modules import one way only."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, StableDiffusionPipeline
+
+import train_lora_sketch as script
+from sketch_perceptual.backbone import AttentionVGG16
+
+ROOT = Path(script.__file__).parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+CODE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+MAY_IMPORT = {
+    "errors": set(),
+    "attention": set(),
+    "images": {"errors"},
+    "data": {"errors", "images"},
+    "drawings": {"errors"},
+    "backbone": {"errors", "attention"},
+    "losses": {"errors", "backbone"},
+    "diffusion": {"errors"},
+    "figures": set(),
+    "hub": {"errors"},
+    "training": {"errors", "data"},
+}
+
+
+@pytest.mark.parametrize("module", sorted(path.stem for path in (ROOT / "sketch_perceptual").glob("[a-z]*.py")))
+def test_modules_import_one_way_only(module):
+    tree = ast.parse((ROOT / "sketch_perceptual" / f"{module}.py").read_text(encoding="utf-8"))
+    froms = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    ours = {node.module for node in froms if node.level}
+    outside = {
+        name.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names
+    }
+    outside |= {node.module.split(".")[0] for node in froms if not node.level}
+    assert ours <= MAY_IMPORT[module]
+    assert module == "training" or not outside & {"accelerate", "diffusers", "peft", "transformers"}
+
+
+def test_options_and_files_in_the_readme_exist():
+    options = set(re.findall(r"`?(--\w+)", README)) - {"--mixed_precision", "--nproc_per_node"}
+    known = vars(script.parse_args(["--pretrained_model_name_or_path", "x", "--train_data_dir", "y"]))
+    assert {option[2:] for option in options} <= set(known)
+    for path in re.findall(r"\]\((?!http)([^)]+)\)", README):
+        assert (ROOT / path).is_file(), path
+
+
+def test_the_recipe_goes_into_a_plain_training_loop(tiny_sd, backbone, monkeypatch):
+    build, call = (
+        next(code for code in CODE if "PerceptualTerm(" in code),
+        next(code for code in CODE if "loss +" in code),
+    )
+    monkeypatch.chdir(backbone.parent)
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd, safety_checker=None)
+    noise_scheduler = DDPMScheduler.from_pretrained(tiny_sd, subfolder="scheduler")
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    with torch.no_grad():
+        latents = pipeline.vae.encode(images).latent_dist.sample() * pipeline.vae.config.scaling_factor
+    noise, timesteps = torch.randn_like(latents), torch.tensor([100, 900])
+    noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
+    model_pred = pipeline.unet(noisy_latents, timesteps, torch.zeros(2, 77, 16), return_dict=False)[0]
+    plain = (model_pred - noise).square().mean()
+    names = {"vae": pipeline.vae, "noise_scheduler": noise_scheduler, "batch": {"pixel_values": images}, "loss": plain}
+    names |= {"model_pred": model_pred, "noisy_latents": noisy_latents, "timesteps": timesteps}
+    exec(build.replace("attention-vgg16", backbone.name), names)
+    exec(call, names)
+    assert names["loss"] > plain
+    names["loss"].backward()
+    assert pipeline.unet.conv_in.weight.grad.abs().sum() > 0
+
+
+def test_the_loss_alone_runs_as_shown(backbone, monkeypatch, capsys):
+    monkeypatch.chdir(backbone.parent)
+    code = next(code for code in CODE if "prediction, target" in code)
+    exec(code.replace("attention-vgg16", backbone.name).replace("256, 256", "64, 64"), {})
+    assert "tensor([" in capsys.readouterr().out
+    assert isinstance(AttentionVGG16.from_pretrained(backbone), AttentionVGG16)
