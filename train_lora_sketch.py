@@ -213,7 +213,8 @@ def main(args: argparse.Namespace) -> None:
             progress.set_postfix({k: f"{v:.3g}" for k, v in logs.items()})
             accelerator.log(logs, step)
             if step % args.checkpointing_steps == 0 or stopped:
-                state = {"global_step": step, "epoch": epoch, "batch": number + 1, "skipped_steps": guard.total}
+                next_epoch, next_batch = divmod(epoch * len(loader) + number + 1, len(loader))
+                state = {"global_step": step, "epoch": next_epoch, "batch": next_batch, "skipped_steps": guard.total}
                 state |= {"lr_scheduler": lr_scheduler.state_dict(), "settings": settings}
                 save_checkpoint(accelerator, args, state)
             if stopped:
@@ -432,7 +433,7 @@ def register_adapter_hooks(accelerator: Accelerator, args) -> None:
             save_adapter(accelerator.unwrap_model(models[0]), output_dir)
 
     def load(models, input_dir):
-        lora_state_dict, _ = StableDiffusionPipeline.lora_state_dict(input_dir)
+        lora_state_dict, _ = StableDiffusionPipeline.lora_state_dict(input_dir, weight_name=WEIGHTS)
         unet = accelerator.unwrap_model(models.pop())
         unet_state_dict = {k.removeprefix("unet."): v for k, v in lora_state_dict.items()}
         set_peft_model_state_dict(unet, convert_unet_state_dict_to_peft(unet_state_dict), adapter_name=ADAPTER)

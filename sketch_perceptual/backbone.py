@@ -135,7 +135,7 @@ class AttentionVGG16(
     @classmethod
     def _from_pretrained(cls, *, model_id, config=None, map_location="cpu", strict=True, **kwargs):
         if config is None:
-            raise InputError(f"{model_id} has no config.json, so it was not written by save_pretrained")
+            raise InputError(f"no backbone at {model_id}: there is no config.json, which save_pretrained writes")
         try:
             return super()._from_pretrained(model_id=model_id, map_location=map_location, strict=strict, **kwargs)
         except (RuntimeError, SafetensorError) as error:
