@@ -4,8 +4,8 @@
 
 It has the parts, module names and noise schedule of SD 1.5 at 64 x 64 pixels, so that tests and the demo can train
 a LoRA in minutes without a download. The VAE sees photos and sketches, the U-Net and the text encoder only photos:
-before fine-tuning even "a sketch of a house" is a coloured scene. Takes 40 minutes on two CPU cores. A second call with the same options goes on
-from the last state in --work_dir.
+before fine-tuning even "a sketch of a house" is a coloured scene. It takes 40 minutes on two CPU cores; a second call
+with the same options goes on from the last state in --work_dir.
 """
 
 import argparse

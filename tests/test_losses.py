@@ -3,11 +3,13 @@ import warnings
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
 from sketch_perceptual.backbone import AttentionVGG16
 from sketch_perceptual.errors import InputError
+from sketch_perceptual.images import to_tensor
 from sketch_perceptual.losses import (
     LOSSES,
     ImageLoss,
@@ -166,6 +168,16 @@ def test_features_ignore_an_outer_autocast_and_follow_their_own_dtype(sources):
 def test_wrong_images_are_named(x, y, message):
     with pytest.raises(InputError, match=message):
         PixelLoss()(x, y)
+
+
+def test_one_number_whatever_the_pictures_came_as():
+    levels = torch.randint(0, 256, (2, 20, 24, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    pil = [Image.fromarray(array.numpy()) for array in levels]
+    unit = [array.permute(2, 0, 1) / 255 for array in levels]
+    pairs = [pil, list(levels), [array.numpy() for array in levels], unit]
+    values = [PixelLoss()(*(to_tensor(image)[None] for image in pair)) for pair in pairs]
+    values.append(PixelLoss()(*(2 * image[None] - 1 for image in unit)))
+    torch.testing.assert_close(torch.cat(values), values[0].expand(5))
 
 
 def test_both_images_in_zero_one_is_a_warning():
