@@ -55,12 +55,12 @@ from sketch_perceptual.figures import sheet
 from sketch_perceptual.images import INTERPOLATIONS, to_pil
 from sketch_perceptual.losses import LOSSES, build_loss, typical_distance
 from sketch_perceptual.training import (
-    EpochSampler,
     NonFiniteGuard,
     add_training_options,
     at_least,
     catch_signals,
     load_checkpoint,
+    make_loader,
     make_lr_scheduler,
     make_optimizer,
     plan_steps,
@@ -154,15 +154,7 @@ def main(args: argparse.Namespace) -> None:
         repo_id = hub.create_repo(args.hub_model_id or Path(args.output_dir).resolve().name, args.hub_token)
 
     lora_parameters = add_lora(args, pipeline.unet)
-    sampler = EpochSampler(len(data), args.seed)
-    loader = torch.utils.data.DataLoader(
-        data,
-        sampler=sampler,
-        batch_size=args.train_batch_size,
-        collate_fn=collate,
-        num_workers=args.dataloader_num_workers,
-        persistent_workers=args.dataloader_num_workers > 0,
-    )
+    sampler, loader = make_loader(args, data, collate)
     optimizer = make_optimizer(args, lora_parameters)
     unet, prepared_optimizer, loader = accelerator.prepare(pipeline.unet, optimizer, loader)
     plan_steps(args, len(loader))
@@ -472,8 +464,10 @@ def resumable_settings(args, accelerator: Accelerator, data: CaptionedImages, pe
     settings |= {"images": len(data), "processes": accelerator.num_processes}
     if perceptual_term is not None:
         settings |= {name: value for name, value in vars(args).items() if name.startswith("perceptual_")}
-        if isinstance(perceptual_term.loss, torch.nn.Module):
-            settings["perceptual_loss_weights"] = fingerprint(perceptual_term.loss)
+        if backbone := getattr(perceptual_term.loss, "backbone", None):
+            settings["backbone_weights"] = fingerprint(backbone)
+            settings["backbone_attention"] = backbone.attention
+            settings["backbone_pool_after_attention"] = backbone.pool_after_attention
     return settings
 
 

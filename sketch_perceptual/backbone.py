@@ -56,7 +56,7 @@ class AttentionVGG16(
             raise InputError(f'attention must be "cbam" or "none", got {attention!r}')
         if num_classes < 0:
             raise InputError(f"num_classes must be 0 (no classifier) or positive, got {num_classes}")
-        self.attention, self.num_classes = attention, num_classes
+        self.attention, self.pool_after_attention, self.num_classes = attention, pool_after_attention, num_classes
         self.tap_index: dict[str, int] = {}
         self.features = nn.Sequential()
         channels = 3

@@ -160,6 +160,20 @@ class EpochSampler(torch.utils.data.Sampler):
         return iter([(self.epoch, index) for index in order.tolist()])
 
 
+def make_loader(args: argparse.Namespace, data, collate: Callable) -> tuple[EpochSampler, torch.utils.data.DataLoader]:
+    """Batches of `data`, which is indexed by (epoch, index), and the sampler that orders them."""
+    sampler = EpochSampler(len(data), args.seed)
+    loader = torch.utils.data.DataLoader(
+        data,
+        args.train_batch_size,
+        sampler=sampler,
+        collate_fn=collate,
+        num_workers=args.dataloader_num_workers,
+        persistent_workers=args.dataloader_num_workers > 0,
+    )
+    return sampler, loader
+
+
 def plan_steps(args: argparse.Namespace, batches: int) -> None:
     """Settle `max_train_steps` and `num_train_epochs` for epochs of `batches` batches a process."""
     steps_per_epoch = math.ceil(batches / args.gradient_accumulation_steps)

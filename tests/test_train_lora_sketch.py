@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 import train_lora_sketch as script
 from sketch_perceptual import hub, training
+from sketch_perceptual.backbone import fingerprint, load_backbone
 from sketch_perceptual.errors import InputError
 from sketch_perceptual.losses import PixelLoss
 
@@ -132,6 +133,9 @@ def test_attention_vgg_scores_a_run(train, backbone):
     assert all(log["perceptual_loss"] > 0 for log in run.logs)
     for log in run.logs:
         assert log["train_loss"] == pytest.approx(log["denoising_loss"] + 0.1 * log["perceptual_loss"])
+    card = (run.folder / "README.md").read_text()
+    assert f"| backbone_weights | {fingerprint(load_backbone(backbone))} |" in card
+    assert "| backbone_pool_after_attention | True |" in card
 
 
 def test_clipping_clips_and_the_norm_before_it_is_logged(train, monkeypatch):
