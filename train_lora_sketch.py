@@ -76,6 +76,7 @@ TARGET_MODULES = ["to_k", "to_q", "to_v", "to_out.0"]
 ADAPTER = "default"
 WEIGHTS = "pytorch_lora_weights.safetensors"
 KOHYA_WEIGHTS = "pytorch_lora_weights_kohya.safetensors"
+BEFORE_AFTER = "before_after.png"
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -201,8 +202,8 @@ def main(args: argparse.Namespace) -> None:
 
             step, sums, seen = step + 1, 0, []
             logs = step_logs(args, totals, float(grad_norm), lr_scheduler, guard)
+            progress.set_postfix({k: f"{v:.3g}" for k, v in logs.items()}, refresh=False)
             progress.update()
-            progress.set_postfix({k: f"{v:.3g}" for k, v in logs.items()})
             accelerator.log(logs, step)
             if step % args.checkpointing_steps == 0 or stopped:
                 next_epoch, next_batch = divmod(epoch * len(loader) + number + 1, len(loader))
@@ -219,11 +220,10 @@ def main(args: argparse.Namespace) -> None:
     progress.close()
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        finish(args, accelerator, pipeline, accelerator.unwrap_model(unet, keep_fp32_wrapper=False), settings, guard)
+        accelerator.unwrap_model(unet, keep_fp32_wrapper=False)
+        files = finish(args, accelerator, pipeline, settings, guard)
         if repo_id:
-            hub.push(
-                args.output_dir, repo_id, [WEIGHTS, KOHYA_WEIGHTS, "README.md", "before_after.png"], args.hub_token
-            )
+            hub.push(args.output_dir, repo_id, files, args.hub_token)
     accelerator.end_training()
 
 
@@ -284,6 +284,9 @@ def load_models(args, accelerator: Accelerator) -> tuple[StableDiffusionPipeline
         model.requires_grad_(False).to(accelerator.device)
         if model.dtype != dtype:
             model.to(dtype=dtype)
+    if dtype == torch.float16:  # in which VAE decoders overflow
+        pipeline.vae.decoder.float()
+        pipeline.vae.post_quant_conv.float()
     if args.gradient_checkpointing:
         pipeline.unet.enable_gradient_checkpointing()
     if args.enable_xformers_memory_efficient_attention:
@@ -503,36 +506,39 @@ def step_logs(args, totals: list[float], grad_norm: float, lr_scheduler, guard) 
 
 @torch.no_grad()
 def generate(args, accelerator, pipeline) -> dict[str, list[Image.Image]]:
-    """`num_validation_images` of each validation prompt; leaves modes and random state as they were."""
+    """`num_validation_images` of each validation prompt; leaves modes and random state as they were.
+
+    What goes wrong here, too little memory or a decoder that overflows, is said and leaves the result empty: it must
+    not end a training.
+    """
     unet, was_training = pipeline.unet, pipeline.unet.training
     unet.eval()
+    size = {"height": args.resolution, "width": args.resolution}
     images = {}
-    with torch.random.fork_rng(), accelerator.autocast():
-        for prompt in args.validation_prompt:
-            images[prompt] = []
-            for number in range(args.num_validation_images):
-                draw = torch.Generator().manual_seed(args.seed + number)
-                size = {"height": args.resolution, "width": args.resolution}
-                latents = pipeline(prompt, num_inference_steps=30, generator=draw, output_type="latent", **size).images
-                images[prompt].append(to_pil(decode(pipeline.vae, latents)[0]))
+    try:
+        with torch.random.fork_rng(), accelerator.autocast():
+            for prompt in (args.validation_prompt or []) if args.num_validation_images else []:
+                draws = [torch.Generator().manual_seed(args.seed + n) for n in range(args.num_validation_images)]
+                latents = [
+                    pipeline(prompt, num_inference_steps=30, generator=draw, output_type="latent", **size).images
+                    for draw in draws
+                ]
+                images[prompt] = [to_pil(decode(pipeline.vae, latent)[0]) for latent in latents]
+    except (torch.OutOfMemoryError, InputError) as error:
+        logger.warning(f"no validation images: {error}")
+        torch.cuda.empty_cache()
+        images = {}
     unet.train(was_training)
     return images
 
 
 def validate(args, accelerator, pipeline, step: int) -> None:
-    """Draw the validation prompts to the trackers and to disk; a failure here does not end the training."""
-    if not args.num_validation_images:
-        return
-    try:
-        images = generate(args, accelerator, pipeline)
-    except torch.cuda.OutOfMemoryError as error:
-        torch.cuda.empty_cache()
-        logger.warning(f"no validation at step {step}: {error}")
-        return
-    folder = Path(args.output_dir, "validation")
-    folder.mkdir(exist_ok=True)
-    sheet(images).save(folder / f"step-{step:06d}.png")
-    track_images(accelerator, "validation", images, step)
+    """Draw the validation prompts to the trackers and to disk."""
+    if images := generate(args, accelerator, pipeline):
+        folder = Path(args.output_dir, "validation")
+        folder.mkdir(exist_ok=True)
+        sheet(images).save(folder / f"step-{step:06d}.png")
+        track_images(accelerator, "validation", images, step)
 
 
 def track_images(accelerator, phase: str, images: dict[str, list[Image.Image]], step: int) -> None:
@@ -545,36 +551,40 @@ def track_images(accelerator, phase: str, images: dict[str, list[Image.Image]], 
             tracker.log_images({phase: pictures}, step)
 
 
-def finish(args, accelerator, pipeline, unet, settings: dict, guard) -> None:
-    """Export the adapter, reload and check it, draw before and after, write the model card."""
-    unet.to(torch.float32)
-    save_adapter(unet, args.output_dir)
+def finish(args, accelerator, pipeline, settings: dict, guard) -> list[str]:
+    """Export the adapter, reload and check it, draw before and after, write the card; the names of these files."""
+    pipeline.unet.to(torch.float32)
+    pipeline.text_encoder.to(torch.float32)
+    files = [WEIGHTS, "README.md"]
+    save_adapter(pipeline.unet, args.output_dir)
     if args.export_kohya:
-        save_kohya(unet, Path(args.output_dir, KOHYA_WEIGHTS))
-    verify_export(args, pipeline, unet)
-    pictures = []
-    if args.validation_prompt and args.num_validation_images:
-        after = generate(args, accelerator, pipeline)
-        unet.disable_lora()
-        before = generate(args, accelerator, pipeline)
-        unet.enable_lora()
+        save_kohya(pipeline.unet, Path(args.output_dir, KOHYA_WEIGHTS))
+        files.append(KOHYA_WEIGHTS)
+    verify_export(args, pipeline)
+    after = generate(args, accelerator, pipeline)
+    pipeline.unet.disable_lora()
+    before = generate(args, accelerator, pipeline) if after else {}
+    pipeline.unet.enable_lora()
+    if before:
         columns = ["before"] * args.num_validation_images + ["after"] * args.num_validation_images
-        path = Path(args.output_dir, "before_after.png")
-        sheet({prompt: before[prompt] + after[prompt] for prompt in after}, columns).save(path)
+        sheet({prompt: before[prompt] + after[prompt] for prompt in after}, columns).save(
+            Path(args.output_dir, BEFORE_AFTER)
+        )
         track_images(accelerator, "test", after, args.max_train_steps)
-        pictures = [path.name]
-    write_card(args, settings, pictures)
+        files.append(BEFORE_AFTER)
+    write_card(args, settings, [BEFORE_AFTER] if before else [])
     if guard.total:
         logger.warning(f"{guard.total} steps were skipped: their loss or gradient was not finite")
     logger.info(f"adapter: {Path(args.output_dir, WEIGHTS)}, reloaded and checked")
-    if pictures:
-        print(Path(args.output_dir, pictures[0]))
+    if before:
+        print(Path(args.output_dir, BEFORE_AFTER))
+    return files
 
 
 @torch.no_grad()
-def verify_export(args, pipeline, unet) -> None:
+def verify_export(args, pipeline) -> None:
     """Load the exported file as a user would: every weight must come back, the output be the trained model's."""
-    unet.eval()
+    unet = pipeline.unet.eval()
     draw = generator("verify")
     side = args.resolution // pipeline.vae_scale_factor
     latents = torch.randn(1, unet.config.in_channels, side, side, generator=draw).to(unet.device)
@@ -591,7 +601,6 @@ def verify_export(args, pipeline, unet) -> None:
     base = predict()
     unet.enable_lora()
     unet.delete_adapters(ADAPTER)
-    pipeline.unet = unet
     pipeline.load_lora_weights(args.output_dir, weight_name=WEIGHTS, adapter_name=ADAPTER)
     path = Path(args.output_dir, WEIGHTS)
     if torch.equal(trained, base):
@@ -613,12 +622,13 @@ def write_card(args, settings: dict, pictures: list[str]) -> None:
     shown = {name: value for name, value in settings.items() if name not in ("train_data_dir", "dataset_name")}
     if is_local:
         shown["pretrained_model_name_or_path"] = "a local copy"
+    term = "with the perceptual term" if args.perceptual_weight else "by the script"
     tags = "stable-diffusion stable-diffusion-diffusers text-to-image diffusers diffusers-training lora sketch"
     snippet = f"""from diffusers import StableDiffusionPipeline
 
 pipeline = StableDiffusionPipeline.from_pretrained("{"path/to/stable-diffusion-v1-5" if is_local else base_model}")
 pipeline.load_lora_weights("{args.hub_model_id or "path/to/this/folder"}")
-pipeline("{prompt}").images[0].save("sketch.png")"""
+pipeline({prompt!r}).images[0].save("sketch.png")"""
     dataset = args.dataset_name if args.dataset_name and not Path(args.dataset_name).exists() else None
     hub.write_card(
         args.output_dir,
@@ -631,8 +641,8 @@ pipeline("{prompt}").images[0].save("sketch.png")"""
             inference=True,
         ),
         title=f"Sketch LoRA - {args.hub_model_id or Path(args.output_dir).resolve().name}",
-        description="LoRA weights for Stable Diffusion 1.5, fine-tuned on drawings with the perceptual term of"
-        f" sketch-perceptual. Captions follow {args.caption_template!r} where images had classes.",
+        description=f"LoRA weights for Stable Diffusion 1.5, fine-tuned on drawings {term} of sketch-perceptual."
+        f" Images of a class were captioned {args.caption_template!r}.",
         snippet=snippet,
         options=shown | {"steps": args.max_train_steps, "learning_rate": args.learning_rate},
         pictures=pictures,

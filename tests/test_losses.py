@@ -42,7 +42,8 @@ def images(seed=0, size=64, n=2):
 def test_every_loss_keeps_the_contract(name, sources):
     loss = build_loss(name, backbone=sources[name])
     check_loss(loss, name)
-    assert not loss.train().training
+    nn.ModuleList([loss]).train()
+    assert not any(module.training for module in loss.modules())
     x, y = images(0).requires_grad_(), images(1).requires_grad_()
     loss(x, y).sum().backward()
     assert y.grad is None

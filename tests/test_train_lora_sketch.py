@@ -229,6 +229,21 @@ def test_validation_puts_modes_and_random_state_back(tiny_sd):
     assert script.generate(args, accelerator, pipeline)["house"][0].tobytes() == first["house"][0].tobytes()
 
 
+def test_a_validation_that_fails_does_not_end_the_training(train, monkeypatch, caplog):
+    monkeypatch.setattr(script, "decode", lambda vae, latents: torch.full((1, 3, 32, 32), torch.nan))
+    run = train("--validation_prompt", "a house", "--num_validation_images", 1)
+    assert len(run.logs) == 4
+    assert "no validation images: " in caplog.text
+    assert not (run.folder / "before_after.png").exists()
+    assert (run.folder / "README.md").is_file()
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_validation_under_half_precision(train, precision):
+    prompt = ("--validation_prompt", "a house", "--num_validation_images", 1, "--perceptual_weight", 0)
+    assert (train("--mixed_precision", precision, *prompt).folder / "before_after.png").is_file()
+
+
 class Poisoned(PixelLoss):
     """NaN on the calls in `bad`, counted from the first training step."""
 
