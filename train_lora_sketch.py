@@ -148,8 +148,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     accelerator = start(args)
     pipeline, noise_scheduler = load_models(args, accelerator)
+    perceptual_term = build_term(args, pipeline.vae, noise_scheduler)
     data = load_data(args, accelerator, pipeline.tokenizer)
-    perceptual_term = build_term(args, data, pipeline.vae, noise_scheduler)
+    if perceptual_term is not None:
+        few = [data[0, index]["pixel_values"] for index in range(0, len(data), max(1, len(data) // 8))][:8]
+        few = [image.to(accelerator.device, perceptual_term.dtype) for image in few]
+        perceptual_term.scale = typical_distance(perceptual_term.loss, few)
     repo_id = None
     if args.push_to_hub and accelerator.is_main_process:
         repo_id = hub.create_repo(args.hub_model_id or Path(args.output_dir).resolve().name, args.hub_token)
@@ -270,7 +274,8 @@ def load_models(args, accelerator: Accelerator) -> tuple[StableDiffusionPipeline
         raise
     except (OSError, ValueError) as error:
         raise InputError(
-            f"--pretrained_model_name_or_path {source} cannot be loaded as a Stable Diffusion pipeline: {error}"
+            f"--pretrained_model_name_or_path {source} cannot be loaded; it must be the folder of a Stable Diffusion"
+            f" pipeline, or a Hub id that can be reached: {error}"
         ) from error
     if args.prediction_type is not None:
         noise_scheduler.register_to_config(prediction_type=args.prediction_type)
@@ -371,8 +376,8 @@ def collate(examples: list[dict]) -> dict:
     }
 
 
-def build_term(args, data: CaptionedImages, vae, noise_scheduler) -> PerceptualTerm | None:
-    """The perceptual term, in units of the loss between unrelated drawings; None at weight 0, which loads nothing."""
+def build_term(args, vae, noise_scheduler) -> PerceptualTerm | None:
+    """The perceptual term; None at weight 0, for which nothing is loaded."""
     if args.perceptual_weight == 0:
         return None
     loss = build_loss(
@@ -387,10 +392,6 @@ def build_term(args, data: CaptionedImages, vae, noise_scheduler) -> PerceptualT
             decoder = AutoencoderTiny.from_pretrained(args.perceptual_decoder, cache_dir=args.cache_dir).to(vae.device)
         except (OSError, ValueError) as error:
             raise InputError(f"--perceptual_decoder {args.perceptual_decoder} cannot be loaded: {error}") from error
-    if isinstance(loss, torch.nn.Module):
-        loss.to(vae.device)
-    few = range(0, len(data), max(1, len(data) // 8))[:8]
-    scale = typical_distance(loss, [data[0, index]["pixel_values"].to(vae.device) for index in few])
     return PerceptualTerm(
         loss,
         vae,
@@ -402,7 +403,6 @@ def build_term(args, data: CaptionedImages, vae, noise_scheduler) -> PerceptualT
         target=args.perceptual_target,
         decoder=decoder,
         dtype=getattr(torch, args.perceptual_dtype),
-        scale=scale,
     )
 
 

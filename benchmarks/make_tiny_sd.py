@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from PIL import Image
+from safetensors.torch import save_file
 from tokenizers.pre_tokenizers import ByteLevel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -194,7 +195,9 @@ def save_pipeline(folder, vae, model, tokenizer, scheduler):
     # Not the text encoder: transformers would load it back in float16, and the U-Net beside it in float32.
     vae.half(), model["unet"].half()
     pipeline.save_pretrained(folder)
-    # vocab.json and merges.txt, which transformers 4 reads instead of tokenizer.json
+    # transformers 4 needs what 5 leaves out: a prefix of the text encoder's weights, vocab.json and merges.txt.
+    weights = {f"text_model.{key}": value for key, value in model["text_encoder"].state_dict().items()}
+    save_file(weights, folder / "text_encoder/model.safetensors", {"format": "pt"})
     tokenizer.backend_tokenizer.model.save(str(folder / "tokenizer"))
 
 
