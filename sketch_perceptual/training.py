@@ -12,6 +12,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import diffusers
@@ -19,7 +20,13 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list, set_seed
+from accelerate.utils import (
+    DistributedType,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    broadcast_object_list,
+    set_seed,
+)
 from diffusers.optimization import get_scheduler
 from torch import Tensor
 
@@ -29,6 +36,7 @@ from .errors import InputError
 logger = get_logger(__name__, log_level="INFO")
 
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+VALIDATION_PATIENCE = timedelta(hours=2)  # the other processes wait while the main one draws or exports
 STATE_FILE = "training_state.json"  # written last: a checkpoint without it is not complete
 
 
@@ -108,6 +116,7 @@ def start(args: argparse.Namespace) -> Accelerator:
             gradient_accumulation_steps=args.gradient_accumulation_steps,
             mixed_precision=args.mixed_precision,
             log_with=None if args.report_to == "none" else args.report_to,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=VALIDATION_PATIENCE)],
             project_config=ProjectConfiguration(
                 args.output_dir, logging_dir=str(Path(args.output_dir, args.logging_dir))
             ),
@@ -217,19 +226,21 @@ def save_checkpoint(accelerator: Accelerator, args: argparse.Namespace, state: d
     final = Path(args.output_dir, f"checkpoint-{state['global_step']}")
     partial = final.with_name(f".{final.name}.partial")
     if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
+        for abandoned in final.parent.glob(".checkpoint-*.partial"):
+            shutil.rmtree(abandoned)
     accelerator.wait_for_everyone()
     accelerator.save_state(str(partial))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         (partial / STATE_FILE).write_text(json.dumps(state, indent=2), encoding="utf-8")
-        for path in partial.rglob("*"):
-            with path.open("rb") as file:
+        for path in filter(Path.is_file, partial.rglob("*")):
+            with path.open("r+b") as file:
                 os.fsync(file.fileno())
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
         if args.checkpoints_total_limit is not None:
-            for old in find_checkpoints(args.output_dir)[: -args.checkpoints_total_limit]:
+            others = [path for path in find_checkpoints(args.output_dir) if path != final]
+            for old in others[: max(0, len(others) + 1 - args.checkpoints_total_limit)]:
                 shutil.rmtree(old)
     accelerator.wait_for_everyone()
     logger.info(f"saved {final}")

@@ -322,12 +322,25 @@ def test_a_finished_run_resumed_trains_nothing_and_exports_again(train):
     assert again == run
 
 
+@pytest.mark.parametrize(("limit", "kept"), [(1, {4}), (3, {2, 3, 4}), (5, {1, 2, 3, 4})])
+def test_the_newest_checkpoints_stay(train, limit, kept):
+    run = train("--checkpointing_steps", 1, "--checkpoints_total_limit", limit)
+    assert {int(path.name.split("-")[1]) for path in training.find_checkpoints(run.folder)} == kept
+
+
 def test_checkpoints_are_adapters_and_old_ones_go(train, tiny_sd):
     run = train("--checkpointing_steps", 1, "--checkpoints_total_limit", 2)
     names = sorted(path.name for path in run.folder.iterdir() if "checkpoint" in path.name)
     assert names == ["checkpoint-3", "checkpoint-4"]
     torch.testing.assert_close(draw(tiny_sd, run.folder / "checkpoint-4"), draw(tiny_sd, run.folder))
     assert "model.safetensors" not in [path.name for path in (run.folder / "checkpoint-4").iterdir()]
+
+
+def test_a_new_run_never_loses_its_checkpoint_to_an_older_runs(train):
+    run = train("--checkpointing_steps", 3, steps=6)
+    (run.folder / ".checkpoint-5.partial").mkdir()
+    train("--checkpointing_steps", 2, "--checkpoints_total_limit", 1, steps=2)
+    assert sorted(path.name for path in run.folder.iterdir() if "checkpoint" in path.name) == ["checkpoint-2"]
 
 
 @pytest.mark.parametrize(
