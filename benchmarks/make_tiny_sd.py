@@ -191,10 +191,9 @@ def denoising_loss(model, scheduler, mean, std, tokens, batch_size):
 
 def save_pipeline(folder, vae, model, tokenizer, scheduler):
     parts = vae, model["text_encoder"], tokenizer, model["unet"], scheduler
-    pipeline = StableDiffusionPipeline(*parts, None, None, requires_safety_checker=False)
     # Not the text encoder: transformers would load it back in float16, and the U-Net beside it in float32.
     vae.half(), model["unet"].half()
-    pipeline.save_pretrained(folder)
+    StableDiffusionPipeline(*parts, None, None, requires_safety_checker=False).save_pretrained(folder)
     # transformers 4 needs what 5 leaves out: a prefix of the text encoder's weights, vocab.json and merges.txt.
     weights = {f"text_model.{key}": value for key, value in model["text_encoder"].state_dict().items()}
     save_file(weights, folder / "text_encoder/model.safetensors", {"format": "pt"})
@@ -225,13 +224,11 @@ def main():
     photos = load_drawings(("photo",), args.photos_per_class, args.work_dir / "photos.npy")
     sketches = load_drawings(STYLES, args.sketches_per_class, args.work_dir / "sketches.npy")
     drawings = torch.cat([photos, sketches])
-
     vae = vae.to(memory_format=torch.channels_last)
     vae = fit("vae", vae, lambda vae: vae_loss(vae, drawings, args.vae_batch_size), args.vae_steps, args)
     mean, std = encode(vae, photos)
     vae.register_to_config(scaling_factor=round(1 / math.sqrt(mean.var() + std.square().mean()), 5))
     mean, std = (part * vae.config.scaling_factor for part in (mean, std))
-
     scheduler = DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
