@@ -45,6 +45,7 @@ from sketch_perceptual.data import (
 from sketch_perceptual.diffusion import (
     PREDICTION_TYPES,
     PerceptualTerm,
+    cast_decoder,
     decode,
     denoising_target,
     encode,
@@ -164,7 +165,7 @@ def main(args: argparse.Namespace) -> None:
     unet, prepared_optimizer, loader = accelerator.prepare(pipeline.unet, optimizer, loader)
     plan_steps(args, len(loader))
     lr_scheduler = make_lr_scheduler(args, optimizer)
-    register_adapter_hooks(accelerator, args)
+    register_adapter_hooks(accelerator)
     settings = resumable_settings(args, accelerator, data, perceptual_term)
     resumed = load_checkpoint(accelerator, args, settings) or {"global_step": 0, "epoch": 0, "batch": 0}
     if "lr_scheduler" in resumed:
@@ -224,7 +225,7 @@ def main(args: argparse.Namespace) -> None:
     progress.close()
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        accelerator.unwrap_model(unet, keep_fp32_wrapper=False)
+        accelerator.unwrap_model(unet, keep_fp32_wrapper=False)  # takes accelerate's autocast off pipeline.unet
         files = finish(args, accelerator, pipeline, settings, guard)
         if repo_id:
             hub.push(args.output_dir, repo_id, files, args.hub_token)
@@ -244,6 +245,7 @@ def compute_losses(
         noise += args.noise_offset * torch.randn(*latents.shape[:2], 1, 1, generator=draw)
     noise = noise.to(latents.device)
     timesteps = torch.randint(noise_scheduler.config.num_train_timesteps, (len(latents),), generator=draw)
+    gate = torch.zeros(len(latents)) if perceptual_term is None else perceptual_term.gate(timesteps, step)
     timesteps = timesteps.to(latents.device)
     noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
     model_pred = unet(noisy_latents.to(prompt_embeds.dtype), timesteps, prompt_embeds, return_dict=False)[0].float()
@@ -252,10 +254,10 @@ def compute_losses(
     denoising = F.mse_loss(model_pred, target, reduction="none").flatten(1).mean(1)
     if args.snr_gamma is not None:
         denoising = denoising * min_snr_weights(timesteps, args.snr_gamma, noise_scheduler)
-    if perceptual_term is None:
-        return denoising, torch.zeros_like(denoising), torch.zeros_like(denoising), timesteps
-    perceptual = perceptual_term(model_pred, noisy_latents, timesteps, images, step)
-    return denoising, perceptual, perceptual_term.gate(timesteps, step).to(denoising), timesteps
+    perceptual = torch.zeros_like(denoising)
+    if perceptual_term is not None:
+        perceptual = perceptual_term(model_pred, noisy_latents, timesteps, images, step)
+    return denoising, perceptual, gate.to(denoising), timesteps
 
 
 def load_models(args, accelerator: Accelerator) -> tuple[StableDiffusionPipeline, DDPMScheduler]:
@@ -289,9 +291,8 @@ def load_models(args, accelerator: Accelerator) -> tuple[StableDiffusionPipeline
         model.requires_grad_(False).to(accelerator.device)
         if model.dtype != dtype:
             model.to(dtype=dtype)
-    if dtype == torch.float16:  # in which VAE decoders overflow
-        pipeline.vae.decoder.float()
-        pipeline.vae.post_quant_conv.float()
+    if dtype == torch.float16:
+        cast_decoder(pipeline.vae, torch.float32)
     if args.gradient_checkpointing:
         pipeline.unet.enable_gradient_checkpointing()
     if args.enable_xformers_memory_efficient_attention:
@@ -419,7 +420,7 @@ def add_lora(args, unet) -> list[torch.nn.Parameter]:
     return [parameter for parameter in unet.parameters() if parameter.requires_grad]
 
 
-def register_adapter_hooks(accelerator: Accelerator, args) -> None:
+def register_adapter_hooks(accelerator: Accelerator) -> None:
     """Checkpoints hold the adapter, as a file that loads as it is, in place of the U-Net."""
 
     def save(models, weights, output_dir):

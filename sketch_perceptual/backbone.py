@@ -154,7 +154,7 @@ def load_backbone(source: str | Path, attention: str = "cbam") -> AttentionVGG16
             make a network without a classifier.
         attention: for weights only: "cbam" (untrained: the arm that fails in the paper) or "none".
     """
-    if source == "imagenet" or str(source).endswith(".safetensors"):
+    if is_vgg16_weights(source):
         backbone = AttentionVGG16(attention=attention, num_classes=0)
         backbone.load_vgg16(source)
         return backbone.eval()
@@ -167,6 +167,11 @@ def load_backbone(source: str | Path, attention: str = "cbam") -> AttentionVGG16
             f"no backbone at {source}: it must be a folder or a Hub id written by save_pretrained, a .safetensors"
             f' with VGG-16 weights, or "imagenet" ({_first_line(error)})'
         ) from error
+
+
+def is_vgg16_weights(source) -> bool:
+    """Whether `source` names bare VGG-16 weights, not a network saved by this package."""
+    return source == "imagenet" or str(source).endswith(".safetensors")
 
 
 def check_layers(layers: Iterable[str]) -> tuple[str, ...]:

@@ -37,6 +37,13 @@ def decode(vae, latents: Tensor) -> Tensor:
         return vae.decode(latents.to(_dtype(vae.decoder)) / vae.config.scaling_factor).sample
 
 
+def cast_decoder(vae, dtype: torch.dtype) -> None:
+    """Bring the decoding half of an `AutoencoderKL` or `AutoencoderTiny` to `dtype`; it overflows in float16."""
+    vae.decoder.to(dtype)
+    if getattr(vae, "post_quant_conv", None) is not None:
+        vae.post_quant_conv.to(dtype)
+
+
 def signal(noise_scheduler, timesteps: Tensor) -> Tensor:
     """alpha_bar at the timesteps: the share of signal in each noisy latent, (B,) float32 on their device."""
     if not hasattr(noise_scheduler, "alphas_cumprod"):
@@ -203,9 +210,7 @@ class PerceptualTerm:
 
 def _frozen_decoder(vae, dtype: torch.dtype, checkpoint: bool):
     vae.requires_grad_(False)
-    vae.decoder.to(dtype)
-    if getattr(vae, "post_quant_conv", None) is not None:
-        vae.post_quant_conv.to(dtype)
+    cast_decoder(vae, dtype)
     if checkpoint:
         vae.enable_gradient_checkpointing()
         # AutoencoderTiny's encoder skips its input scaling while checkpointing; encoding needs no gradient anyway.

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw
 
-from sketch_perceptual.errors import InputError
+from .errors import InputError
 
 STYLES = ("pen", "marker", "hatching")
 OVERSAMPLING = 4

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .backbone import AttentionVGG16, check_layers, load_backbone
+from .backbone import AttentionVGG16, check_layers, is_vgg16_weights, load_backbone
 from .errors import InputError
 
 DEFAULT_LAYERS = ("relu1_2", "relu2_2", "relu3_3", "relu4_3")  # Johnson et al. 2016, the style layers
@@ -146,7 +146,7 @@ def attention_vgg(backbone: AttentionVGG16 | str | Path | None = None, **options
         )
     loss = PerceptualLoss(backbone, **options)
     _expect_attention(loss, "cbam", "vgg")
-    if str(backbone) == "imagenet" or str(backbone).endswith(".safetensors"):
+    if is_vgg16_weights(backbone):
         warnings.warn(
             f"{backbone} holds plain VGG-16 weights, so the attention is untrained and random: the arm that fails in"
             " the paper. Tune it, or choose --perceptual_loss vgg.",

@@ -51,14 +51,19 @@ class Run:
         return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
+def reset_accelerate():
+    """Forget the run before: accelerate keeps its state in the process."""
+    PartialState._reset_state()
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+
+
 @pytest.fixture
 def train(tiny_sd, drawings, tmp_path, monkeypatch):
     """Train in this process with the pixel loss, unless the options say otherwise; 4 steps of 2 images."""
 
     def train(*options, output="out", data=("--train_data_dir", str(drawings)), steps=4, seed=0):
-        PartialState._reset_state()
-        AcceleratorState._reset_state(True)
-        GradientState._reset_state()
+        reset_accelerate()
         logs = []
         monkeypatch.setattr(Accelerator, "log", lambda self, values, step: logs.append({"step": step} | values))
         fixed = f"""--pretrained_model_name_or_path {tiny_sd} --output_dir {tmp_path / output} --resolution 32
@@ -207,8 +212,7 @@ def test_validation_leaves_no_trace(train):
 
 
 def test_validation_puts_modes_and_random_state_back(tiny_sd):
-    PartialState._reset_state()
-    AcceleratorState._reset_state(True)
+    reset_accelerate()
     args = script.parse_args(
         f"--pretrained_model_name_or_path {tiny_sd} --train_data_dir x --resolution 32 --seed 0"
         " --num_validation_images 1 --validation_prompt house".split()
@@ -435,8 +439,7 @@ def test_tensorboard_takes_what_is_logged(train, monkeypatch):
     args = script.parse_args(
         f"--pretrained_model_name_or_path x --train_data_dir y --output_dir {run.folder}".split() + options
     )
-    PartialState._reset_state()
-    AcceleratorState._reset_state(True)
+    reset_accelerate()
     accelerator = training.start(args)
     training.start_trackers(accelerator, "text2image-fine-tune", args)
     accelerator.log(run.logs[0], 1)
@@ -504,7 +507,7 @@ def test_a_hub_that_cannot_be_reached_is_found_before_training(train, monkeypatc
     assert not (tmp_path / "out" / script.WEIGHTS).exists()
 
 
-def test_a_dataset_folder_with_labels_and_captions(train, tmp_path):
+def test_a_dataset_folder_with_labels_and_captions(train, tmp_path, monkeypatch):
     import datasets
 
     rows = {
@@ -521,16 +524,13 @@ def test_a_dataset_folder_with_labels_and_captions(train, tmp_path):
     data.save_to_disk(tmp_path / "arrow")
     read = []
     tokenize = script.tokenize
-    script.tokenize = lambda tokenizer, captions: read.extend(captions) or tokenize(tokenizer, captions)
+    monkeypatch.setattr(script, "tokenize", lambda *args: read.extend(args[1]) or tokenize(*args))
     options = ("--image_column", "line", "--max_train_steps", 2)
-    try:
-        train(*options, data=("--dataset_name", str(tmp_path / "parquet")))
-        assert set(read) == {"poodle", "owl", "cat"}
-        read.clear()
-        train(*options, "--caption_column", "label", data=("--dataset_name", str(tmp_path / "arrow")))
-        assert set(read) == {"a sketch of a animal", "a sketch of a sea bird"}
-    finally:
-        script.tokenize = tokenize
+    train(*options, data=("--dataset_name", str(tmp_path / "parquet")))
+    assert set(read) == {"poodle", "owl", "cat"}
+    read.clear()
+    train(*options, "--caption_column", "label", data=("--dataset_name", str(tmp_path / "arrow")))
+    assert set(read) == {"a sketch of a animal", "a sketch of a sea bird"}
 
 
 def test_long_captions_are_counted(train, tmp_path, caplog, drawings):
