@@ -15,13 +15,12 @@ import argparse
 import sys
 from pathlib import Path
 
-import datasets
 import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import broadcast_object_list, set_seed
+from accelerate.utils import set_seed
 from diffusers import AutoencoderTiny, DDPMScheduler, StableDiffusionPipeline
 from diffusers.training_utils import cast_training_params
 from diffusers.utils import convert_state_dict_to_diffusers, convert_unet_state_dict_to_peft
@@ -40,7 +39,7 @@ from sketch_perceptual.data import (
     captioned_folder,
     drop_bad,
     generator,
-    scan,
+    load_rows,
 )
 from sketch_perceptual.diffusion import (
     PREDICTION_TYPES,
@@ -57,9 +56,11 @@ from sketch_perceptual.images import INTERPOLATIONS, to_pil
 from sketch_perceptual.losses import LOSSES, build_loss, typical_distance
 from sketch_perceptual.training import (
     NonFiniteGuard,
+    add_data_options,
     add_training_options,
     at_least,
     catch_signals,
+    choose_samples,
     load_checkpoint,
     make_loader,
     make_lr_scheduler,
@@ -67,6 +68,7 @@ from sketch_perceptual.training import (
     plan_steps,
     run,
     save_checkpoint,
+    scan_images,
     start,
     start_trackers,
 )
@@ -96,19 +98,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--enable_xformers_memory_efficient_attention", action="store_true")
     add("--export_kohya", action="store_true", help=f"also write {KOHYA_WEIGHTS} for AUTOMATIC1111 and ComfyUI")
 
-    add = parser.add_argument_group("data").add_argument
-    add("--dataset_name", help="a data set of the Hub, or a folder that `datasets` can read")
-    add("--dataset_config_name")
+    add = add_data_options(parser)
     add("--train_data_dir", help="a folder of images with metadata.jsonl or .csv, .txt side-cars, or class folders")
-    add("--image_column", default="image")
     add("--caption_column", default="text", help="captions, lists of captions, or class labels")
     add("--caption_template", default=CAPTION_TEMPLATE, help="caption of an image of a class; {class} is its name")
     add("--default_caption", help="caption of images that have none")
     add("--on_missing_caption", choices=("error", "skip", "default"), default="error")
-    add("--on_bad_image", choices=("error", "skip"), default="error", help="what to do with unreadable images")
-    add("--background", default="white", help="colour behind transparent drawings and around padded ones")
-    add("--max_train_samples", type=count, help="train on a random choice of so many images")
-    add("--cache_dir", help="where downloads are kept")
     add("--resolution", type=count, default=512, help="images are made this wide and high, in pixels")
     add("--fit", choices=("crop", "pad"), default="crop", help="how an image that is not square becomes one")
     add("--center_crop", action="store_true", help="crop the centre; default: a random place")
@@ -130,6 +125,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--perceptual_dtype", choices=("float32", "bfloat16"), default="float32")
 
     add_training_options(parser, output_dir="sd-model-finetuned-lora")
+    parser.add_argument("--use_8bit_adam", action="store_true", help="AdamW of bitsandbytes")
 
     add = parser.add_argument_group("validation").add_argument
     add("--validation_prompt", nargs="+", metavar="PROMPT", help="prompts drawn during training and at its end")
@@ -161,7 +157,7 @@ def main(args: argparse.Namespace) -> None:
 
     lora_parameters = add_lora(args, pipeline.unet)
     sampler, loader = make_loader(args, data, collate)
-    optimizer = make_optimizer(args, lora_parameters)
+    optimizer = make_optimizer(args, lora_parameters, adam(args))
     unet, prepared_optimizer, loader = accelerator.prepare(pipeline.unet, optimizer, loader)
     plan_steps(args, len(loader))
     lr_scheduler = make_lr_scheduler(args, optimizer)
@@ -195,7 +191,7 @@ def main(args: argparse.Namespace) -> None:
                 accelerator.backward(denoising.mean() + args.perceptual_weight * perceptual.mean())
                 rows = torch.stack([denoising, perceptual, gate, torch.ones_like(gate)]).detach()
                 sums = sums + rows.sum(1)
-                seen.append((batch["name"], timesteps, rows.sum(0)))
+                seen.append((batch["name"], rows.sum(0), timesteps))
                 if not accelerator.sync_gradients:
                     continue
                 grad_norm = accelerator.clip_grad_norm_(lora_parameters, args.max_grad_norm)
@@ -323,34 +319,14 @@ def load_data(args, accelerator: Accelerator, tokenizer) -> CaptionedImages:
         data = captioned_folder(args.train_data_dir, **options)
     else:
         with accelerator.main_process_first():
-            rows = load_rows(args)
+            rows = load_rows(args.dataset_name, args.dataset_config_name, args.train_data_dir, args.cache_dir)
         data = captioned_dataset(rows, name=args.dataset_name, image_column=args.image_column, **options)
-    if args.max_train_samples is not None and args.max_train_samples < len(data):
-        chosen = torch.randperm(len(data), generator=generator(args.seed, "samples"))[: args.max_train_samples]
-        data = data.select(sorted(chosen.tolist()))
-    found = broadcast_object_list([scan(data) if accelerator.is_main_process else None])[0]
+    data = choose_samples(args, data)
+    found = scan_images(accelerator, data)
     data = drop_bad(data, found, args.on_bad_image)
     logger.info(found.summary)
     warn_of_long_captions(tokenizer, [text for row in data.rows for text in data.captions[row]])
     return data
-
-
-def load_rows(args) -> datasets.Dataset:
-    name = args.dataset_name
-    try:
-        if Path(name, "state.json").is_file() or Path(name, "dataset_dict.json").is_file():
-            rows = datasets.load_from_disk(name)
-        else:
-            rows = datasets.load_dataset(
-                name, args.dataset_config_name, cache_dir=args.cache_dir, data_dir=args.train_data_dir
-            )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"--dataset_name {name} cannot be loaded: {error}") from error
-    if isinstance(rows, datasets.Dataset):
-        return rows
-    if "train" not in rows:
-        raise InputError(f'--dataset_name {name} has no split "train", only {", ".join(rows)}')
-    return rows["train"]
 
 
 def warn_of_long_captions(tokenizer, captions: list[str]) -> None:
@@ -405,6 +381,16 @@ def build_term(args, vae, noise_scheduler) -> PerceptualTerm | None:
         decoder=decoder,
         dtype=getattr(torch, args.perceptual_dtype),
     )
+
+
+def adam(args) -> type[torch.optim.Optimizer]:
+    if not args.use_8bit_adam:
+        return torch.optim.AdamW
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise InputError("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes") from error
+    return AdamW8bit
 
 
 def add_lora(args, unet) -> list[torch.nn.Parameter]:

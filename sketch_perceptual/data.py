@@ -1,7 +1,8 @@
-"""Captioned images from folders and `datasets`: found, captioned, checked before training."""
+"""Images from folders and `datasets`: found, captioned, checked before training."""
 
 import copy
 import csv
+import functools
 import hashlib
 import io
 import json
@@ -9,7 +10,7 @@ import logging
 import os
 import posixpath
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -38,15 +39,55 @@ def generator(*key: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
 
 
-def readable_class(name: str) -> str:
-    """What a caption calls a class: "tench, Tinca tinca" -> "tench", "hot_dog" -> "hot dog", "t-shirt" as it is.
+@functools.cache
+def imagenet_classes() -> dict[str, str]:
+    """The 1000 classes of ImageNet in their order: "n01440764" -> "tench, Tinca tinca" (WordNet 3.0's synonyms)."""
+    lines = (Path(__file__).parent / "imagenet_synsets.txt").read_text(encoding="utf-8").splitlines()
+    return dict(line.split(" ", 1) for line in lines)
 
-    For captions only: two classes may both read "crane", so the folder or label id stays what tells them apart.
+
+def readable_class(name: str) -> str:
+    """What people call a class: "n01440764" and "tench, Tinca tinca" -> "tench", "hot_dog" -> "hot dog".
+
+    "t-shirt" stays as it is. Two classes may both read "crane", so the folder or label is what tells them apart.
     """
+    name = imagenet_classes().get(name, name)
     return name.split(",")[0].replace("_", " ").strip() or name
 
 
-class CaptionedImages(torch.utils.data.Dataset):
+class Images(torch.utils.data.Dataset):
+    """Images by index, read when asked for; `select` keeps some.
+
+    Args:
+        sources: what `load_image` takes: a list of paths or a column of a `datasets.Dataset`.
+        names: what messages call each image.
+        background: see `load_image`.
+    """
+
+    fit: str | None = None
+
+    def __init__(self, sources: Sequence[Source], names: Sequence[str], background: str = "white"):
+        self.sources, self.names, self.background = sources, names, background
+        self.rows: Sequence[int] = range(len(sources))  # a row is the item's identity and survives `select`
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def image(self, index: int) -> Image.Image:
+        """The whole image as RGB; InputError naming it if it cannot be read."""
+        return load_image(self.sources[self.rows[index]], self.background, self.name(index))
+
+    def name(self, index: int) -> str:
+        return self.names[self.rows[index]]
+
+    def select(self, indices: Iterable[int]):
+        """The items at `indices`; each keeps its identity and so its random draws."""
+        subset = copy.copy(self)
+        subset.rows = [self.rows[index] for index in indices]
+        return subset
+
+
+class CaptionedImages(Images):
     """Images with captions, indexed by `(epoch, index)`; a sampler supplies the pairs.
 
     `data[epoch, index]` is `{"pixel_values": (3, resolution, resolution) in [-1, 1], "caption": str, "name": str}`.
@@ -54,12 +95,11 @@ class CaptionedImages(torch.utils.data.Dataset):
     neither workers nor the number of processes nor a resumed run changes them.
 
     Args:
-        sources: what `load_image` takes, read when asked for: a list of paths or a column of a `datasets.Dataset`.
-        names: what messages call each image.
+        sources, names, background: see `Images`.
         captions: a caption or a list of captions for each image.
         center_crop: keep the centre of each image; otherwise a random place along the longer side.
         random_flip: mirror half of the images.
-        resolution, fit, interpolation, background: see `fit_image`.
+        resolution, fit, interpolation: see `fit_image`.
     """
 
     def __init__(
@@ -77,14 +117,10 @@ class CaptionedImages(torch.utils.data.Dataset):
         seed: int = 0,
     ):
         fit_image(Image.new("RGB", (1, 1)), resolution, fit, background, interpolation)  # a wrong option fails here
-        self.sources, self.names = sources, names
+        super().__init__(sources, names, background)
         self.captions = [[c] if isinstance(c, str) else list(c) for c in captions]
         self.resolution, self.fit, self.center_crop, self.random_flip = resolution, fit, center_crop, random_flip
-        self.interpolation, self.background, self.seed = interpolation, background, seed
-        self.rows: Sequence[int] = range(len(sources))  # a row is the item's identity and survives `select`
-
-    def __len__(self) -> int:
-        return len(self.rows)
+        self.interpolation, self.seed = interpolation, seed
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         epoch, index = key
@@ -99,19 +135,6 @@ class CaptionedImages(torch.utils.data.Dataset):
         captions = self.captions[row]
         caption = captions[int(choice * len(captions))]
         return {"pixel_values": to_tensor(image), "caption": caption, "name": self.name(index)}
-
-    def image(self, index: int) -> Image.Image:
-        """The RGB image before fitting; InputError naming it if it cannot be read."""
-        return load_image(self.sources[self.rows[index]], self.background, self.name(index))
-
-    def name(self, index: int) -> str:
-        return self.names[self.rows[index]]
-
-    def select(self, indices: Iterable[int]) -> "CaptionedImages":
-        """The items at `indices`; each keeps its identity and so its draws."""
-        subset = copy.copy(self)
-        subset.rows = [self.rows[index] for index in indices]
-        return subset
 
 
 def captioned_folder(
@@ -137,12 +160,7 @@ def captioned_folder(
     """
     _check_caption_options(caption_template, default_caption, on_missing_caption)
     root = Path(root)
-    files = _visible_files(root)
-    openable = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    images = [file for file in files if PurePosixPath(file).suffix.lower() in openable]
-    if not images:
-        raise InputError(f"--train_data_dir: there are no images in {root}.")
-    _warn_about_leftovers(root, files, images)
+    files, images = find_images(root)
     listed, found = _metadata_captions(root, files, images, caption_column)
     texts = {file for file in files if file.endswith(".txt")}
     origins, captions = Counter(), []
@@ -186,14 +204,8 @@ def captioned_dataset(
 
     _check_caption_options(caption_template, default_caption, on_missing_caption)
     columns = ", ".join(dataset.column_names)
-    if image_column not in dataset.column_names:
-        raise InputError(f"{name} has no column {image_column!r}, set --image_column to one of: {columns}.")
+    sources, names = image_column_of(dataset, name, image_column)
     dataset = dataset.with_format(None)
-    try:
-        undecoded = dataset.cast_column(image_column, datasets.Image(decode=False))
-    except (TypeError, ValueError, NotImplementedError) as error:
-        raise InputError(f"The column {image_column!r} of {name} holds no images, set --image_column.") from error
-    names = [f"row {row} of {name}" for row in range(len(dataset))]
     labels = [c for c, feature in dataset.features.items() if isinstance(feature, datasets.ClassLabel)]
     if caption_column not in dataset.column_names and len(labels) == 1:
         logger.warning("%s has no column %r: its captions name the class in %r.", name, caption_column, labels[0])
@@ -204,8 +216,58 @@ def captioned_dataset(
         captions = [[]] * len(dataset)
     else:
         raise InputError(f"{name} has no column {caption_column!r}, set --caption_column to one of: {columns}.")
-    data = CaptionedImages(undecoded[image_column], names, captions, **transform)
+    data = CaptionedImages(sources, names, captions, **transform)
     return _settle_missing(data, f"columns {columns}", default_caption, on_missing_caption)
+
+
+def load_rows(
+    name: str, config: str | None = None, data_dir: str | None = None, cache_dir: str | None = None
+) -> "datasets.Dataset":
+    """The "train" rows of a data set of the Hub or of a folder that `datasets` reads or has written. InputError."""
+    import datasets
+
+    try:
+        if Path(name, "state.json").is_file() or Path(name, "dataset_dict.json").is_file():
+            rows = datasets.load_from_disk(name)
+        else:
+            rows = datasets.load_dataset(name, config, cache_dir=cache_dir, data_dir=data_dir)
+    except (OSError, ValueError, RuntimeError) as error:
+        advice = ""
+        if "scripts are no longer supported" in str(error):
+            advice = " Download its files and pass their folder: ImageNet-Sketch's zip unpacks to --train_data_dir."
+        raise InputError(f"--dataset_name {name} cannot be loaded: {error}.{advice}") from error
+    if isinstance(rows, datasets.Dataset):
+        return rows
+    if "train" not in rows:
+        raise InputError(f'--dataset_name {name} has no split "train", only {", ".join(rows)}')
+    if len(rows) > 1:
+        logger.info('%s: only its split "train" is read, of %s', name, ", ".join(rows))
+    return rows["train"]
+
+
+def image_column_of(dataset: "datasets.Dataset", name: str, column: str) -> tuple[Sequence[Source], list[str]]:
+    """The undecoded images of a column and what messages call them."""
+    import datasets
+
+    if column not in dataset.column_names:
+        columns = ", ".join(dataset.column_names)
+        raise InputError(f"{name} has no column {column!r}, set --image_column to one of: {columns}.")
+    try:
+        undecoded = dataset.with_format(None).cast_column(column, datasets.Image(decode=False))
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise InputError(f"The column {column!r} of {name} holds no images, set --image_column.") from error
+    return undecoded[column], [f"row {row} of {name}" for row in range(len(dataset))]
+
+
+def find_images(root: Path) -> tuple[list[str], list[str]]:
+    """All files and the images among them, as sorted paths below `root`; hidden ones are left out. InputError."""
+    files = _visible_files(root)
+    openable = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    images = [file for file in files if PurePosixPath(file).suffix.lower() in openable]
+    if not images:
+        raise InputError(f"--train_data_dir: there are no images in {root}.")
+    _warn_about_leftovers(root, files, images)
+    return files, images
 
 
 @dataclass(frozen=True)
@@ -225,10 +287,13 @@ class Scan:
     summary: str
 
 
-def scan(data: CaptionedImages, workers: int = 8) -> Scan:
-    """Reads every image once, in threads, so that a damaged file is found before training and not in step 9000."""
+def scan(data: Images, visit: Callable[[int, Image.Image], None] | None = None, workers: int = 8) -> Scan:
+    """Reads every image once, in threads, so that a damaged file is found before training and not in step 9000.
+
+    `visit` is called with the index and the RGB image of each that can be read.
+    """
     with ThreadPoolExecutor(workers) as pool:
-        checks = pool.map(lambda index: _check_image(data, index), range(len(data)))
+        checks = pool.map(lambda index: _check_image(data, index, visit), range(len(data)))
         checks = list(tqdm(checks, "Checking images", len(data), disable=None))
     bad = [(index, message) for index, (message, _, _) in enumerate(checks) if message]
     blank = [index for index, (_, is_blank, _) in enumerate(checks) if is_blank]
@@ -244,7 +309,7 @@ def scan(data: CaptionedImages, workers: int = 8) -> Scan:
     return Scan(bad, blank, cut, "; ".join(lines))
 
 
-def drop_bad(data: CaptionedImages, scan: Scan, on_bad_image: str) -> CaptionedImages:
+def drop_bad(data: Images, scan: Scan, on_bad_image: str) -> Images:
     """`data` without the unreadable images of its `scan`.
 
     `on_bad_image` is "error" (any of them raises one InputError that lists the first ten) or "skip" (they are
@@ -263,12 +328,14 @@ def drop_bad(data: CaptionedImages, scan: Scan, on_bad_image: str) -> CaptionedI
     return data.select(good)
 
 
-def _check_image(data: CaptionedImages, index: int) -> tuple[str | None, bool, bool]:
+def _check_image(data: Images, index: int, visit: Callable | None) -> tuple[str | None, bool, bool]:
     """(message if unreadable, near-constant?, loses more than a tenth to cropping?)"""
     try:
         image = data.image(index)
     except InputError as error:
         return str(error), False, False
+    if visit is not None:
+        visit(index, image)
     # A few specks or JPEG noise do not make a drawing: 0.01 % black ink on white already deviates by 2.5.
     is_blank = max(ImageStat.Stat(image).stddev) < 2
     return None, is_blank, data.fit == "crop" and min(image.size) < 0.9 * max(image.size)

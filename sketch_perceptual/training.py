@@ -28,9 +28,8 @@ from accelerate.utils import (
     set_seed,
 )
 from diffusers.optimization import get_scheduler
-from torch import Tensor
 
-from .data import generator
+from .data import Images, Scan, generator, scan
 from .errors import InputError
 
 logger = get_logger(__name__, log_level="INFO")
@@ -68,7 +67,6 @@ def add_training_options(parser: argparse.ArgumentParser, output_dir: str) -> No
     add("--scale_lr", action="store_true", help="multiply the rate by processes, accumulation and batch size")
     add("--lr_scheduler", default="constant", choices=SCHEDULES)
     add("--lr_warmup_steps", type=natural, default=500, help="optimizer steps")
-    add("--use_8bit_adam", action="store_true", help="AdamW of bitsandbytes")
     add("--adam_beta1", type=rate, default=0.9)
     add("--adam_beta2", type=rate, default=0.999)
     add("--adam_weight_decay", type=rate, default=1e-2)
@@ -90,6 +88,19 @@ def add_training_options(parser: argparse.ArgumentParser, output_dir: str) -> No
     add("--push_to_hub", action="store_true", help="upload the result to the Hugging Face Hub")
     add("--hub_token", help="better: hf auth login")
     add("--hub_model_id", help="the Hub repository; default: the name of --output_dir")
+
+
+def add_data_options(parser: argparse.ArgumentParser) -> Callable:
+    """The options that say where pictures come from; returns `add_argument` of their group for more of them."""
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset_name", help="a data set of the Hub, or a folder that `datasets` can read")
+    add("--dataset_config_name")
+    add("--image_column", default="image")
+    add("--on_bad_image", choices=("error", "skip"), default="error", help="what to do with unreadable images")
+    add("--background", default="white", help="colour behind transparent drawings")
+    add("--max_train_samples", type=at_least(1), help="use a random choice of so many images")
+    add("--cache_dir", help="where downloads are kept")
+    return add
 
 
 def run(main: Callable, args: argparse.Namespace) -> None:
@@ -191,20 +202,30 @@ def plan_steps(args: argparse.Namespace, batches: int) -> None:
     args.num_train_epochs = math.ceil(args.max_train_steps / steps_per_epoch)
 
 
-def make_optimizer(args: argparse.Namespace, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """AdamW as diffusers' scripts set it up."""
-    optimizer_class = torch.optim.AdamW
-    if args.use_8bit_adam:
-        try:
-            from bitsandbytes.optim import AdamW8bit as optimizer_class
-        except ImportError as error:
-            raise InputError("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes") from error
+def choose_samples(args: argparse.Namespace, data: Images) -> Images:
+    """The random `--max_train_samples` of `data`, or all."""
+    if args.max_train_samples is None or args.max_train_samples >= len(data):
+        return data
+    chosen = torch.randperm(len(data), generator=generator(args.seed, "samples"))[: args.max_train_samples]
+    return data.select(sorted(chosen.tolist()))
+
+
+def scan_images(accelerator: Accelerator, data: Images, visit: Callable | None = None) -> Scan:
+    """`scan` on the main process; its result on all."""
+    return broadcast_object_list([scan(data, visit) if accelerator.is_main_process else None])[0]
+
+
+def make_optimizer(
+    args: argparse.Namespace, parameters: list[torch.nn.Parameter], optimizer_class=torch.optim.AdamW, **options
+) -> torch.optim.Optimizer:
+    """AdamW as diffusers' scripts set it up; without weight decay it is Adam."""
     return optimizer_class(
         parameters,
         lr=args.learning_rate,
         betas=(args.adam_beta1, args.adam_beta2),
         weight_decay=args.adam_weight_decay,
         eps=args.adam_epsilon,
+        **options,
     )
 
 
@@ -299,20 +320,20 @@ class NonFiniteGuard:
         self.total, self.scaled, self.in_a_row = total, scaled, 0
         self.limit = 25 if scaled else 5
 
-    def is_finite(self, step: int, values: list[float], seen: list[tuple[list[str], Tensor, Tensor]]) -> bool:
+    def is_finite(self, step: int, values: list[float], seen: list[tuple]) -> bool:
         """Whether all `values` are finite; if not, names the step and, of `seen`, what this process had in it.
 
         Args:
-            seen: for each batch of the step the images' names, their timesteps (B,) and their losses (B,).
+            seen: for each batch of the step the images' names, their losses (B,) and, for diffusion, timesteps (B,).
         """
         if all(map(math.isfinite, values)):
             self.in_a_row = 0
             return True
         self.total, self.in_a_row = self.total + 1, self.in_a_row + 1
         rows = [
-            f"{name} at timestep {timestep}"
-            for names, timesteps, losses in seen
-            for name, timestep, loss in zip(names, timesteps.tolist(), losses.tolist(), strict=True)
+            " at timestep ".join([name, *map(str, timestep)])
+            for names, losses, *timesteps in seen
+            for name, loss, *timestep in zip(names, losses.tolist(), *(t.tolist() for t in timesteps), strict=True)
             if not math.isfinite(loss)
         ]
         blame = f"loss of {', '.join(rows)}" if rows else "gradient"
@@ -320,7 +341,7 @@ class NonFiniteGuard:
         if self.in_a_row >= self.limit:
             raise FloatingPointError(
                 f"{self.in_a_row} steps in a row were not finite, the last at step {step}: {blame}. No such step was"
-                " saved. Lower --learning_rate or --perceptual_weight, or use --mixed_precision bf16."
+                " saved. Lower --learning_rate or a weight of the loss, or use --mixed_precision bf16."
             )
         return False
 

@@ -1,18 +1,73 @@
-"""A pipeline in the shape of Stable Diffusion 1.5, small and random, made from configurations."""
+"""Models made from configurations, small and random, and what the tests of the scripts share."""
 
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from huggingface_hub.utils import filter_repo_objects
 from PIL import Image, ImageDraw
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from sketch_perceptual.backbone import AttentionVGG16
+
+ROOT = Path(__file__).parent.parent
+
+
+def reset_accelerate():
+    """Forget the run before: accelerate keeps its state in the process."""
+    PartialState._reset_state()
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+
+
+class FakeHub:
+    """Stands in for HfApi and keeps what it is sent."""
+
+    sent: dict
+
+    def __init__(self, token=None):
+        pass
+
+    def create_repo(self, repo_id, exist_ok):
+        assert exist_ok
+        return type("Repo", (), {"repo_id": f"someone/{repo_id}"})()
+
+    def upload_folder(self, repo_id, folder_path, allow_patterns, commit_message):
+        paths = [p.relative_to(folder_path).as_posix() for p in Path(folder_path).rglob("*") if p.is_file()]
+        FakeHub.sent = {repo_id: sorted(filter_repo_objects(paths, allow_patterns=allow_patterns))}
+
+
+def torchrun(driver, *options):
+    """Run a script in two CPU processes."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*launch, str(driver), *options],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.fixture
+def signals():
+    """Puts back what a trainer does to signal handlers."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def tiny_tokenizer(folder):

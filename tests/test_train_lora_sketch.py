@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState, PartialState
+from conftest import FakeHub, reset_accelerate, torchrun
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from peft.tuners.lora import LoraLayer
 from PIL import Image
@@ -51,15 +51,8 @@ class Run:
         return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
-def reset_accelerate():
-    """Forget the run before: accelerate keeps its state in the process."""
-    PartialState._reset_state()
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
-
-
 @pytest.fixture
-def train(tiny_sd, drawings, tmp_path, monkeypatch):
+def train(tiny_sd, drawings, tmp_path, monkeypatch, signals):
     """Train in this process with the pixel loss, unless the options say otherwise; 4 steps of 2 images."""
 
     def train(*options, output="out", data=("--train_data_dir", str(drawings)), steps=4, seed=0):
@@ -73,10 +66,7 @@ def train(tiny_sd, drawings, tmp_path, monkeypatch):
         script.main(script.parse_args([*fixed.split(), *data, *map(str, options)]))
         return Run(tmp_path / output, options, logs)
 
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield train
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    return train
 
 
 def draw(folder, adapter=None, weight_name=script.WEIGHTS):
@@ -451,25 +441,6 @@ def test_tensorboard_takes_what_is_logged(train, monkeypatch):
     assert events.Tags()["images"] == ["validation"]
 
 
-class FakeHub:
-    """Stands in for HfApi and keeps what it is sent."""
-
-    sent: dict
-
-    def __init__(self, token=None):
-        pass
-
-    def create_repo(self, repo_id, exist_ok):
-        assert exist_ok
-        return type("Repo", (), {"repo_id": f"someone/{repo_id}"})()
-
-    def upload_folder(self, repo_id, folder_path, allow_patterns, commit_message):
-        from huggingface_hub.utils import filter_repo_objects
-
-        paths = [p.relative_to(folder_path).as_posix() for p in Path(folder_path).rglob("*") if p.is_file()]
-        FakeHub.sent = {repo_id: sorted(filter_repo_objects(paths, allow_patterns=allow_patterns))}
-
-
 def test_the_hub_gets_adapter_card_and_picture_and_nothing_else(train, monkeypatch, drawings, tiny_sd):
     monkeypatch.setattr(hub, "HfApi", FakeHub)
     prompt = ("--validation_prompt", "a house", "--num_validation_images", 1)
@@ -713,17 +684,7 @@ def test_two_processes_draw_apart_and_agree(tiny_sd, drawings, tmp_path):
     options = f"""--pretrained_model_name_or_path {tiny_sd} --output_dir {tmp_path / "out"} --resolution 32
         --train_data_dir {drawings} --perceptual_loss pixel --train_batch_size 1 --num_train_epochs 3 --seed 0
         --learning_rate 1e-2 --lr_warmup_steps 2 --lr_scheduler linear --checkpointing_steps 6 --report_to none"""
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(Path(script.__file__).parent)}
-    environment |= {"OMP_NUM_THREADS": "1"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611"]
-    done = subprocess.run(
-        [*launch, str(tmp_path / "driver.py"), str(tmp_path), *options.split()],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    done = torchrun(tmp_path / "driver.py", str(tmp_path), *options.split())
     assert done.returncode == 0, done.stderr[-3000:]
     adapters = [torch.load(tmp_path / f"adapter-{rank}.pt", weights_only=True) for rank in (0, 1)]
     assert all(torch.equal(adapters[0][name], adapters[1][name]) for name in adapters[0])
