@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from .errors import InputError
+
 
 class ChannelAttention(nn.Module):
     """M_c(x) = sigmoid(W1 W0 avg(x) + W1 W0 max(x)): (B, C, H, W) -> a gate in (0, 1), (B, C, 1, 1).
@@ -13,7 +15,7 @@ class ChannelAttention(nn.Module):
     def __init__(self, channels: int, reduction: int = 16):
         super().__init__()
         if not 1 <= reduction <= channels:
-            raise ValueError(f"reduction must lie between 1 and the {channels} channels, got {reduction}")
+            raise InputError(f"reduction must lie between 1 and the {channels} channels, got {reduction}")
         self.mlp = nn.Sequential(
             nn.Conv2d(channels, channels // reduction, 1, bias=False),
             nn.ReLU(),
@@ -34,7 +36,7 @@ class SpatialAttention(nn.Module):
     def __init__(self, kernel: int = 7):
         super().__init__()
         if kernel < 1 or kernel % 2 == 0:
-            raise ValueError(f"spatial_kernel must be odd and positive, got {kernel}")
+            raise InputError(f"spatial_kernel must be odd and positive, got {kernel}")
         self.conv = nn.Conv2d(2, 1, kernel, padding=kernel // 2, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -2,8 +2,8 @@
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterable
-from itertools import islice
+from collections.abc import Iterable, Sequence
+from itertools import islice, pairwise
 from pathlib import Path
 
 import torch
@@ -11,6 +11,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .attention import CBAM
 from .errors import InputError
@@ -19,6 +20,7 @@ from .errors import InputError
 STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 ATTENTION_STAGES = (1, 2)
 LAYERS = tuple(f"relu{s}_{c}" for s, widths in enumerate(STAGES, 1) for c in range(1, len(widths) + 1))
+BUNDLED = Path(__file__).parent / "assets" / "attention-vgg16"
 
 
 class AttentionVGG16(
@@ -39,6 +41,10 @@ class AttentionVGG16(
         num_classes: outputs of the classifier; 0 leaves the classifier out.
         spatial_kernel: width of the spatial attention's convolution, odd.
         reduction: channel attention's bottleneck divides the channels by this.
+        head: the classifier: "vgg", VGG-16's three layers on the 7x7 map (119.5 M weights, dropout), or "linear", one
+            layer on the mean of the map, for small data sets.
+        classes: what each output stands for: folder names or labels, as many as `num_classes`.
+        last_layer: the deepest layer that is kept, e.g. "relu4_3"; needs `num_classes` 0. None keeps all.
 
     Images are RGB in [-1, 1], (B, 3, H, W); ImageNet's normalisation happens inside.
     """
@@ -50,15 +56,29 @@ class AttentionVGG16(
         num_classes: int = 1000,
         spatial_kernel: int = 7,
         reduction: int = 16,
+        head: str = "vgg",
+        classes: Sequence[str] | None = None,
+        last_layer: str | None = None,
     ):
         super().__init__()
         if attention not in ("cbam", "none"):
             raise InputError(f'attention must be "cbam" or "none", got {attention!r}')
         if num_classes < 0:
             raise InputError(f"num_classes must be 0 (no classifier) or positive, got {num_classes}")
+        if head not in ("vgg", "linear"):
+            raise InputError(f'head must be "vgg" or "linear", got {head!r}')
+        if classes is not None and len(classes) != num_classes:
+            raise InputError(f"{len(classes)} classes for num_classes={num_classes}")
+        if last_layer is not None and check_layers([last_layer]) and num_classes:
+            raise InputError(
+                f"a network that ends at last_layer={last_layer} has no classifier: num_classes must be 0"
+            )
         self.attention, self.pool_after_attention, self.num_classes = attention, pool_after_attention, num_classes
+        self.head, self.classes, self.last_layer = head, classes, last_layer
+        self.gradient_checkpointing = False
         self.tap_index: dict[str, int] = {}
         self.features = nn.Sequential()
+        self.stage_bounds = [0]
         channels = 3
         for stage, widths in enumerate(STAGES, 1):
             for number, width in enumerate(widths, 1):
@@ -72,8 +92,12 @@ class AttentionVGG16(
                 if pool_after_attention:
                     block["pool"] = nn.MaxPool2d(2, 2)
             self.features.append(nn.Sequential(block))
-        self.avgpool = nn.AdaptiveAvgPool2d(7)
-        self.classifier = _classifier(channels * 7 * 7, num_classes) if num_classes else nn.Identity()
+            self.stage_bounds.append(len(self.features))
+        if last_layer is not None:
+            self.features = self.features[: self.tap_index[last_layer] + 1]
+            self.tap_index = {name: index for name, index in self.tap_index.items() if index < len(self.features)}
+        self.avgpool = nn.AdaptiveAvgPool2d(1 if num_classes and head == "linear" else 7)
+        self.classifier = _classifier(channels, num_classes, head) if num_classes else nn.Identity()
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
 
@@ -83,17 +107,30 @@ class AttentionVGG16(
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> logits (B, num_classes); without a classifier the flat 7x7 map (B, 25088)."""
-        return self.classifier(self.avgpool(self.features(self.normalize(images))).flatten(1))
+        x = self.normalize(images)
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            for start, end in pairwise(self.stage_bounds):  # elsewhere an in-place ReLU would spoil what is kept
+                x = checkpoint(self.features[start:end], x, use_reentrant=False)
+        else:
+            x = self.features(x)
+        return self.classifier(self.avgpool(x).flatten(1))
 
     def taps(self, images: Tensor, layers: Iterable[str]) -> dict[str, Tensor]:
         """Activations (B, C, h, w) at the named layers, e.g. "relu3_3"; stops at the deepest one asked for."""
-        wanted = {self.tap_index[name]: name for name in check_layers(layers)}
-        x, found = self.normalize(images), {}
+        wanted, found = self.find_taps(layers), {}
+        x = self.normalize(images)
         for index, layer in enumerate(islice(self.features, max(wanted) + 1)):
             x = layer(x)
             if index in wanted:
                 found[wanted[index]] = x
         return found
+
+    def find_taps(self, layers: Iterable[str]) -> dict[int, str]:
+        """Position in `features` -> name of the layer; a name that is unknown or cut off is an `InputError`."""
+        layers = check_layers(layers)
+        if beyond := [name for name in layers if name not in self.tap_index]:
+            raise InputError(f"the backbone ends at {self.last_layer}, it has no {', '.join(beyond)}")
+        return {self.tap_index[name]: name for name in layers}
 
     def load_vgg16(self, source: str | Path = "imagenet") -> list[str]:
         """Load VGG-16 weights; returns the names of the parameters that `source` cannot know and that stay new.
@@ -110,8 +147,9 @@ class AttentionVGG16(
         trunk_only = not any(name.startswith("classifier.") for name in weights)
         head = "classifier.6."
         other_head = not trunk_only and self.num_classes != len(weights.get(head + "bias", ()))
-        if self.num_classes == 0:
+        if self.num_classes == 0 or self.head == "linear":
             weights = {name: w for name, w in weights.items() if name.startswith("features.")}
+            trunk_only = True
         elif other_head:
             weights = {name: w for name, w in weights.items() if not name.startswith(head)}
         new = [
@@ -132,6 +170,16 @@ class AttentionVGG16(
         self.load_state_dict({name: own[name] for name in new} | weights)
         return new
 
+    def truncate(self, last_layer: str) -> "AttentionVGG16":
+        """A copy that ends at `last_layer`, for a loss that reads no deeper: to relu4_3 it is 7.6 M weights of 138 M.
+
+        `network.truncate("relu4_3").half().save_pretrained(folder)` is how the bundled backbone was stored.
+        """
+        config = self._hub_mixin_config | {"num_classes": 0, "classes": None, "last_layer": last_layer}
+        copy = type(self)(**config)
+        copy.load_state_dict({name: weight for name, weight in self.state_dict().items() if name in copy.state_dict()})
+        return copy.train(self.training)
+
     @classmethod
     def _from_pretrained(cls, *, model_id, config=None, map_location="cpu", strict=True, **kwargs):
         if config is None:
@@ -146,12 +194,12 @@ class AttentionVGG16(
         raise InputError(f"{model_file} is a pickle; only model.safetensors is loaded")
 
 
-def load_backbone(source: str | Path, attention: str = "cbam") -> AttentionVGG16:
+def load_backbone(source: str | Path = BUNDLED, attention: str = "cbam") -> AttentionVGG16:
     """A backbone from a folder or Hub id written by `save_pretrained`, or from VGG-16 weights.
 
     Args:
-        source: the folder or id; or "imagenet" or a `.safetensors` file as in `AttentionVGG16.load_vgg16`, which
-            make a network without a classifier.
+        source: the folder or id, by default the sketch-tuned network that comes with the package; or "imagenet" or a
+            `.safetensors` file as in `AttentionVGG16.load_vgg16`, which make a network without a classifier.
         attention: for weights only: "cbam" (untrained: the arm that fails in the paper) or "none".
     """
     if is_vgg16_weights(source):
@@ -199,8 +247,10 @@ def _conv3x3(channels: int, width: int) -> nn.Conv2d:
     return conv
 
 
-def _classifier(features: int, num_classes: int) -> nn.Sequential:
-    widths = ((features, 4096), (4096, 4096), (4096, num_classes))
+def _classifier(channels: int, num_classes: int, head: str) -> nn.Module:
+    if head == "linear":
+        return nn.Linear(channels, num_classes)
+    widths = ((channels * 7 * 7, 4096), (4096, 4096), (4096, num_classes))
     linears = [nn.Linear(*width) for width in widths]
     for linear in linears:
         nn.init.normal_(linear.weight, 0, 0.01)  # torchvision's initialisation

@@ -181,7 +181,16 @@ def test_a_saved_network_must_fit_its_configuration(tmp_path):
         load_backbone(tmp_path)
 
 
-@pytest.mark.parametrize("options", [{"attention": "se"}, {"num_classes": -1}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"attention": "se"},
+        {"num_classes": -1},
+        {"head": "mlp"},
+        {"classes": ["cat", "dog"]},
+        {"last_layer": "relu4_3"},
+    ],
+)
 def test_options_out_of_range_are_named(options):
     with pytest.raises(InputError, match=next(iter(options))):
         AttentionVGG16(**options)
@@ -191,3 +200,30 @@ def test_options_out_of_range_are_named(options):
 def test_layers_are_checked(layers):
     with pytest.raises(InputError, match="distinct names out of relu1_1"):
         AttentionVGG16("none", num_classes=0).taps(torch.zeros(1, 3, 32, 32), layers)
+
+
+def test_a_truncated_network_has_the_same_taps_and_no_others(tmp_path):
+    whole = AttentionVGG16(
+        pool_after_attention=True, num_classes=3, head="linear", classes=["cat", "dog", "fish"]
+    ).eval()
+    whole.truncate("relu4_3").half().save_pretrained(tmp_path)
+    cut = load_backbone(tmp_path)
+    assert sum(weight.numel() for weight in cut.parameters()) == 7_638_020
+    images, layers = torch.rand(1, 3, 32, 32) * 2 - 1, ["relu1_2", "relu4_3"]
+    for weight in whole.parameters():
+        weight.data = weight.data.half().float()
+    for name, tap in whole.taps(images, layers).items():
+        assert torch.equal(cut.taps(images, layers)[name], tap)
+    with pytest.raises(InputError, match="ends at relu4_3, it has no relu5_1"):
+        cut.taps(images, ["relu1_2", "relu5_1"])
+
+
+@pytest.mark.parametrize("options", [{"attention": "none"}, {}, {"pool_after_attention": True}])
+def test_gradient_checkpointing_gives_the_same_gradients(options):
+    model = AttentionVGG16(num_classes=2, head="linear", **options)
+    images, gradients = torch.rand(1, 3, 32, 32) * 2 - 1, []
+    for model.gradient_checkpointing in (False, True):
+        model.zero_grad()
+        model(images).sum().backward()
+        gradients.append([weight.grad.clone() for weight in model.parameters()])
+    torch.testing.assert_close(*gradients)
