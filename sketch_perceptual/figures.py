@@ -1,5 +1,6 @@
-"""Sheets of pictures."""
+"""Sheets of pictures, and plots."""
 
+from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
 
@@ -20,3 +21,21 @@ def sheet(rows: dict[str, list[Image.Image]], columns: list[str] | None = None, 
             resample = Image.Resampling.LANCZOS if picture.width >= size else Image.Resampling.BICUBIC
             page.paste(picture.convert("RGB").resize((size, size), resample), (names + x * (size + gap), top))
     return page
+
+
+def learning_curve(history: list[dict]) -> Figure:
+    """Loss and accuracy by epoch, training beside validation, from records as train_backbone.py keeps them."""
+    epochs = [record["epoch"] for record in history]
+    figure = Figure((9, 3.5), layout="constrained")
+    losses, accuracies = figure.subplots(1, 2)
+    for axes, title, curves in (
+        (losses, "cross-entropy", {"train_loss": "training", "loss": "validation"}),
+        (accuracies, "accuracy", {"train_top1": "training, top-1", "top1": "validation, top-1", "top5": "top-5"}),
+    ):
+        for name, label in curves.items():
+            axes.plot(epochs, [record[name] for record in history], ".-", label=label)
+        axes.set(title=title, xlabel="epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.legend()
+    accuracies.set_ylim(0, 1)
+    return figure
