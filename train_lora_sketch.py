@@ -3,7 +3,7 @@
 
     accelerate launch train_lora_sketch.py \\
       --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \\
-      --train_data_dir drawings --backbone attention-vgg16 --train_batch_size 1 --seed 42 \\
+      --train_data_dir drawings --train_batch_size 1 --seed 42 \\
       --validation_prompt "a sketch of a fox" --output_dir sketch-lora
 
 Takes every option of diffusers' train_text_to_image_lora.py. The prediction's clean latents are decoded and compared
@@ -113,7 +113,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("perceptual term").add_argument
     add("--perceptual_weight", type=rate, default=0.1, help="1 weighs unrelated drawings as 1; 0 is the plain script")
     add("--perceptual_loss", default="attention_vgg", help=f"{', '.join(LOSSES)}, an entry point, or module:Class")
-    add("--backbone", help='network of the loss: folder, Hub id, .safetensors with VGG-16 weights, or "imagenet"')
+    add("--backbone", help="network of the loss: folder, Hub id, .safetensors of VGG-16; default: the loss's own")
     add("--perceptual_layers", nargs="+", metavar="LAYER", help="taps, e.g. relu1_2 relu3_3")
     add("--perceptual_resolution", type=count, help="larger images are shrunk to this for the loss; default: 224")
     add("--perceptual_min_snr", type=rate, default=1.0, help="rows with less signal are not scored; 0 scores all")

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .backbone import AttentionVGG16, check_layers, is_vgg16_weights, load_backbone
+from .backbone import BUNDLED, AttentionVGG16, check_layers, is_vgg16_weights, load_backbone
 from .errors import InputError
 
 DEFAULT_LAYERS = ("relu1_2", "relu2_2", "relu3_3", "relu4_3")  # Johnson et al. 2016, the style layers
@@ -66,8 +66,8 @@ class PerceptualLoss(ImageLoss):
 
     Args:
         backbone: an `AttentionVGG16`, or where to load one (see `load_backbone`): a folder, a Hub id, a `.safetensors`
-            with VGG-16 weights, or "imagenet".
-        layers: taps, "relu1_1" to "relu5_3".
+            with VGG-16 weights, or "imagenet"; by default the sketch-tuned network that comes with the package.
+        layers: taps, "relu1_1" to "relu5_3" ("relu4_3" for the default backbone).
         layer_weights: one factor a layer; None is 1 for each.
         resolution: see `ImageLoss`.
         distance: "l1" (the paper) or "l2" (mean squared).
@@ -75,7 +75,7 @@ class PerceptualLoss(ImageLoss):
 
     def __init__(
         self,
-        backbone: AttentionVGG16 | str | Path,
+        backbone: AttentionVGG16 | str | Path = BUNDLED,
         layers: Sequence[str] = DEFAULT_LAYERS,
         layer_weights: Sequence[float] | None = None,
         resolution: int | None = None,
@@ -92,6 +92,7 @@ class PerceptualLoss(ImageLoss):
             raise InputError(f"{len(weights)} layer_weights for {len(self.layers)} layers")
         self.layer_weights = dict(zip(self.layers, weights, strict=True))
         self.backbone = backbone if isinstance(backbone, nn.Module) else load_backbone(backbone)
+        self.backbone.find_taps(self.layers)
         self._freeze()
 
     def compare(self, images: Tensor, target: Tensor) -> Tensor:
@@ -137,13 +138,8 @@ class LPIPSLoss(ImageLoss):
         return self.net(images, target).flatten()
 
 
-def attention_vgg(backbone: AttentionVGG16 | str | Path | None = None, **options) -> PerceptualLoss:
-    """`PerceptualLoss` on the sketch-tuned attention-VGG; `backbone` names one made by train_backbone.py."""
-    if backbone is None:
-        raise InputError(
-            "the loss attention_vgg needs a sketch-tuned network: pass --backbone with a folder or Hub id written by"
-            " AttentionVGG16.save_pretrained, or choose --perceptual_loss vgg, lpips or pixel"
-        )
+def attention_vgg(backbone: AttentionVGG16 | str | Path = BUNDLED, **options) -> PerceptualLoss:
+    """`PerceptualLoss` on a sketch-tuned attention-VGG: the one that comes with the package, or `backbone`."""
     loss = PerceptualLoss(backbone, **options)
     _expect_attention(loss, "cbam", "vgg")
     if is_vgg16_weights(backbone):

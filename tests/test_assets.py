@@ -1,15 +1,15 @@
 """What ships with the package."""
 
-from pathlib import Path
-
 import torch
 from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
 
-import sketch_perceptual
-from sketch_perceptual.drawings import CLASSES
+from sketch_perceptual.backbone import BUNDLED, load_backbone
+from sketch_perceptual.drawings import CLASSES, draw
+from sketch_perceptual.images import to_tensor
+from sketch_perceptual.losses import PerceptualLoss, build_loss, check_loss
 
-TINY_SD = Path(sketch_perceptual.__file__).parent / "assets" / "tiny-sd"
+TINY_SD = BUNDLED.parent / "tiny-sd"
 
 
 def test_the_tiny_pipeline_loads_plainly_and_draws_in_colour():
@@ -33,6 +33,23 @@ def test_transformers_4_finds_the_text_encoder():
     assert {"vocab.json", "merges.txt"} <= {path.name for path in (TINY_SD / "tokenizer").iterdir()}
 
 
+def test_the_bundled_backbone_is_sketch_tuned_attention_to_relu4_3():
+    backbone = load_backbone()
+    assert (backbone.attention, backbone.last_layer) == ("cbam", "relu4_3")
+    assert {weight.dtype for weight in backbone.parameters()} == {torch.float32}
+
+
+def test_the_bundled_loss_keeps_the_contract_and_prefers_the_same_subject():
+    loss = build_loss("attention_vgg")
+    check_loss(loss)
+    assert {type(loss), type(PerceptualLoss())} == {PerceptualLoss}
+    drawings = [to_tensor(draw(name, index, 0, "pen", 96)) for name in CLASSES for index in (0, 1)]
+    first, second = torch.stack(drawings[::2]), torch.stack(drawings[1::2])
+    same, other = loss(first, second), loss(first, second.roll(1, 0))
+    assert (same < other).float().mean() > 0.6
+    assert loss(first, first).max() == 0
+
+
 def test_assets_stay_small():
-    sizes = [path.stat().st_size for path in TINY_SD.rglob("*") if path.is_file()]
-    assert sum(sizes) <= 14e6
+    for folder, limit in ((TINY_SD, 14e6), (BUNDLED, 16e6)):
+        assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= limit

@@ -208,7 +208,6 @@ def test_loss_names_options_and_plugins(tmp_path, monkeypatch, sources):
         ("my_losses:Nope",): "cannot be imported",
         ("nowhere:Mine",): "cannot be imported .*PYTHONPATH",
         ("ssim",): "no perceptual loss 'ssim': choose attention_vgg, vgg, pixel, lpips",
-        ("attention_vgg",): "pass --backbone",
         ("attention_vgg", plain): "score it with --perceptual_loss vgg",
         ("vgg", sources["attention_vgg"]): "score it with --perceptual_loss attention_vgg",
         ("pixel", plain): "does not take these options, backbone",

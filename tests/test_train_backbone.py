@@ -286,6 +286,14 @@ def test_a_run_that_stays_not_finite_ends_and_saves_no_nan(train, monkeypatch, t
     assert all(torch.isfinite(weight).all() for path in saved for weight in load_file(path).values())
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_trains_float32_weights(train, precision):
+    start = train("--learning_rate", 0, output="start").network.state_dict()
+    after = train("--mixed_precision", precision, "--learning_rate", 1e-6, epochs=1).network.state_dict()
+    assert {weight.dtype for weight in after.values()} == {torch.float32}
+    assert 0 < max(float((after[name] - start[name]).abs().max()) for name in start) < 1e-4
+
+
 def test_gradient_checkpointing_changes_nothing_but_memory(train):
     plain, checkpointed = train(epochs=1), train("--gradient_checkpointing", output="checkpointed", epochs=1)
     for name, weight in plain.network.state_dict().items():

@@ -618,7 +618,7 @@ BAD_RUNS = [
     (["--train_data_dir", "nowhere"], "nowhere"),
     (["--dataset_name", "nowhere/drawings"], "--dataset_name nowhere/drawings cannot be loaded"),
     (["--perceptual_loss", "ssim"], "no perceptual loss 'ssim'"),
-    (["--perceptual_loss", "attention_vgg"], "pass --backbone"),
+    (["--perceptual_loss", "attention_vgg", "--perceptual_layers", "relu5_1"], "ends at relu4_3, it has no relu5_1"),
     (["--perceptual_loss", "attention_vgg", "--backbone", "nowhere/vgg"], "no backbone at nowhere/vgg"),
     (["--perceptual_loss", "vgg", "--backbone", "nowhere.safetensors"], "no weights file nowhere.safetensors"),
     (["--perceptual_layers", "relu1_2"], "pixel does not take these options, layers"),
