@@ -175,7 +175,9 @@ def main(args: argparse.Namespace) -> None:
         model.train()
         sampler.epoch = epoch
         first = state["batch"]
-        batches = accelerator.skip_first_batches(loader, first) if first else loader
+        batches = loader
+        if first:  # accelerate 1.8 trips over a loader with nothing left in it
+            batches = accelerator.skip_first_batches(loader, first) if first < len(loader) else []
         for number, batch in enumerate(batches, first):
             if step >= args.max_train_steps:
                 break
