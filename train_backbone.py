@@ -131,7 +131,7 @@ def main(args: argparse.Namespace) -> None:
     network, untouched, origin = build_network(args, data.classes)
     repo_id = None
     if args.push_to_hub and accelerator.is_main_process:
-        repo_id = hub.create_repo(args.hub_model_id or Path(args.output_dir).resolve().name, args.hub_token)
+        repo_id = hub.create_repo(hub.model_name(args.hub_model_id, args.output_dir), args.hub_token)
     train_data, validation_data, split_record = split_data(args, accelerator, data)
 
     network.to(memory_format=torch.channels_last)
@@ -579,7 +579,7 @@ print(PerceptualLoss(network)(images, target))"""
             datasets=on_hub and [on_hub],
             tags=["sketch", "perceptual-loss", "vgg16", "attention"],
         ),
-        title=f"Sketch backbone - {args.hub_model_id or Path(args.output_dir).resolve().name}",
+        title=f"Sketch backbone - {hub.model_name(args.hub_model_id, args.output_dir)}",
         description=f"{kind} (Seo 2025), tuned to tell {len(network.classes)} classes of drawings apart, on"
         f" {on_hub or 'a data set of its own'}. On {split_record['validation_images']} drawings kept apart{apart},"
         f" which share no copy with the {split_record['train_images']} trained on: {accuracies(best)} after epoch"

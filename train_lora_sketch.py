@@ -153,7 +153,7 @@ def main(args: argparse.Namespace) -> None:
         perceptual_term.scale = typical_distance(perceptual_term.loss, few)
     repo_id = None
     if args.push_to_hub and accelerator.is_main_process:
-        repo_id = hub.create_repo(args.hub_model_id or Path(args.output_dir).resolve().name, args.hub_token)
+        repo_id = hub.create_repo(hub.model_name(args.hub_model_id, args.output_dir), args.hub_token)
 
     lora_parameters = add_lora(args, pipeline.unet)
     sampler, loader = make_loader(args, data, collate)
@@ -627,7 +627,7 @@ pipeline({prompt!r}).images[0].save("sketch.png")"""
             tags=tags.split(),
             inference=True,
         ),
-        title=f"Sketch LoRA - {args.hub_model_id or Path(args.output_dir).resolve().name}",
+        title=f"Sketch LoRA - {hub.model_name(args.hub_model_id, args.output_dir)}",
         description=f"LoRA weights for Stable Diffusion 1.5, fine-tuned on drawings {term} of sketch-perceptual."
         f" Images of a class were captioned {args.caption_template!r}.",
         snippet=snippet,

@@ -67,7 +67,12 @@ def plain_loop(config: argparse.Namespace, steps: int) -> float:
         data, config.train_batch_size, shuffle=True, drop_last=True, num_workers=config.dataloader_num_workers
     )
     network = AttentionVGG16(
-        config.attention, config.pool_after_attention, len(data.classes), head=config.head, reduction=config.reduction
+        config.attention,
+        config.pool_after_attention,
+        len(data.classes),
+        config.spatial_kernel,
+        config.reduction,
+        config.head,
     ).to(device)
     optimizer = torch.optim.Adam(network.parameters(), config.learning_rate)
     for step, (images, labels) in enumerate(islice((batch for _ in count() for batch in loader), WARM_UP + steps)):

@@ -46,6 +46,11 @@ def write_card(
     ModelCard(text, ignore_metadata_errors=False).save(Path(folder, "README.md"))
 
 
+def model_name(model_id: str | None, output_dir: str | Path) -> str:
+    """What the model is called: its id on the Hub, or else the name of its folder."""
+    return model_id or Path(output_dir).resolve().name
+
+
 def create_repo(repo_id: str, token: str | None) -> str:
     """Create the repository, or find it, before training; its full id."""
     try:

@@ -132,8 +132,7 @@ def labelled_dataset(
     columns = ", ".join(dataset.column_names)
     sources, names = image_column_of(dataset, name, image_column)
     dataset = dataset.with_format(None)
-    labelled = [c for c, feature in dataset.features.items() if isinstance(feature, datasets.ClassLabel)]
-    labelled = [c for c in labelled if c != group_column]
+    labelled = [c for c, f in dataset.features.items() if isinstance(f, datasets.ClassLabel) and c != group_column]
     if label_column not in dataset.column_names and len(labelled) == 1:
         logger.warning("%s has no column %r: the class is taken from %r.", name, label_column, labelled[0])
         label_column = labelled[0]

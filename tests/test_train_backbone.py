@@ -429,7 +429,7 @@ def test_accuracies_have_known_answers():
     assert found["worst_classes"][0] == {"class": "a", "images": 2, "top1": 0.0, "taken_for": "c", "times": 2}
 
 
-def test_the_forecast_counts_what_is_left_and_advises(monkeypatch):
+def test_the_forecast_counts_what_is_left_and_advises():
     args = script.parse_args(["--train_data_dir", "x", "--num_train_epochs", "10"])
     args.max_train_steps = 10 * 100
     text = script.cost_forecast(args, AttentionVGG16("cbam", num_classes=2, head="linear", reduction=2), 10, 900, 300)
