@@ -7,7 +7,6 @@ from itertools import islice, pairwise
 from pathlib import Path
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -15,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .attention import CBAM
 from .errors import InputError
+from .hub import HubModel
 
 # Simonyan & Zisserman 2015, configuration D: convolutions per stage, each stage ended by a max-pool.
 STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
@@ -25,7 +25,7 @@ BUNDLED = Path(__file__).parent / "assets" / "attention-vgg16"
 
 class AttentionVGG16(
     nn.Module,
-    PyTorchModelHubMixin,
+    HubModel,
     library_name="sketch-perceptual",
     tags=["sketch", "perceptual-loss", "vgg16", "attention"],
     license="apache-2.0",
@@ -44,7 +44,8 @@ class AttentionVGG16(
         head: the classifier: "vgg", VGG-16's three layers on the 7x7 map (119.5 M weights, dropout), or "linear", one
             layer on the mean of the map, for small data sets.
         classes: what each output stands for: folder names or labels, as many as `num_classes`.
-        last_layer: the deepest layer that is kept, e.g. "relu4_3"; needs `num_classes` 0. None keeps all.
+        last_layer: the deepest layer that is kept, e.g. "relu4_3"; the classifier takes what comes out there. None
+            keeps all.
 
     Images are RGB in [-1, 1], (B, 3, H, W); ImageNet's normalisation happens inside.
     """
@@ -69,10 +70,8 @@ class AttentionVGG16(
             raise InputError(f'head must be "vgg" or "linear", got {head!r}')
         if classes is not None and len(classes) != num_classes:
             raise InputError(f"{len(classes)} classes for num_classes={num_classes}")
-        if last_layer is not None and check_layers([last_layer]) and num_classes:
-            raise InputError(
-                f"a network that ends at last_layer={last_layer} has no classifier: num_classes must be 0"
-            )
+        if last_layer is not None:
+            check_layers([last_layer])
         self.attention, self.pool_after_attention, self.num_classes = attention, pool_after_attention, num_classes
         self.head, self.classes, self.last_layer = head, classes, last_layer
         self.gradient_checkpointing = False
@@ -96,6 +95,7 @@ class AttentionVGG16(
         if last_layer is not None:
             self.features = self.features[: self.tap_index[last_layer] + 1]
             self.tap_index = {name: index for name, index in self.tap_index.items() if index < len(self.features)}
+            channels = self.features[-2].out_channels
         self.avgpool = nn.AdaptiveAvgPool2d(1 if num_classes and head == "linear" else 7)
         self.classifier = _classifier(channels, num_classes, head) if num_classes else nn.Identity()
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)
@@ -107,13 +107,16 @@ class AttentionVGG16(
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> logits (B, num_classes); without a classifier the flat 7x7 map (B, 25088)."""
+        return self.classifier(self.avgpool(self.last_map(images)).flatten(1))
+
+    def last_map(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] -> the last activations (B, C, h, w): C is 512 unless `last_layer` comes before."""
         x = self.normalize(images)
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            for start, end in pairwise(self.stage_bounds):  # elsewhere an in-place ReLU would spoil what is kept
-                x = checkpoint(self.features[start:end], x, use_reentrant=False)
-        else:
-            x = self.features(x)
-        return self.classifier(self.avgpool(x).flatten(1))
+        if not (self.gradient_checkpointing and torch.is_grad_enabled()):
+            return self.features(x)
+        for start, end in pairwise(self.stage_bounds):  # elsewhere an in-place ReLU would spoil what is kept
+            x = checkpoint(self.features[start:end], x, use_reentrant=False)
+        return x
 
     def taps(self, images: Tensor, layers: Iterable[str]) -> dict[str, Tensor]:
         """Activations (B, C, h, w) at the named layers, e.g. "relu3_3"; stops at the deepest one asked for."""
@@ -179,19 +182,6 @@ class AttentionVGG16(
         copy = type(self)(**config)
         copy.load_state_dict({name: weight for name, weight in self.state_dict().items() if name in copy.state_dict()})
         return copy.train(self.training)
-
-    @classmethod
-    def _from_pretrained(cls, *, model_id, config=None, map_location="cpu", strict=True, **kwargs):
-        if config is None:
-            raise InputError(f"no backbone at {model_id}: there is no config.json, which save_pretrained writes")
-        try:
-            return super()._from_pretrained(model_id=model_id, map_location=map_location, strict=strict, **kwargs)
-        except (RuntimeError, SafetensorError) as error:
-            raise InputError(f"{model_id}: the weights do not fit its config.json: {error}") from error
-
-    @classmethod
-    def _load_as_pickle(cls, model, model_file, map_location, strict):
-        raise InputError(f"{model_file} is a pickle; only model.safetensors is loaded")
 
 
 def load_backbone(source: str | Path = BUNDLED, attention: str = "cbam") -> AttentionVGG16:

@@ -151,7 +151,7 @@ def test_missing_or_damaged_sources_are_sentences(tmp_path, monkeypatch, trunk):
         "nowhere.safetensors": "there is no weights file .*nowhere.safetensors",
         "cut.safetensors": "cut.safetensors cannot be read as safetensors",
         "vgg16.pth": "no backbone at .*vgg16.pth",
-        "empty": "no backbone at .*empty: there is no config.json",
+        "empty": "no AttentionVGG16 at .*empty: there is no config.json",
         "imagenet": r"could not be downloaded \(no network\).*local .safetensors",
     }
     for source, message in cases.items():
@@ -188,12 +188,18 @@ def test_a_saved_network_must_fit_its_configuration(tmp_path):
         {"num_classes": -1},
         {"head": "mlp"},
         {"classes": ["cat", "dog"]},
-        {"last_layer": "relu4_3"},
     ],
 )
 def test_options_out_of_range_are_named(options):
     with pytest.raises(InputError, match=next(iter(options))):
         AttentionVGG16(**options)
+
+
+def test_a_classifier_sits_on_the_last_layer_that_is_kept():
+    network = AttentionVGG16(last_layer="relu2_2", num_classes=5, head="linear")
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    pooled = network.taps(images, ["relu2_2"])["relu2_2"].mean((2, 3))
+    torch.testing.assert_close(network(images), network.classifier(pooled))
 
 
 @pytest.mark.parametrize("layers", [[], ["relu6_1"], ["relu1_1", "relu1_1"]])

@@ -23,12 +23,15 @@ MAY_IMPORT = {
     "labelled": {"errors", "images", "data"},
     "splits": {"errors"},
     "drawings": {"errors"},
-    "backbone": {"errors", "attention"},
+    "backbone": {"errors", "attention", "hub"},
     "losses": {"errors", "backbone"},
     "diffusion": {"errors"},
     "figures": set(),
     "hub": {"errors"},
-    "training": {"errors", "data"},
+    "features": {"errors"},
+    "metrics": {"errors"},
+    "retrieval": {"errors", "backbone", "hub", "images"},
+    "training": {"errors", "data", "features", "images", "labelled", "retrieval", "splits"},
 }
 
 
