@@ -5,6 +5,8 @@ from .diffusion import PerceptualTerm, predict_x0
 from .errors import InputError
 from .images import load_image, to_pil, to_tensor
 from .losses import LOSSES, ImageLoss, PerceptualLoss, build_loss, check_loss, typical_distance
+from .metrics import class_distances
+from .retrieval import SketchEmbedder, load_embedder
 
 __version__ = "0.1.0"
 
@@ -15,9 +17,12 @@ __all__ = [
     "InputError",
     "PerceptualLoss",
     "PerceptualTerm",
+    "SketchEmbedder",
     "build_loss",
     "check_loss",
+    "class_distances",
     "load_backbone",
+    "load_embedder",
     "load_image",
     "predict_x0",
     "to_pil",
