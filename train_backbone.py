@@ -11,7 +11,6 @@ into `train_lora_sketch.py --backbone`.
 """
 
 import argparse
-import hashlib
 import json
 import math
 import os
@@ -20,45 +19,41 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import psutil
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import broadcast_object_list, set_seed
+from accelerate.utils import set_seed
 from huggingface_hub import ModelCardData
-from PIL import Image
 from tqdm.auto import tqdm
 
 from sketch_perceptual import hub
 from sketch_perceptual.backbone import AttentionVGG16, fingerprint, is_vgg16_weights, load_backbone
-from sketch_perceptual.data import drop_bad, generator, load_rows
+from sketch_perceptual.data import generator
 from sketch_perceptual.errors import InputError
 from sketch_perceptual.figures import learning_curve
-from sketch_perceptual.labelled import (
-    LabelledImages,
-    are_imagenets,
-    class_names,
-    labelled_dataset,
-    labelled_folder,
-)
-from sketch_perceptual.splits import content_key, find_copies, split, thumbnail
+from sketch_perceptual.labelled import LabelledImages, are_imagenets, class_names
+from sketch_perceptual.splits import split
 from sketch_perceptual.training import (
     NonFiniteGuard,
-    add_data_options,
+    add_class_options,
     add_training_options,
     at_least,
     catch_signals,
-    choose_samples,
+    check_class_options,
+    check_space,
+    describe_split,
     load_checkpoint,
+    load_labelled,
     make_loader,
     make_lr_scheduler,
     make_optimizer,
     plan_steps,
+    read_once,
     run,
     save_checkpoint,
-    scan_images,
+    split_hash,
     start,
     start_trackers,
 )
@@ -96,11 +91,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--torch_compile", action="store_true", help="compile the network: a slow first step, faster ones after it")
 
-    add = add_data_options(parser)
-    add("--train_data_dir", help="a folder with one folder of images a class; an ImageNet id is a class name too")
-    add("--label_column", default="label", help="class labels, or names of classes")
-    add("--group_column", help="images alike in it stay on one side of the split, e.g. those of one hand")
-    add("--validation_share", type=float, default=0.1, help="of the images, kept apart for validation")
+    add = add_class_options(parser, "for validation")
     add("--resolution", type=at_least(32), default=224, help="images are cropped to this width and height, in pixels")
 
     add_training_options(parser, output_dir="attention-vgg16")
@@ -118,10 +109,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
 
     args = parser.parse_args(argv)
-    if args.dataset_name is None and args.train_data_dir is None:
-        parser.error("pass --train_data_dir with a folder of class folders, or --dataset_name")
-    if args.group_column is not None and args.dataset_name is None:
-        parser.error("--group_column needs --dataset_name: class folders have no columns")
+    check_class_options(parser, args)
     return args
 
 
@@ -163,7 +151,8 @@ def main(args: argparse.Namespace) -> None:
 
     def save(**place) -> None:
         state.update(place, global_step=step, skipped_steps=guard.total, lr_scheduler=lr_scheduler.state_dict())
-        save_checkpoint(accelerator, args, state)
+        saved = save_checkpoint(accelerator, args, state)
+        logger.info(f"saved {saved}")
 
     stop = catch_signals()
     step = first_step = state["global_step"]
@@ -281,46 +270,17 @@ class Ledger:
 
 
 def load_data(args, accelerator: Accelerator) -> LabelledImages:
-    options = {"resolution": args.resolution, "background": args.background, "seed": args.seed}
-    if args.dataset_name is None:
-        data = labelled_folder(args.train_data_dir, **options)
-    else:
-        with accelerator.main_process_first():
-            rows = load_rows(args.dataset_name, args.dataset_config_name, args.train_data_dir, args.cache_dir)
-        columns = {name: getattr(args, name) for name in ("image_column", "label_column", "group_column")}
-        data = labelled_dataset(rows, name=args.dataset_name, **columns, **options)
-    return choose_samples(args, data)
+    return load_labelled(args, accelerator, resolution=args.resolution, seed=args.seed)
 
 
 def split_data(args, accelerator: Accelerator, data: LabelledImages) -> tuple[LabelledImages, LabelledImages, dict]:
     """Training and validation images, each of which has been read once, and the split as it is saved."""
-    contents = {}
-
-    def note(index: int, image: Image.Image) -> None:
-        contents[index] = content_key(image), thumbnail(image)
-
-    found = scan_images(accelerator, data, note)
-    data = drop_bad(data, found, args.on_bad_image)
-    result, keys = None, None
-    if accelerator.is_main_process:
-        keys, thumbnails = zip(*(contents[index] for index in sorted(contents)), strict=True)
-        copies = find_copies(keys, np.stack(thumbnails))
-        result = split(data.labels, keys, copies, data.groups, args.validation_share)
-    result, keys = broadcast_object_list([result, keys])
-    logger.info(f"{found.summary}\n{result.summary}")
+    data, keys, copies = read_once(args, accelerator, data)
+    result = split(data.labels, keys, copies, data.groups, args.validation_share)
+    logger.info(result.summary)
     validation_data = data.select(result.validation)
     validation_data.augment = False
-    record = {
-        "about": "content_key of sketch_perceptual.splits of the images kept apart; all others were trained on",
-        "validation_share": args.validation_share,
-        "group_column": args.group_column,
-        "summary": result.summary,
-        "train_images": len(result.train),
-        "validation_images": len(result.validation),
-        "validation": sorted(keys[index] for index in result.validation),
-        "left_out": sorted(keys[index] for index in result.left_out),
-    }
-    return data.select(result.train), validation_data, record
+    return data.select(result.train), validation_data, describe_split(args, result, keys)
 
 
 def make_validation_loader(args, data: LabelledImages) -> torch.utils.data.DataLoader:
@@ -416,8 +376,7 @@ def resumable_settings(args, accelerator: Accelerator, origin: dict, split_recor
     settings = {name: getattr(args, name) for name in names.split()} | origin
     for name in ("train_images", "validation_images"):
         settings[name] = split_record[name]
-    settings["split"] = hashlib.sha256(" ".join(split_record["validation"]).encode()).hexdigest()[:12]
-    return settings | {"processes": accelerator.num_processes}
+    return settings | {"split": split_hash(split_record), "processes": accelerator.num_processes}
 
 
 def run_summary(args, accelerator: Accelerator, network: AttentionVGG16, train: int, validation: int) -> str:
@@ -430,17 +389,11 @@ def run_summary(args, accelerator: Accelerator, network: AttentionVGG16, train: 
         kept = min(kept, args.checkpoints_total_limit + 1)  # the oldest goes only when the newest is complete
     network_bytes, adam_bytes = 4 * weights, 8 * trained
     needed = kept * (network_bytes + adam_bytes) + 3 * network_bytes  # best, last, and the one that replaces either
-    free = shutil.disk_usage(args.output_dir).free
-    if needed > free:
-        raise InputError(
-            f"--output_dir {args.output_dir} has {free / 1e9:.1f} GB left and this run will write {needed / 1e9:.1f};"
-            " lower --checkpoints_total_limit or choose another folder"
-        )
+    space = check_space(args.output_dir, needed)
     return (
         f"{train} images to train on, {validation} to validate; {args.max_train_steps} steps of"
         f" {args.train_batch_size} x {accelerator.num_processes} x {args.gradient_accumulation_steps} images, seed"
-        f" {args.seed}\n{trained / 1e6:.1f} of {weights / 1e6:.1f} M weights are trained; {needed / 1e9:.1f} GB will"
-        f" be written, {free / 1e9:.0f} are free"
+        f" {args.seed}\n{trained / 1e6:.1f} of {weights / 1e6:.1f} M weights are trained; {space}"
     )
 
 

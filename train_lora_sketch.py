@@ -210,7 +210,8 @@ def main(args: argparse.Namespace) -> None:
                 next_epoch, next_batch = divmod(epoch * len(loader) + number + 1, len(loader))
                 state = {"global_step": step, "epoch": next_epoch, "batch": next_batch, "skipped_steps": guard.total}
                 state |= {"lr_scheduler": lr_scheduler.state_dict(), "settings": settings}
-                save_checkpoint(accelerator, args, state)
+                saved = save_checkpoint(accelerator, args, state)
+                logger.info(f"saved {saved}")
             if stopped:
                 logger.warning(f"interrupted after step {step}; go on with --resume_from_checkpoint latest")
                 accelerator.end_training()

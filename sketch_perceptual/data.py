@@ -259,13 +259,13 @@ def image_column_of(dataset: "datasets.Dataset", name: str, column: str) -> tupl
     return undecoded[column], [f"row {row} of {name}" for row in range(len(dataset))]
 
 
-def find_images(root: Path) -> tuple[list[str], list[str]]:
+def find_images(root: Path, option: str = "--train_data_dir") -> tuple[list[str], list[str]]:
     """All files and the images among them, as sorted paths below `root`; hidden ones are left out. InputError."""
-    files = _visible_files(root)
+    files = _visible_files(root, option)
     openable = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     images = [file for file in files if PurePosixPath(file).suffix.lower() in openable]
     if not images:
-        raise InputError(f"--train_data_dir: there are no images in {root}.")
+        raise InputError(f"{option}: there are no images in {root}.")
     _warn_about_leftovers(root, files, images)
     return files, images
 
@@ -320,9 +320,9 @@ def drop_bad(data: Images, scan: Scan, on_bad_image: str) -> Images:
     good = [index for index in range(len(data)) if index not in bad]
     report = f"{len(bad)} of {len(data)} images cannot be read.\n" + _first([m for _, m in scan.bad], "\n")
     if not good:
-        raise InputError(f"No image to train on: {report}")
+        raise InputError(f"No image is left: {report}")
     if bad and on_bad_image == "error":
-        raise InputError(f"{report}\n--on_bad_image skip trains on the other {len(good)}.")
+        raise InputError(f"{report}\n--on_bad_image skip goes on with the other {len(good)}.")
     if bad:
         logger.warning("Skipped: %s", report)
     return data.select(good)
@@ -341,17 +341,17 @@ def _check_image(data: Images, index: int, visit: Callable | None) -> tuple[str 
     return None, is_blank, data.fit == "crop" and min(image.size) < 0.9 * max(image.size)
 
 
-def _visible_files(root: Path) -> list[str]:
+def _visible_files(root: Path, option: str) -> list[str]:
     """Paths below `root` with forward slashes, sorted; an unreadable folder is an error."""
 
     def fail(error: OSError):
-        raise InputError(f"--train_data_dir: cannot read the folder {error.filename}: {error.strerror}.")
+        raise InputError(f"{option}: cannot read the folder {error.filename}: {error.strerror}.")
 
     paths, seen = [], set()
     for folder, folders, files in os.walk(root, onerror=fail, followlinks=True):
         real = os.path.realpath(folder)
         if real in seen:  # a loop of links would repeat its images some forty times
-            raise InputError(f"--train_data_dir: {folder} links to a folder that is read already.")
+            raise InputError(f"{option}: {folder} links to a folder that is read already.")
         seen.add(real)
         folders[:] = filter(_is_visible, folders)
         paths += [Path(folder, file).relative_to(root).as_posix() for file in filter(_is_visible, files)]

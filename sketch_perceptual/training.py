@@ -1,21 +1,25 @@
 """What the trainers share: options, start, data order, optimizer, checkpoints, resume, interruption."""
 
 import argparse
+import hashlib
+import importlib.metadata
 import json
 import logging
 import math
 import os
+import platform
 import re
 import secrets
 import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 
 import diffusers
+import numpy as np
 import torch
 import transformers
 from accelerate import Accelerator
@@ -28,14 +32,23 @@ from accelerate.utils import (
     set_seed,
 )
 from diffusers.optimization import get_scheduler
+from PIL import Image
+from tqdm.auto import tqdm
 
-from .data import Images, Scan, generator, scan
+from .data import Images, Scan, drop_bad, generator, load_rows, scan
 from .errors import InputError
+from .features import FeatureCache
+from .images import fit_image, to_tensor
+from .labelled import LabelledImages, labelled_dataset, labelled_folder
+from .retrieval import SketchEmbedder
+from .splits import Split, content_key, find_copies, thumbnail
 
 logger = get_logger(__name__, log_level="INFO")
 
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
-VALIDATION_PATIENCE = timedelta(hours=2)  # the other processes wait while the main one draws or exports
+PATIENCE = timedelta(hours=2)  # the other processes wait while the main one draws or exports
+CACHE = str(Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "sketch-perceptual", "features").expanduser())
+CACHE_FILE = 1024  # images: what an interrupted run has to compute again at most
 STATE_FILE = "training_state.json"  # written last: a checkpoint without it is not complete
 
 
@@ -52,12 +65,34 @@ def at_least(minimum, kind=int) -> Callable[[str], int | float]:
     return number
 
 
-def add_training_options(parser: argparse.ArgumentParser, output_dir: str) -> None:
-    """The options that diffusers' training scripts share, with their names, defaults and meaning."""
+def add_run_options(parser: argparse.ArgumentParser, output_dir: str) -> Callable:
+    """The options that every trainer has beside its own; returns `add_argument` of their group for more of them."""
     add = parser.add_argument_group("training").add_argument
-    count, natural, rate = at_least(1), at_least(0), at_least(0.0, float)
+    count, natural = at_least(1), at_least(0)
     add("--output_dir", default=output_dir, help="where the model, the checkpoints and the logs are written")
     add("--seed", type=natural, help="decides every random draw; one is drawn and saved if not given")
+    add("--mixed_precision", choices=("no", "fp16", "bf16"), help="default: what accelerate was told")
+    add("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere GPUs and newer")
+    add("--dataloader_num_workers", type=natural, default=0, help="processes that read images; 0 is the main one")
+    add("--logging_dir", default="logs", help="inside --output_dir")
+    add(
+        "--report_to",
+        default="tensorboard",
+        help="tensorboard, wandb, comet_ml, another tracker of accelerate's, all or none",
+    )
+    add("--local_rank", type=int, default=-1, help="for launchers that pass it; the environment decides")
+    add("--checkpoints_total_limit", type=count, help="keep only the newest so many")
+    add("--resume_from_checkpoint", help='a checkpoint\'s folder or its name in --output_dir, or "latest"')
+    add("--push_to_hub", action="store_true", help="upload the result to the Hugging Face Hub")
+    add("--hub_token", help="better: hf auth login")
+    add("--hub_model_id", help="the Hub repository; default: the name of --output_dir")
+    return add
+
+
+def add_training_options(parser: argparse.ArgumentParser, output_dir: str) -> None:
+    """The options that diffusers' training scripts share, with their names, defaults and meaning."""
+    add = add_run_options(parser, output_dir)
+    count, natural, rate = at_least(1), at_least(0), at_least(0.0, float)
     add("--train_batch_size", type=count, default=16, help="images a step and process")
     add("--num_train_epochs", type=count, default=100)
     add("--max_train_steps", type=count, help="optimizer steps in all; overrides --num_train_epochs")
@@ -72,22 +107,7 @@ def add_training_options(parser: argparse.ArgumentParser, output_dir: str) -> No
     add("--adam_weight_decay", type=rate, default=1e-2)
     add("--adam_epsilon", type=rate, default=1e-8)
     add("--max_grad_norm", type=at_least(1e-12, float), default=1.0, help="gradients are clipped to this norm")
-    add("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere GPUs and newer")
-    add("--dataloader_num_workers", type=natural, default=0, help="processes that read images; 0 is the main one")
-    add("--mixed_precision", choices=("no", "fp16", "bf16"), help="default: what accelerate was told")
-    add("--logging_dir", default="logs", help="inside --output_dir")
-    add(
-        "--report_to",
-        default="tensorboard",
-        help="tensorboard, wandb, comet_ml, another tracker of accelerate's, all or none",
-    )
-    add("--local_rank", type=int, default=-1, help="for launchers that pass it; the environment decides")
     add("--checkpointing_steps", type=count, default=500, help="save a checkpoint every so many optimizer steps")
-    add("--checkpoints_total_limit", type=count, help="keep only the newest so many")
-    add("--resume_from_checkpoint", help='a checkpoint\'s folder or its name in --output_dir, or "latest"')
-    add("--push_to_hub", action="store_true", help="upload the result to the Hugging Face Hub")
-    add("--hub_token", help="better: hf auth login")
-    add("--hub_model_id", help="the Hub repository; default: the name of --output_dir")
 
 
 def add_data_options(parser: argparse.ArgumentParser) -> Callable:
@@ -101,6 +121,29 @@ def add_data_options(parser: argparse.ArgumentParser) -> Callable:
     add("--max_train_samples", type=at_least(1), help="use a random choice of so many images")
     add("--cache_dir", help="where downloads are kept")
     return add
+
+
+def add_class_options(parser: argparse.ArgumentParser, role: str) -> Callable:
+    """`add_data_options` and what drawings with classes need; `role` of the drawings that are kept apart."""
+    add = add_data_options(parser)
+    add("--train_data_dir", help="a folder with one folder of images a class; an ImageNet id is a class name too")
+    add("--label_column", default="label", help="class labels, or names of classes")
+    add("--group_column", help="images alike in it stay on one side of the split, e.g. those of one hand")
+    add("--validation_share", type=float, default=0.1, help=f"of the images, kept apart {role}")
+    return add
+
+
+def add_feature_options(add: Callable) -> None:
+    """The options of `extract_features`."""
+    add("--extraction_batch_size", type=at_least(1), default=64, help="images a forward pass of the frozen network")
+    add("--feature_dir", default=CACHE, help="features are kept here, by content, weights, resolution and precision")
+
+
+def check_class_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    if args.dataset_name is None and args.train_data_dir is None:
+        parser.error("pass --train_data_dir with a folder of class folders, or --dataset_name")
+    if args.group_column is not None and args.dataset_name is None:
+        parser.error("--group_column needs --dataset_name: class folders have no columns")
 
 
 def run(main: Callable, args: argparse.Namespace) -> None:
@@ -127,7 +170,7 @@ def start(args: argparse.Namespace) -> Accelerator:
             gradient_accumulation_steps=args.gradient_accumulation_steps,
             mixed_precision=args.mixed_precision,
             log_with=None if args.report_to == "none" else args.report_to,
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=VALIDATION_PATIENCE)],
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
             project_config=ProjectConfiguration(
                 args.output_dir, logging_dir=str(Path(args.output_dir, args.logging_dir))
             ),
@@ -139,13 +182,7 @@ def start(args: argparse.Namespace) -> Accelerator:
             f"{accelerator.distributed_type.value} shards what these scripts keep whole; use plain data parallelism:"
             " accelerate launch --multi_gpu"
         )
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
-    logging.getLogger().setLevel(logging.INFO if accelerator.is_main_process else logging.WARNING)
-    logging.captureWarnings(True)
-    logging.getLogger("accelerate").setLevel(logging.WARNING)
-    for library in (diffusers, transformers):  # what matters of their advice is checked by the scripts
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
+    start_logging(accelerator)
     _check_writable(Path(args.output_dir))
     if args.seed is None:
         checkpoint = _choose_checkpoint(args)
@@ -157,6 +194,17 @@ def start(args: argparse.Namespace) -> Accelerator:
     if args.scale_lr:
         args.learning_rate *= args.gradient_accumulation_steps * args.train_batch_size * accelerator.num_processes
     return accelerator
+
+
+def start_logging(accelerator: Accelerator) -> None:
+    """Times and levels on the screen, from the main process; of the libraries only what is wrong."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger().setLevel(logging.INFO if accelerator.is_main_process else logging.WARNING)
+    logging.captureWarnings(True)
+    logging.getLogger("accelerate").setLevel(logging.WARNING)
+    for library in (diffusers, transformers):  # what matters of their advice is checked by the scripts
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
 
 
 def start_trackers(accelerator: Accelerator, name: str, args: argparse.Namespace) -> None:
@@ -215,6 +263,129 @@ def scan_images(accelerator: Accelerator, data: Images, visit: Callable | None =
     return broadcast_object_list([scan(data, visit) if accelerator.is_main_process else None])[0]
 
 
+def load_labelled(args: argparse.Namespace, accelerator: Accelerator, **options) -> LabelledImages:
+    """The drawings that the options of `add_class_options` name; `options` are the keywords of `LabelledImages`."""
+    options["background"] = args.background
+    if args.dataset_name is None:
+        data = labelled_folder(args.train_data_dir, **options)
+    else:
+        with accelerator.main_process_first():
+            rows = load_rows(args.dataset_name, args.dataset_config_name, args.train_data_dir, args.cache_dir)
+        columns = {name: getattr(args, name) for name in ("image_column", "label_column", "group_column")}
+        data = labelled_dataset(rows, name=args.dataset_name, **columns, **options)
+    return choose_samples(args, data)
+
+
+def read_once(
+    args: argparse.Namespace, accelerator: Accelerator, data: LabelledImages
+) -> tuple[LabelledImages, list[str], list[int]]:
+    """Each image is read: those that can be, the `content_key` of each, and what `find_copies` says of them."""
+    contents = {}
+
+    def note(index: int, image: Image.Image) -> None:
+        contents[index] = content_key(image), thumbnail(image)
+
+    found = scan_images(accelerator, data, note)
+    logger.info(found.summary)
+    data = drop_bad(data, found, args.on_bad_image)
+    keys, copies = None, None
+    if accelerator.is_main_process:
+        keys, thumbnails = zip(*(contents[index] for index in sorted(contents)), strict=True)
+        copies = find_copies(keys, np.stack(thumbnails)).tolist()
+    return data, *broadcast_object_list([keys, copies])
+
+
+def open_cache(args: argparse.Namespace, accelerator: Accelerator, embedder: SketchEmbedder) -> FeatureCache:
+    """Where `--feature_dir` keeps `embedder.features`."""
+    return FeatureCache(Path(args.feature_dir, f"{embedder.feature_key}-{accelerator.mixed_precision}"))
+
+
+@torch.no_grad()
+def extract_features(
+    args: argparse.Namespace, accelerator: Accelerator, embedder: SketchEmbedder, data: Images, keys: Sequence[str]
+) -> FeatureCache:
+    """`open_cache` with all of `data` in it; the processes share what it lacks.
+
+    `keys` stand for the contents of the images.
+    """
+    cache = open_cache(args, accelerator, embedder)
+    missing = cache.missing(keys)
+    accelerator.wait_for_everyone()  # nobody adds before all have looked
+    if not missing:
+        return cache
+    logger.info(f"{len(set(keys)) - len(missing)} of {len(set(keys))} images have features in {cache.folder}")
+    mine = missing[accelerator.process_index :: accelerator.num_processes]
+    pictures = _Fitted(data.select(mine), embedder.resolution, embedder.fit)
+    loader = torch.utils.data.DataLoader(pictures, args.extraction_batch_size, num_workers=args.dataloader_num_workers)
+    embedder.to(accelerator.device, memory_format=torch.channels_last)
+    found: list[torch.Tensor] = []
+    start = 0
+    for batch in tqdm(loader, "Features", unit="batch", disable=None if accelerator.is_main_process else True):
+        with accelerator.autocast():
+            batch = batch.to(accelerator.device, memory_format=torch.channels_last)
+            features = embedder.features(batch).float().cpu()
+        if bad := (~features.isfinite().all(1)).nonzero().flatten().tolist():
+            name = data.name(mine[start + len(found) + bad[0]])
+            raise InputError(f"the features of {name} overflow: use --mixed_precision bf16 or no")
+        found.extend(features)
+        stop = start + len(found)
+        if len(found) >= CACHE_FILE or stop == len(mine):
+            cache.add([keys[index] for index in mine[start:stop]], torch.stack(found))
+            found, start = [], stop
+    accelerator.wait_for_everyone()
+    cache.refresh()
+    return cache
+
+
+class _Fitted(torch.utils.data.Dataset):
+    """Images as an embedder takes them."""
+
+    def __init__(self, data: Images, resolution: int, fit: str):
+        self.data, self.resolution, self.fit = data, resolution, fit
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return to_tensor(fit_image(self.data.image(index), self.resolution, self.fit, self.data.background))
+
+
+def describe_split(args: argparse.Namespace, result: Split, keys: Sequence[str]) -> dict:
+    """A split as it is saved."""
+    return {
+        "about": "content_key of sketch_perceptual.splits of the images kept apart; all others were trained on",
+        "validation_share": args.validation_share,
+        "group_column": args.group_column,
+        "summary": result.summary,
+        "train_images": len(result.train),
+        "validation_images": len(result.validation),
+        "validation": sorted(keys[index] for index in result.validation),
+        "left_out": sorted(keys[index] for index in result.left_out),
+    }
+
+
+def split_hash(record: dict) -> str:
+    """12 hexadecimal digits for what `describe_split` says was kept apart."""
+    return hashlib.sha256(" ".join(record["validation"]).encode()).hexdigest()[:12]
+
+
+def check_space(output_dir: str | Path, needed: float) -> str:
+    """How many bytes a run will write and how many are free, in words; InputError if it is too many."""
+    free = shutil.disk_usage(output_dir).free
+    if needed > free:
+        raise InputError(
+            f"--output_dir {output_dir} has {free / 1e9:.1f} GB left and this run will write {needed / 1e9:.1f};"
+            " lower --checkpoints_total_limit or choose another folder"
+        )
+    return f"{needed / 1e9:.1f} GB will be written, {free / 1e9:.0f} are free"
+
+
+def versions() -> dict[str, str]:
+    """Of what a result rests on."""
+    names = ("sketch-perceptual", "torch", "torchvision", "Pillow", "accelerate", "datasets")
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names}
+
+
 def make_optimizer(
     args: argparse.Namespace, parameters: list[torch.nn.Parameter], optimizer_class=torch.optim.AdamW, **options
 ) -> torch.optim.Optimizer:
@@ -239,10 +410,10 @@ def make_lr_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer
     )
 
 
-def save_checkpoint(accelerator: Accelerator, args: argparse.Namespace, state: dict) -> None:
+def save_checkpoint(accelerator: Accelerator, args: argparse.Namespace, state: dict) -> Path:
     """Write `checkpoint-N` for `state["global_step"]` aside, rename it when complete, and only then drop old ones.
 
-    Call it on all processes.
+    Call it on all processes. Returns where it is.
     """
     final = Path(args.output_dir, f"checkpoint-{state['global_step']}")
     partial = final.with_name(f".{final.name}.partial")
@@ -264,7 +435,7 @@ def save_checkpoint(accelerator: Accelerator, args: argparse.Namespace, state: d
             for old in others[: max(0, len(others) + 1 - args.checkpoints_total_limit)]:
                 shutil.rmtree(old)
     accelerator.wait_for_everyone()
-    logger.info(f"saved {final}")
+    return final
 
 
 def load_checkpoint(accelerator: Accelerator, args: argparse.Namespace, settings: dict) -> dict | None:

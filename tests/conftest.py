@@ -47,6 +47,17 @@ class FakeHub:
         FakeHub.sent = {repo_id: sorted(filter_repo_objects(paths, allow_patterns=allow_patterns))}
 
 
+def draw_class(folder, first, count):
+    """`count` drawings of one class, all different."""
+    folder.mkdir(parents=True)
+    for number in range(first, first + count):
+        image = Image.new("RGB", (40, 36), "white")
+        draw = ImageDraw.Draw(image)
+        draw.line((2 * number % 40, 0, 39 - 5 * number % 40, 35), "black", 2)
+        draw.ellipse((3 * number % 29, 5, 3 * number % 29 + 9, 30), outline="black")
+        image.save(folder / f"{number}.png")
+
+
 def torchrun(driver, *options):
     """Run a script in two CPU processes."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611"]

@@ -91,7 +91,7 @@ def test_other_sources_are_refused(source, sentence):
         (lambda i: fit_image(i, 0), "--resolution must be at least 1"),
         (lambda i: CaptionedImages([i], ["i"], ["c"], fit="squeeze"), "--fit"),
         (lambda i: drop_bad(CaptionedImages([i], ["i"], ["c"]), Scan([], [], 0, ""), "drop"), "--on_bad_image"),
-        (lambda i: drop_bad(CaptionedImages([], [], []), Scan([], [], 0, ""), "skip"), "No image to train on"),
+        (lambda i: drop_bad(CaptionedImages([], [], []), Scan([], [], 0, ""), "skip"), "No image is left"),
     ],
 )
 def test_a_wrong_option_is_named(call, sentence):

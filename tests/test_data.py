@@ -612,11 +612,11 @@ def test_the_error_lists_ten_and_counts_the_others(tmp_path):
         drop_bad(data, scan(data), "error")
     message = str(error.value)
     assert "12 of 13" in message and "09.png" in message and "10.png" not in message and "and 2 more" in message
-    assert message.endswith("--on_bad_image skip trains on the other 1.")
+    assert message.endswith("--on_bad_image skip goes on with the other 1.")
 
 
 def test_no_image_left_is_an_error(tmp_path):
     path = write(tmp_path / "1.png")
     data = CaptionedImages([path], ["the only one"], ["x"])
-    with pytest.raises(InputError, match=r"(?s)No image to train on.*the only one"):
+    with pytest.raises(InputError, match=r"(?s)No image is left.*the only one"):
         drop_bad(data, scan(data), "skip")

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import FakeHub, reset_accelerate, torchrun
-from PIL import Image, ImageDraw
+from conftest import FakeHub, draw_class, reset_accelerate, torchrun
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import train_backbone as script
@@ -19,6 +19,7 @@ from sketch_perceptual.backbone import AttentionVGG16, fingerprint, load_backbon
 from sketch_perceptual.data import imagenet_classes
 from sketch_perceptual.errors import InputError
 from sketch_perceptual.losses import PerceptualLoss, build_loss, check_loss
+from sketch_perceptual.splits import content_key
 
 NARROW = ((4, 4), (4, 4), (8, 8, 8), (8, 8, 8), (8, 8, 8))
 SMALL = (
@@ -30,17 +31,6 @@ SMALL = (
 def narrow(monkeypatch):
     """VGG-16 with 2,000 weights."""
     monkeypatch.setattr(backbone, "STAGES", NARROW)
-
-
-def draw_class(folder, first, count):
-    """`count` drawings of one class, all different."""
-    folder.mkdir(parents=True)
-    for number in range(first, first + count):
-        image = Image.new("RGB", (40, 36), "white")
-        draw = ImageDraw.Draw(image)
-        draw.line((2 * number % 40, 0, 39 - 5 * number % 40, 35), "black", 2)
-        draw.ellipse((3 * number % 29, 5, 3 * number % 29 + 9, 30), outline="black")
-        image.save(folder / f"{number}.png")
 
 
 @pytest.fixture(scope="session")
@@ -383,7 +373,7 @@ def test_groups_stay_whole(train, pictures, tmp_path):
         "--label_column", "name", "--group_column", "hand", data=("--dataset_name", tmp_path / "hands"), epochs=1
     )
     split = json.loads((run.folder / "best" / "split.json").read_text())
-    hands = {script.content_key(Image.open(path).convert("RGB")): rows["hand"][n] for n, path in enumerate(images)}
+    hands = {content_key(Image.open(path).convert("RGB")): rows["hand"][n] for n, path in enumerate(images)}
     apart = {hands[key] for key in split["validation"]}
     assert len(apart) == 1
     assert len(split["validation"]) == 2
@@ -542,7 +532,7 @@ def test_two_processes_agree_and_evaluate_as_one(driver, pictures, tmp_path):
     data = script.load_data(args, Accelerator(cpu=True))
     history = json.loads((tmp_path / "out" / "best" / "metrics.json").read_text())["history"]
     kept = json.loads((tmp_path / "out" / "best" / "split.json").read_text())["validation"]
-    data = data.select(n for n in range(len(data)) if script.content_key(data.image(n)) in kept)
+    data = data.select(n for n in range(len(data)) if content_key(data.image(n)) in kept)
     data.augment = False
     assert len(data) == 8
     network = AttentionVGG16.from_pretrained(tmp_path / "out" / "last")
