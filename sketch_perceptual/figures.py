@@ -1,7 +1,7 @@
 """Sheets of pictures, and plots."""
 
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 
 def sheet(rows: dict[str, list[Image.Image]], columns: list[str] | None = None, size: int = 160) -> Image.Image:
@@ -21,6 +21,26 @@ def sheet(rows: dict[str, list[Image.Image]], columns: list[str] | None = None, 
             resample = Image.Resampling.LANCZOS if picture.width >= size else Image.Resampling.BICUBIC
             page.paste(picture.convert("RGB").resize((size, size), resample), (names + x * (size + gap), top))
     return page
+
+
+def mark(picture: Image.Image, right: bool) -> Image.Image:
+    """A picture in a green frame, or in a red one with its corner cut."""
+    colour, width = ("#1a9641", "#d7191c")[not right], max(3, picture.width // 30)
+    framed = ImageOps.expand(picture.convert("RGB"), width, colour)
+    if not right:
+        corner = framed.width // 5
+        ImageDraw.Draw(framed).polygon([(0, 0), (corner, 0), (0, corner)], colour)
+    return framed
+
+
+def ratio_bars(ratios: dict[str, float], title: str) -> Figure:
+    """A bar for each model's ratio of inter- to intra-class distance (Seo 2025, Figure 4)."""
+    figure = Figure((1.5 + 1.3 * len(ratios), 3.5), layout="constrained")
+    axes = figure.subplots()
+    axes.bar_label(axes.bar(list(ratios), list(ratios.values()), width=0.6), fmt="%.2f")
+    axes.set(title=title, ylabel="inter / intra")
+    axes.margins(y=0.12)
+    return figure
 
 
 def learning_curve(history: list[dict]) -> Figure:

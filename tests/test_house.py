@@ -2,14 +2,20 @@
 
 import ast
 import re
+import shutil
 from pathlib import Path
 
+import datasets
+import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline
+from PIL import Image
 
+import evaluate
 import train_backbone
 import train_lora_sketch
+import train_retrieval
 
 ROOT = Path(train_lora_sketch.__file__).parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -52,7 +58,9 @@ def test_options_and_files_in_the_readme_exist():
     options = set(re.findall(r"`?(--\w+)", README))
     data = ["--train_data_dir", "y"]
     known = vars(train_lora_sketch.parse_args(["--pretrained_model_name_or_path", "x", *data]))
-    known |= vars(train_backbone.parse_args(data))
+    known |= vars(train_backbone.parse_args(data)) | vars(train_retrieval.parse_args(data))
+    for task in (["distance", *data], ["retrieval", *data], ["search", "--query", "x", "--gallery", "y"]):
+        known |= vars(evaluate.parse_args(task))
     assert {option[2:] for option in options} <= set(known)
     for path in re.findall(r"\]\((?!http|#)([^)]+)\)", README):
         assert (ROOT / path).is_file(), path
@@ -79,6 +87,30 @@ def test_the_recipe_goes_into_a_plain_training_loop(tiny_sd):
     assert names["loss"] > plain
     names["loss"].backward()
     assert pipeline.unet.conv_in.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_drawings_are_found_as_shown(number, tmp_path, monkeypatch, drawings, capsys):
+    """Alone, and with FAISS."""
+    code = [code for code in CODE if "embedder" in code][number]
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(drawings, tmp_path / "drawings")
+    images = sorted(drawings.rglob("*.png"))
+    for name, path in zip(("fox.png", "wolf.png"), images, strict=False):
+        shutil.copy(path, name)
+    names = {}
+    exec(code.replace("load_embedder()", "load_embedder(resolution=32)"), names)
+    if number == 0:
+        assert names["vectors"].shape == (2, 512)
+        return
+    assert names["similarities"][0] == pytest.approx(1, abs=1e-4)
+    assert names["similarities"].tolist() == sorted(names["similarities"], reverse=True)
+    assert np.array_equal(np.asarray(names["found"]["image"][0]), np.asarray(Image.open(images[0])))
+    again = datasets.Dataset.from_dict({"image": list(map(str, images))})
+    again.load_faiss_index("embedding", "drawings.faiss")
+    assert again.get_nearest_examples("embedding", names["embedder"].embed(["fox.png"])[0].numpy(), k=1)[1] == {
+        "image": [str(images[0])]
+    }
 
 
 def test_the_loss_alone_runs_as_shown(capsys):

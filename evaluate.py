@@ -1,0 +1,370 @@
+#!/usr/bin/env python
+"""Measure what backbones and embedders make of drawings, and find drawings with them.
+
+    accelerate launch evaluate.py distance --train_data_dir ImageNet-Sketch/sketch \
+      --models neither=imagenet tuned=vgg16-tuned/best both=attention-vgg16/best --figure ratios.png
+    accelerate launch evaluate.py retrieval --train_data_dir ImageNet-Sketch/sketch \
+      --models neither=imagenet-retrieval both=sketch-retrieval --figure nearest.png
+    python evaluate.py search --query fox.png --gallery drawings --figure found.png
+
+distance: mean cosine distances within and across classes over all pairs, and their ratio (Seo 2025, section 4.3,
+Table 4, Figure 4). retrieval: a gallery is ranked for queries that share no copy with it (section 4.2, Table 3).
+search: the drawings of a folder that are most like one. What networks say of a drawing is kept on disk and is not
+computed twice.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import statistics
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import InitProcessGroupKwargs
+from PIL import Image
+from torch import Tensor
+
+from sketch_perceptual.backbone import BUNDLED, fingerprint
+from sketch_perceptual.data import Images, Scan, drop_bad, find_images, generator
+from sketch_perceptual.errors import InputError
+from sketch_perceptual.features import FeatureCache
+from sketch_perceptual.figures import mark, ratio_bars, sheet
+from sketch_perceptual.images import fit_image, load_image
+from sketch_perceptual.labelled import LabelledImages, class_names
+from sketch_perceptual.metrics import ClassDistances
+from sketch_perceptual.retrieval import EMBEDDINGS, SketchEmbedder, load_embedder, rank, search
+from sketch_perceptual.splits import split
+from sketch_perceptual.training import (
+    PATIENCE,
+    add_class_options,
+    add_feature_options,
+    at_least,
+    check_class_options,
+    describe_split,
+    extract_features,
+    load_labelled,
+    open_cache,
+    read_once,
+    run,
+    scan_images,
+    split_hash,
+    start_logging,
+    versions,
+)
+
+logger = get_logger(__name__, log_level="INFO")
+
+SHEET_ROWS = 12
+SHEET_SIZE = 160  # pixels a picture
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    tasks = parser.add_subparsers(dest="task", required=True)
+    about = {
+        "distance": "distances within and across classes",
+        "retrieval": "how well queries find their class in a gallery",
+        "search": "the drawings of a folder that are most like one",
+    }
+    parsers = {name: tasks.add_parser(name, help=text, description=text) for name, text in about.items()}
+    for name in ("distance", "retrieval"):
+        add = add_class_options(parsers[name], "as queries" if name == "retrieval" else "for --subset validation")
+        add_common_options(add)
+        add = parsers[name].add_argument_group("evaluation").add_argument
+        add(
+            "--models",
+            nargs="+",
+            default=[f"bundled={BUNDLED}"],
+            metavar="[NAME=]MODEL",
+            help="a backbone, an embedder, a folder of train_retrieval.py with one a seed, VGG-16 weights or imagenet",
+        )
+        add("--seed", type=at_least(0), default=0, help="of --max_train_samples and of what the sheet shows")
+        add("--output", default=f"{name}.json", help="all figures, as JSON")
+    parsers["distance"].add_argument(
+        "--subset",
+        choices=("all", "validation"),
+        default="all",
+        help="validation: what train_backbone.py with the same data options kept apart",
+    )
+    parsers["distance"].add_argument("--figure", help="write a picture with a bar for each ratio")
+    parsers["retrieval"].add_argument("--figure", help="write a sheet of queries and the five nearest to each")
+    add = parsers["search"].add_argument
+    add("--query", required=True, help="a picture")
+    add("--gallery", required=True, help="a folder of pictures, searched with all its folders")
+    add("--model", default=str(BUNDLED), help="an embedder, a backbone, VGG-16 weights or imagenet")
+    add("--count", type=at_least(1), default=10, help="how many to show")
+    add("--figure", help="write the query and what was found as a picture")
+    add("--on_bad_image", choices=("error", "skip"), default="error", help="what to do with unreadable images")
+    add("--background", default="white", help="colour behind transparent drawings")
+    add_common_options(add)
+    args = parser.parse_args(argv)
+    if args.task != "search":
+        check_class_options(parsers[args.task], args)
+    return args
+
+
+def add_common_options(add: Callable) -> None:
+    add("--embedding", choices=EMBEDDINGS, help="default: an embedder's own, of a backbone the pooled last map")
+    add("--resolution", type=at_least(32), help="in pixels; default: an embedder's own, of a backbone 224")
+    add("--fit", choices=("pad", "crop"), help="default: an embedder's own, of a backbone pad")
+    add("--dataloader_num_workers", type=at_least(0), default=0, help="processes that read images; 0 is the main one")
+    add("--mixed_precision", choices=("no", "fp16", "bf16"), help="default: what accelerate was told")
+    add_feature_options(add)
+
+
+def main(args: argparse.Namespace) -> None:
+    try:
+        accelerator = Accelerator(
+            mixed_precision=args.mixed_precision, kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)]
+        )
+    except ValueError as error:
+        raise InputError(f"accelerate refuses --mixed_precision: {error}") from error
+    start_logging(accelerator)
+    for option, ending in (("figure", ".png"), ("output", ".json")):
+        if path := vars(args).get(option):
+            check_file(f"--{option}", Path(path), ending)
+    {"distance": distance, "retrieval": retrieval, "search": find}[args.task](args, accelerator)
+    accelerator.end_training()
+
+
+def check_file(option: str, path: Path, ending: str) -> None:
+    """InputError if what will be found could not be written there."""
+    if path.suffix != ending:
+        raise InputError(f"{option} {path} must end in {ending}")
+    if path.is_dir() or not os.access(path.resolve().parent, os.W_OK):
+        raise InputError(f"{option} {path} cannot be written")
+
+
+def distance(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    """Table 4: intra, inter and ratio of each model, on all drawings or on those kept apart."""
+    data = load_labelled(args, accelerator)
+    data, keys, copies = read_once(args, accelerator, data)
+    about = {"copies": len(copies) - len(set(copies))}
+    if args.subset == "validation":
+        sides = split(data.labels, keys, copies, data.groups, args.validation_share)
+        about |= {"split": split_hash(describe_split(args, sides, keys))}
+        data, keys = data.select(sides.validation), [keys[row] for row in sides.validation]
+    labels, runs = torch.tensor(data.labels), []
+    for model, embedder, cache in embedders(args, accelerator, data, keys):
+        distances = ClassDistances(len(data.classes))
+        for positions, features in cache.parts(keys):
+            distances.update(embedder.project(features.to(accelerator.device)), labels[positions])
+        runs.append(model | vars(distances.compute()))
+    if not runs:
+        return
+    counts = runs[0]["counts"]
+    about |= {"images": len(data), "classes": sum(count > 0 for count in counts), "alone": counts.count(1)}
+    about["class_names"] = class_names(data.classes)
+    if about["alone"]:
+        logger.info(f"classes of one drawing, which have no distance within: {about['alone']}")
+    results = summarize(runs)
+    print_table(results, {"intra": ".3f", "inter": ".3f", "ratio": ".2f"})
+    write_results(args, about, results)
+    if args.figure:
+        ratios = {name: result["mean"]["ratio"] for name, result in results.items()}
+        ratio_bars(ratios, f"{len(data)} drawings of {about['classes']} classes").savefig(args.figure, dpi=150)
+
+
+def retrieval(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    """Table 3: how well queries find their class in the gallery, for each model."""
+    data = load_labelled(args, accelerator)
+    data, keys, copies = read_once(args, accelerator, data)
+    sides = split(data.labels, keys, copies, data.groups, args.validation_share)
+    logger.info(sides.summary)
+    queries, gallery = (
+        Side(data.select(rows), [keys[row] for row in rows], [copies[row] for row in rows])
+        for rows in (sides.validation, sides.train)
+    )
+    used = sorted(sides.train + sides.validation)
+    runs, nearest = [], {}
+    for model, embedder, cache in embedders(args, accelerator, data.select(used), [keys[row] for row in used]):
+        ranking = rank(
+            embed_cached(accelerator, embedder, cache, queries.keys),
+            embed_cached(accelerator, embedder, cache, gallery.keys),
+            queries.data.labels,
+            gallery.data.labels,
+            queries.ids,
+            gallery.ids,
+        )
+        runs.append(model | ranking.scores)
+        nearest.setdefault(model["name"], ranking.nearest)
+    if not runs:
+        return
+    if unmatched := runs[0]["unmatched"]:
+        logger.info(f"queries without a drawing of their class in the gallery, which do not count: {unmatched}")
+    results = summarize(runs)
+    print_table(results, {"top1": ".1%", "top5": ".1%", "map": ".3f", "recall@10": ".1%", "recall@50": ".1%"})
+    about = {"queries": len(queries.keys), "gallery": len(gallery.keys), "classes": len(set(data.labels))}
+    about |= {"left_out": len(sides.left_out), "split": split_hash(describe_split(args, sides, keys))}
+    write_results(args, about, results)
+    if args.figure:
+        query_sheet(args, queries.data, gallery.data, nearest).save(args.figure)
+
+
+def find(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    """Print and draw what in the gallery is nearest to the query; the query itself is named, not ranked."""
+    embedder = load_embedder(args.model, **embedder_options(args))
+    query = load_image(args.query, args.background)
+    paths = [Path(args.gallery, image) for image in find_images(Path(args.gallery), "--gallery")[1]]
+    with ThreadPoolExecutor(8) as pool:
+        query_key, *keys = pool.map(file_key, [Path(args.query), *paths])
+    for path, key in zip(paths, keys, strict=True):
+        if key == query_key and accelerator.is_main_process:
+            print(f"the query itself\t{path}")
+    data = Images(paths, list(map(str, paths)), args.background)
+    unread = open_cache(args, accelerator, embedder).missing(keys)
+    bad = scan_images(accelerator, data.select(unread)).bad if unread else []
+    data = drop_bad(data, Scan([(unread[index], message) for index, message in bad], [], 0, ""), args.on_bad_image)
+    data = data.select(index for index in range(len(data)) if keys[data.rows[index]] != query_key)
+    if not len(data):
+        raise InputError(f"--gallery: {args.gallery} holds nothing but the query")
+    keys = [keys[row] for row in data.rows]
+    cache = extract_features(args, accelerator, embedder, data, keys)
+    if not accelerator.is_main_process:
+        return
+    with accelerator.autocast():
+        vector = embedder.to(accelerator.device).embed([query])[0]
+    similarities, order = search(vector, embed_cached(accelerator, embedder, cache, keys), args.count)
+    for similarity, index in zip(similarities, order, strict=True):
+        print(f"{similarity:.4f}\t{data.name(index)}")
+    if args.figure:
+        row = [pad(picture, args.background) for picture in (query, *map(data.image, order))]
+        heads = ["query", *(f"{similarity:.3f}" for similarity in similarities)]
+        sheet({Path(args.query).name: row}, heads, SHEET_SIZE).save(args.figure)
+
+
+@dataclass(frozen=True)
+class Side:
+    """The queries or the gallery, with the keys of their features and the ids of copies."""
+
+    data: LabelledImages
+    keys: list[str]
+    ids: list[int]
+
+
+def embedders(
+    args: argparse.Namespace, accelerator: Accelerator, data: LabelledImages, keys: list[str]
+) -> Iterator[tuple[dict, SketchEmbedder, FeatureCache]]:
+    """For each of `--models` what it is, itself, and its features of `data`; only the main process gets them."""
+    for name, source in expand_models(args.models):
+        embedder = load_embedder(source, **embedder_options(args))
+        cache = extract_features(args, accelerator, embedder, data, keys)
+        if not accelerator.is_main_process:
+            continue
+        settings = {option: getattr(embedder, option) for option in ("embedding", "resolution", "fit", "background")}
+        model = {"name": name, "model": Path(source).name, "weights": fingerprint(embedder)} | settings
+        yield model, embedder.to(accelerator.device), cache
+
+
+def expand_models(models: list[str]) -> list[tuple[str, str]]:
+    """Name and source of each; a folder of train_retrieval.py is one of a name for each of its seeds."""
+    found = []
+    for model in models:
+        name, _, source = model.rpartition("=")
+        seeds = sorted(path.parent for path in Path(source).glob("seed-*/config.json"))
+        found += [(name or Path(source).name, str(path)) for path in seeds or [source]]
+    return found
+
+
+def embedder_options(args: argparse.Namespace) -> dict:
+    return {name: getattr(args, name) for name in ("embedding", "resolution", "fit", "background")}
+
+
+def embed_cached(accelerator: Accelerator, embedder: SketchEmbedder, cache: FeatureCache, keys: list[str]) -> Tensor:
+    """(N, D) of length 1, on the CPU, in the order of the keys."""
+    embeddings = torch.empty(0)
+    for positions, features in cache.parts(keys):
+        part = embedder.project(features.to(accelerator.device)).cpu()
+        if not len(embeddings):
+            embeddings = part.new_empty(len(keys), part.shape[1])
+        embeddings[positions] = part
+    return embeddings
+
+
+def summarize(runs: list[dict]) -> dict[str, dict]:
+    """Name -> mean over its runs, their deviation if there are several, and the runs."""
+    results = {}
+    for name in dict.fromkeys(one["name"] for one in runs):
+        own = [one for one in runs if one["name"] == name]
+        values = {key: [one[key] for one in own] for key, value in own[0].items() if isinstance(value, float)}
+        results[name] = {"mean": {key: statistics.fmean(of) for key, of in values.items()}, "runs": own}
+        if len(own) > 1:
+            results[name]["deviation"] = {key: statistics.stdev(of) for key, of in values.items()}
+    return results
+
+
+def print_table(results: dict[str, dict], columns: dict[str, str]) -> None:
+    """One line a model; with several seeds mean and deviation."""
+    lines = [["", "embedding", *columns]]
+    for name, result in results.items():
+        cells = []
+        for column, form in columns.items():
+            cell = format(result["mean"][column], form)
+            if "deviation" in result:
+                cell += " +- " + format(result["deviation"][column], form)
+            cells.append(cell)
+        lines.append([name, result["runs"][0]["embedding"], *cells])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def write_results(args: argparse.Namespace, about: dict, results: dict[str, dict]) -> None:
+    """All that was found, and what it rests on; what is not a number there is null here."""
+    options = ("dataset_name", "train_data_dir", "group_column", "validation_share", "max_train_samples", "seed")
+    options = {name: getattr(args, name) for name in (*options, "mixed_precision")}
+    record = {"task": args.task, "data": options | about, "models": results, "versions": versions()}
+    text = json.dumps(without_nan(record), indent=1, allow_nan=False)
+    Path(args.output).write_text(text, encoding="utf-8")
+    print(args.output)
+
+
+def without_nan(value):
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def query_sheet(
+    args: argparse.Namespace, queries: LabelledImages, gallery: LabelledImages, nearest: dict[str, Tensor]
+) -> Image.Image:
+    """Some queries of different classes, for each a row a model with the five nearest: framed green if right."""
+    rows, seen, names = {}, set(), class_names(queries.classes)
+    findable = set(gallery.labels)
+    for index in torch.randperm(len(queries), generator=generator(args.seed, "sheet")).tolist():
+        label = queries.labels[index]
+        if label in seen or label not in findable or len(rows) + len(nearest) > max(SHEET_ROWS, len(nearest)):
+            continue
+        seen.add(label)
+        for name, found in nearest.items():
+            row = [pad(queries.image(index), args.background)]
+            for position in filter(lambda position: position >= 0, found[index].tolist()):
+                picture = pad(gallery.image(position), args.background)
+                row.append(mark(picture, gallery.labels[position] == label))
+            rows[names[label] if len(nearest) == 1 else f"{names[label]}: {name}"] = row
+    return sheet(rows, ["query", *"12345"], SHEET_SIZE)
+
+
+def pad(picture: Image.Image, background: str) -> Image.Image:
+    return fit_image(picture, SHEET_SIZE, "pad", background)
+
+
+def file_key(path: Path) -> str:
+    """What a file holds, unread as a picture."""
+    try:
+        return "file-" + hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+
+
+if __name__ == "__main__":
+    run(main, parse_args())

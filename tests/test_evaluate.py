@@ -1,0 +1,259 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import draw_class, reset_accelerate, torchrun
+from PIL import Image
+
+import evaluate as script
+from sketch_perceptual import backbone
+from sketch_perceptual.backbone import AttentionVGG16
+from sketch_perceptual.errors import InputError
+from sketch_perceptual.metrics import class_distances
+from sketch_perceptual.retrieval import SketchEmbedder, load_embedder
+
+NARROW = ((4, 4), (4, 4), (8, 8, 8), (8, 8, 8), (8, 8, 8))
+
+
+@pytest.fixture(autouse=True)
+def narrow(monkeypatch):
+    """VGG-16 with 2,000 weights."""
+    monkeypatch.setattr(backbone, "STAGES", NARROW)
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    """22 drawings: 21 of three classes, and one that is alone in its class."""
+    root = tmp_path_factory.mktemp("pictures")
+    for number, name in enumerate(("bridge", "hot_dog", "n02012849")):
+        draw_class(root / name, 7 * number, 7)
+    draw_class(root / "single", 21, 1)
+    return root
+
+
+@pytest.fixture
+def models(tmp_path):
+    """Two backbones, and a head on the second for each of two seeds."""
+    torch.manual_seed(0)
+    for name in ("one", "two"):
+        network = AttentionVGG16(pool_after_attention=True, num_classes=4, head="linear", reduction=2)
+        network.save_pretrained(tmp_path / name)
+    for seed in (3, 4):
+        embedder = SketchEmbedder(network._hub_mixin_config, "head", 32)
+        embedder.backbone.features.load_state_dict(network.features.state_dict())
+        embedder.save_pretrained(tmp_path / "heads" / f"seed-{seed}")
+    return tmp_path
+
+
+@pytest.fixture
+def evaluate(pictures, models, tmp_path, capsys):
+    """Run a task in this process; what it printed and what it wrote."""
+
+    def evaluate(task, *options, data=("--train_data_dir", pictures), resolution=32):
+        reset_accelerate()
+        capsys.readouterr()
+        fixed = ["--feature_dir", tmp_path / "features", "--resolution", resolution]
+        if task != "search":
+            fixed += [*data, "--output", tmp_path / f"{task}.json"]
+        script.main(script.parse_args([task, *map(str, [*fixed, *options])]))
+        printed = capsys.readouterr().out.splitlines()
+        return printed, task != "search" and json.loads((tmp_path / f"{task}.json").read_text())
+
+    return evaluate
+
+
+def test_distances_are_those_of_the_embeddings(evaluate, models, pictures, tmp_path):
+    options = ("--models", f"first={models / 'one'}", models / "two", "--figure", tmp_path / "bars.png")
+    printed, record = evaluate("distance", *options)
+    paths = sorted(pictures.rglob("*.png"))
+    labels = [sorted({path.parent.name for path in paths}).index(path.parent.name) for path in paths]
+    for name, folder in (("first", "one"), ("two", "two")):
+        expected = class_distances(load_embedder(models / folder, resolution=32).embed(paths), labels)
+        found = record["models"][name]["mean"]
+        assert [found[key] for key in ("intra", "inter", "ratio")] == pytest.approx(
+            [expected.intra, expected.inter, expected.ratio], rel=1e-4
+        )
+        assert record["models"][name]["runs"][0]["class_intra"][3] is None  # one drawing
+    assert (record["data"]["images"], record["data"]["classes"], record["data"]["alone"]) == (22, 4, 1)
+    assert record["data"]["class_names"] == ["bridge", "hot dog", "crane", "single"]
+    assert printed[0].split() == ["embedding", "intra", "inter", "ratio"]
+    assert [line.split()[:2] for line in printed[1:3]] == [["first", "pooled"], ["two", "pooled"]]
+    assert printed[3] == str(tmp_path / "distance.json")
+    assert torch.__version__.startswith(record["versions"]["torch"])
+    assert Image.open(tmp_path / "bars.png").width > 400
+
+
+@pytest.mark.parametrize("embedding", ["flat", "logits"])
+def test_other_embeddings_are_measured_too(evaluate, models, embedding):
+    _, pooled = evaluate("distance", "--models", models / "one")
+    _, other = evaluate("distance", "--models", models / "one", "--embedding", embedding)
+    assert other["models"]["one"]["runs"][0]["embedding"] == embedding
+    assert other["models"]["one"]["mean"] != pooled["models"]["one"]["mean"]
+
+
+def test_what_was_kept_apart_is_measured_alone(evaluate, models):
+    _, whole = evaluate("distance", "--models", models / "one", "--validation_share", 0.3)
+    _, part = evaluate("distance", "--models", models / "one", "--validation_share", 0.3, "--subset", "validation")
+    assert part["data"]["images"] == 6
+    assert sum(part["models"]["one"]["runs"][0]["counts"]) == 6
+    assert part["models"]["one"]["mean"] != whole["models"]["one"]["mean"]
+    assert len(part["data"]["split"]) == 12
+
+
+def test_retrieval_has_a_row_a_model_and_a_mean_over_seeds(evaluate, models, tmp_path):
+    options = ("--models", f"bare={models / 'one'}", f"trained={models / 'heads'}", "--validation_share", 0.3)
+    printed, record = evaluate("retrieval", *options, "--figure", tmp_path / "sheet.png")
+    bare, trained = (record["models"][name] for name in ("bare", "trained"))
+    assert "deviation" not in bare
+    assert [run["model"] for run in trained["runs"]] == ["seed-3", "seed-4"]
+    assert len({run["weights"] for run in trained["runs"]}) == 2
+    tops = [run["top1"] for run in trained["runs"]]
+    assert trained["mean"]["top1"] == pytest.approx(np.mean(tops))
+    assert trained["deviation"]["top1"] == pytest.approx(np.std(tops, ddof=1))
+    assert (record["data"]["queries"], record["data"]["gallery"]) == (6, 16)
+    assert "+-" in printed[2]
+    assert "+-" not in printed[1]
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png").convert("RGB")).reshape(-1, 3)
+    for colour in ((0x1A, 0x96, 0x41), (0xD7, 0x19, 0x1C)):  # both right ones and wrong ones are framed
+        assert (sheet == colour).all(1).any()
+
+
+def test_no_query_is_ranked_against_itself(evaluate, models, pictures, tmp_path):
+    """Each drawing twice, once turned: the copy would be the nearest by far, and is on the query's side."""
+    twice = tmp_path / "twice"
+    for path in pictures.rglob("*.png"):
+        (twice / path.parent.name).mkdir(parents=True, exist_ok=True)
+        image = Image.open(path)
+        image.save(twice / path.parent.name / path.name)
+        image.transpose(Image.Transpose.ROTATE_180).save(twice / path.parent.name / f"turned-{path.name}")
+    _, once = evaluate("retrieval", "--models", models / "one")
+    _, double = evaluate("retrieval", "--models", models / "one", data=("--train_data_dir", twice))
+    assert double["data"]["queries"] >= 2 * once["data"]["queries"]
+    assert double["models"]["one"]["mean"]["top1"] < 1
+
+
+def test_features_are_shared_between_tasks_and_heads(evaluate, models, monkeypatch):
+    calls = []
+    features = SketchEmbedder.features
+    monkeypatch.setattr(
+        SketchEmbedder, "features", lambda self, images: calls.append(len(images)) or features(self, images)
+    )
+    evaluate("retrieval", "--models", models / "two", models / "heads")
+    evaluate("distance", "--models", models / "two", "--embedding", "logits")
+    evaluate("distance", "--models", models / "heads")
+    assert sum(calls) == 22
+    evaluate("distance", "--models", models / "one")
+    assert sum(calls) == 2 * 22
+
+
+@pytest.fixture
+def gallery(pictures, tmp_path):
+    folder = tmp_path / "gallery"
+    for path in pictures.rglob("*.png"):
+        (folder / "below").mkdir(parents=True, exist_ok=True)
+        (folder / "below" / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+def test_search_finds_the_most_alike_and_names_the_query(evaluate, models, gallery, tmp_path, monkeypatch):
+    query = gallery / "below" / "3.png"
+    Image.open(query).rotate(2, fillcolor="white").save(gallery / "nearly.png")
+    options = ("--query", query, "--gallery", gallery, "--model", models / "one", "--count", 4)
+    printed, _ = evaluate("search", *options, "--figure", tmp_path / "found.png")
+    assert printed[0] == f"the query itself\t{query}"
+    found = [line.split("\t") for line in printed[1:]]
+    embedder = load_embedder(models / "one", resolution=32)
+    others = [path for path in sorted(gallery.rglob("*.png")) if path != query]
+    expected = (embedder.embed(others) @ embedder.embed([query])[0]).sort(descending=True)
+    assert [float(similarity) for similarity, _ in found] == pytest.approx(expected.values[:4].tolist(), abs=1e-3)
+    assert found[0][1] == str(others[expected.indices[0]])
+    assert Image.open(tmp_path / "found.png").width > 5 * 160
+
+    calls = []
+    features = SketchEmbedder.features
+    monkeypatch.setattr(
+        SketchEmbedder, "features", lambda self, images: calls.append(len(images)) or features(self, images)
+    )
+    draw_class(gallery / "new", 30, 1)
+    again, _ = evaluate("search", *options)
+    assert sum(calls) == 1 + 1  # the new one and the query
+    assert len(again) == 5
+
+
+def test_a_damaged_picture_in_the_gallery_is_named_or_left_out(evaluate, models, gallery):
+    options = ("--query", gallery / "below" / "3.png", "--gallery", gallery, "--model", models / "one")
+    evaluate("search", *options)
+    (gallery / "cut.png").write_bytes((gallery / "below" / "1.png").read_bytes()[:150])
+    with pytest.raises(InputError, match=r"1 of 23 images cannot be read\.\n.*cut\.png"):
+        evaluate("search", *options)
+    printed, _ = evaluate("search", *options, "--on_bad_image", "skip", "--count", 99)
+    assert len(printed) == 22
+    assert not any("cut.png" in line for line in printed)
+
+
+BAD_RUNS = [
+    ("distance", ["--models", "x=nowhere/net"], "no network at nowhere/net"),
+    ("distance", ["--models", "one", "--embedding", "head"], "one is a backbone, without a head"),
+    ("distance", ["--output", "nowhere/distance.json"], "nowhere/distance.json cannot be written"),
+    ("retrieval", ["--validation_share", "0"], "--validation_share must be between 0 and 1"),
+    ("retrieval", ["--figure", "nowhere/sheet.png"], "--figure nowhere/sheet.png cannot be written"),
+    ("retrieval", ["--figure", "sheet.gif"], "--figure sheet.gif must end in .png"),
+    ("search", ["--query", "nowhere.png", "--gallery", "."], "nowhere.png: there is no such file"),
+    ("search", ["--query", "one.png", "--gallery", "empty"], "--gallery: there are no images in empty"),
+    ("search", ["--query", "one.png", "--gallery", "lone"], "--gallery: lone holds nothing but the query"),
+]
+
+
+@pytest.mark.parametrize(("task", "options", "message"), BAD_RUNS, ids=[case[2] for case in BAD_RUNS])
+def test_a_users_mistake_is_a_sentence(evaluate, models, task, options, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    Path("lone").mkdir()
+    Image.new("RGB", (9, 9)).save("one.png")
+    Image.new("RGB", (9, 9)).save("lone/one.png")
+    with pytest.raises(InputError, match=message):
+        evaluate(task, "--model" if task == "search" else "--models", "one", *options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "required: task"),
+        (["distance"], "pass --train_data_dir with a folder of class folders, or --dataset_name"),
+        (["search", "--gallery", "x"], "required: --query"),
+        (["distance", "--train_data_dir", "x", "--embedding", "mean"], "invalid choice: 'mean'"),
+    ],
+)
+def test_options_that_do_not_fit_are_named(options, message, capsys):
+    with pytest.raises(SystemExit) as exit:
+        script.parse_args(options)
+    assert exit.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+DRIVER = f"""
+import sys
+import evaluate as script
+from sketch_perceptual import backbone
+
+backbone.STAGES = {NARROW}
+script.run(script.main, script.parse_args(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("task", ["retrieval", "distance"])
+def test_two_processes_say_what_one_says(evaluate, models, pictures, tmp_path, task):
+    (tmp_path / "driver.py").write_text(DRIVER)
+    options = ["--models", models / "one", f"heads={models / 'heads'}", "--validation_share", "0.3"]
+    _, alone = evaluate(task, *options)
+    fixed = ["--train_data_dir", pictures, "--resolution", 32, "--feature_dir", tmp_path / "features-of-two"]
+    fixed += ["--extraction_batch_size", 3, "--output", tmp_path / "two.json"]
+    done = torchrun(tmp_path / "driver.py", task, *map(str, [*fixed, *options]))
+    assert done.returncode == 0, done.stderr[-3000:]
+    two = json.loads((tmp_path / "two.json").read_text())
+    assert two["data"] == alone["data"] | {"mixed_precision": None}
+    for name, result in alone["models"].items():
+        assert two["models"][name]["mean"] == pytest.approx(result["mean"], rel=1e-5)
+    assert done.stdout.count(str(tmp_path / "two.json")) == 1
