@@ -51,6 +51,14 @@ def load_image(source: Source, background: str = "white", name: str | None = Non
         raise InputError(f"Cannot read the image {name or _name(source)}: {_reason(error)}.") from error
 
 
+def load_extras(source: Source) -> tuple[Image.Image | None, Image.Exif]:
+    """What `load_image` leaves out: the transparency (mode L, upright) or None, and EXIF without the orientation."""
+    image = _decode(source)
+    upright, exif = _upright(image), image.getexif()
+    exif.pop(0x0112, None)
+    return upright.convert("RGBA").getchannel("A") if upright.has_transparency_data else None, exif
+
+
 def to_tensor(image: Image.Image | np.ndarray | Tensor) -> Tensor:
     """(3, H, W) float32 in [-1, 1] from a PIL image, uint8 (H, W, 3), or floats in [0, 1] of (3, H, W)."""
     x = np.asarray(load_image(image)) if isinstance(image, Image.Image) else image

@@ -105,6 +105,52 @@ class PerceptualLoss(ImageLoss):
         )
 
 
+class StyleLoss(ImageLoss):
+    """Squared distance between the Gram matrices of a backbone's activations, summed (Johnson et al. 2016, eq. 4).
+
+    Args:
+        backbone, layers, resolution: see `PerceptualLoss`.
+    """
+
+    def __init__(
+        self,
+        backbone: AttentionVGG16 | str | Path = BUNDLED,
+        layers: Sequence[str] = DEFAULT_LAYERS,
+        resolution: int | None = None,
+    ):
+        super().__init__(resolution)
+        self.layers = check_layers(layers)
+        self.backbone = backbone if isinstance(backbone, nn.Module) else load_backbone(backbone)
+        self.backbone.find_taps(self.layers)
+        self._freeze()
+
+    def compare(self, images: Tensor, target: Tensor) -> Tensor:
+        with torch.no_grad():
+            wanted = self.grams(target)
+        return style_distance(self.grams(images), wanted)
+
+    def grams(self, images: Tensor) -> dict[str, Tensor]:
+        """The Gram matrix (B, C, C) at each layer."""
+        return {name: gram_matrix(tap) for name, tap in self.backbone.taps(images, self.layers).items()}
+
+
+def gram_matrix(features: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, C, C) in float32: products of channels, over C x H x W."""
+    flat = features.float().flatten(2)
+    return flat @ flat.mT / flat[0].numel()
+
+
+def style_distance(grams: dict[str, Tensor], wanted: dict[str, Tensor]) -> Tensor:
+    """Sum over layers of the squared Frobenius norm, (B,)."""
+    return sum((grams[name] - gram).square().sum((1, 2)) for name, gram in wanted.items())
+
+
+def total_variation(images: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B,): mean squared difference of neighbours, to the right and below; 0 on one colour."""
+    x = images.float()
+    return sum(difference.square().flatten(1).mean(1) for difference in (x.diff(dim=2), x.diff(dim=3)))
+
+
 class PixelLoss(ImageLoss):
     """Mean absolute difference of the pixels: the control that every perceptual loss must beat."""
 

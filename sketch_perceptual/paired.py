@@ -1,0 +1,213 @@
+"""Photos and the sketches drawn after them: FS2K, CUFS, folders and lists of pairs."""
+
+import csv
+import io
+import json
+import logging
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path, PurePath, PurePosixPath
+
+from .data import NOT_DATA, find_images
+from .errors import InputError
+
+logger = logging.getLogger(__name__)
+
+ANNOTATIONS = {"train": "anno_train.json", "test": "anno_test.json"}
+LIST = "pairs.csv"
+EXPECTED = (
+    f"Expected is one of: FS2K ({', '.join(ANNOTATIONS.values())}, photo/, sketch/); CUFS (CUHK_student/, AR/ or"
+    f" XM2VTS/ with photos/ and sketches/); photos/ and sketches/, or train/ and test/ with both; a {LIST} with the"
+    " columns photo,sketch."
+)
+HOW_TO_PART = f"A {LIST} with a column part, or train/ and test/ folders with photos/ and sketches/ each, would tell."
+# CUHK_student/train/photos/1.jpg, AR/train_photos/1.jpg, CUFS/test_sketches/1.jpg, testing_sketch/1.jpg, photo/1.jpg
+PLACE = re.compile(
+    r"(?:(?P<collection>CUHK[ _-]?student|CUHK|student|AR|XM2VTS|CUFS)/)?"
+    r"(?:(?P<part>train|test)(?:ing)?[/ _-])?(?P<side>photo|sketch)(?:s|es)?/(?P<file>.+)",
+    re.IGNORECASE | re.DOTALL,
+)
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Photos and their sketches, equally long and in the order of the names.
+
+    Args:
+        names: the photos' paths below the data's folder, with forward slashes, all different.
+        layout: "FS2K", "CUFS", "folders" or "CSV".
+        summary: one short phrase: "FS2K, test, style 3: 46 pairs".
+    """
+
+    photos: list[Path]
+    sketches: list[Path]
+    names: list[str]
+    layout: str
+    summary: str
+
+
+def find_pairs(
+    root: str | Path, part: str | None = None, style: int | None = None, option: str = "--paired_data_dir"
+) -> Pairs:
+    """The pairs in `root`, or in its only folder, as a zip unpacks; hidden files are left out. The first that fits of:
+
+    1. pairs.csv: the columns photo and sketch, paths below its folder, and perhaps part.
+    2. FS2K (Fan et al. 2022): its two annotations tell the part and the style, whatever the folder's number.
+    3. CUFS (Wang and Tang 2009): a folder for each collection, or those of Face-Sketch-Wild (Chen et al. 2018).
+    4. Photo and sketch folders, perhaps in train and test folders.
+
+    In 3 and 4 a sketch has its photo's place and stem, or CUHK's: F2-005-01-sz1 is drawn after f-005-01.
+
+    Args:
+        part: "train" or "test"; None is both.
+        style: 1, 2 or 3, of FS2K only; None is all.
+        option: where `root` comes from; an InputError starts with it.
+    """
+    root = Path(root)
+    inside = [path for path in root.glob("[!.]*") if path.is_dir() and path.name not in NOT_DATA]
+    places = [root, *(inside if len(inside) == 1 else [])]
+    if folder := _holding(places, LIST):
+        layout, pairs = "CSV", _listed(folder, part, option)
+    elif folder := _holding(places, *ANNOTATIONS.values()):
+        layout, pairs = "FS2K", _annotated(folder, part, style, option)
+    else:
+        folder, layout, pairs = _twins(places, part, option)
+    if style is not None and layout != "FS2K":
+        raise InputError(f"{option}: {folder} is not FS2K ({layout}) and has no styles: ask for no style.")
+    what = ", ".join(filter(None, [layout, part, style and f"style {style}"]))
+    if not pairs:
+        raise InputError(f"{option}: there are no such pairs in {folder}: {what}.")
+    names = sorted(pairs)
+    photos, sketches = [folder / name for name in names], [folder / pairs[name] for name in names]
+    return Pairs(photos, sketches, names, layout, f"{what}: {len(names)} pairs")
+
+
+def _holding(places: list[Path], *names: str) -> Path | None:
+    return next((place for place in places if any((place / name).is_file() for name in names)), None)
+
+
+def _listed(folder: Path, part: str | None, option: str) -> dict[str, str]:
+    pairs, path = {}, folder / LIST
+    reader = csv.DictReader(io.StringIO(_read(path, option)), strict=True)
+    try:
+        columns, rows = reader.fieldnames or [], [(reader.line_num, row) for row in reader]
+    except csv.Error as error:
+        raise InputError(f"{option}: {path} line {reader.reader.line_num} is not CSV: {error}.") from error
+    if not {"photo", "sketch"} <= set(columns):
+        raise InputError(f"{option}: {path} must have the columns photo,sketch, found {', '.join(columns) or 'none'}.")
+    if part and "part" not in columns:
+        raise InputError(f"{option}: {path} does not say what is for {part}. {HOW_TO_PART}")
+    for line, row in rows:
+        where = f"{option}: {path} line {line}"
+        if None in row or None in row.values():
+            raise InputError(f"{where} must have {len(columns)} cells, as the header has.")
+        if "part" in columns and row["part"] not in ANNOTATIONS:
+            raise InputError(f"{where}: the part must be train or test, got {row['part']!r}.")
+        photo, sketch = (_below(folder, row[side], where) for side in ("photo", "sketch"))
+        if photo in pairs:
+            raise InputError(f"{where} lists {photo} again: a photo has one sketch.")
+        pairs[photo] = sketch, row.get("part")
+    return {photo: sketch for photo, (sketch, its_part) in pairs.items() if part in (None, its_part)}
+
+
+def _below(folder: Path, listed: str, where: str) -> str:
+    path = PurePath(listed)
+    if path.anchor or ".." in path.parts:
+        raise InputError(f"{where} must have paths below {folder}, got {listed!r}.")
+    if not (folder / path).is_file():
+        raise InputError(f"{where} lists {listed!r}, but there is no such file in {folder}.")
+    return path.as_posix()
+
+
+def _annotated(folder: Path, part: str | None, style: int | None, option: str) -> dict[str, str]:
+    listed = {}
+    for path in (folder / name for key, name in ANNOTATIONS.items() if part in (None, key)):
+        for number, entry in enumerate(_entries(path, option), 1):
+            if not (isinstance(entry, dict) and "image_name" in entry and entry.get("style") in (0, 1, 2)):
+                raise InputError(
+                    f"{option}: {path} entry {number} must have an image_name as photo1/image0110 and a style of 0, 1"
+                    f" or 2, got {str(entry)[:200]}."
+                )
+            if style in (None, entry["style"] + 1):
+                photo = f"photo/{entry['image_name']}"
+                listed[photo] = photo.replace("photo", "sketch").replace("image", "sketch")
+    images = [f"{side}/{image}" for side in ("photo", "sketch") for image in find_images(folder / side, option)[1]]
+    found = _index(((PurePosixPath(image).with_suffix("").as_posix(), image) for image in images), option)
+    if lost := [path for pair in listed.items() for path in pair if path not in found]:
+        raise InputError(f"{option}: {_some(lost, 'listed images')} are not in {folder}: unpack the whole zip.")
+    return {found[photo]: found[sketch] for photo, sketch in listed.items()}
+
+
+def _entries(path: Path, option: str) -> list:
+    try:
+        entries = json.loads(_read(path, option))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{option}: {path} line {error.lineno} is not JSON: {error.msg}.") from error
+    if not isinstance(entries, list):
+        raise InputError(f"{option}: {path} must hold a list, as FS2K's does.")
+    return entries
+
+
+def _twins(places: list[Path], part: str | None, option: str) -> tuple[Path, str, dict[str, str]]:
+    root = places[0]
+    try:
+        images = find_images(root, option)[1]
+    except InputError as error:
+        raise InputError(f"{error} {EXPECTED}") from error
+    for folder in places:
+        above = folder.relative_to(root).as_posix() + "/"
+        files = [image.removeprefix(above) for image in images]
+        used = [place for place in map(PLACE.fullmatch, files) if place]
+        if {place["side"].lower() for place in used} == {"photo", "sketch"}:
+            break
+    else:
+        found = _some(sorted({str(PurePosixPath(image).parent) for image in images}), "folders with images")
+        raise InputError(f"{option}: {root} has no layout that is known, found {found}. {EXPECTED}")
+    if stray := sorted(set(files) - {place.string for place in used}):
+        logger.warning("Not used, outside the photo and sketch folders of %s: %s", folder, _some(stray, "images"))
+    if part and (unknown := [place.string for place in used if not place["part"]]):
+        raise InputError(f"{option}: {unknown[0]} in {folder} is neither for train nor for test. {HOW_TO_PART}")
+    used = [place for place in used if part in (None, (place["part"] or "").lower())]
+    photos, sketches = (
+        _index(((_key(place), place.string) for place in used if place["side"].lower() == side), option)
+        for side in ("photo", "sketch")
+    )
+    if photos.keys() != sketches.keys():
+        lone = _some([photos[key] for key in photos if key not in sketches], "photos without a sketch")
+        lone += "; " + _some([sketches[key] for key in sketches if key not in photos], "sketches without a photo")
+        raise InputError(f"{option}: {folder} has {lone}. Twins have the same name; a {LIST} pairs any others.")
+    layout = "CUFS" if any(place["collection"] for place in used) else "folders"
+    return folder, layout, {photos[key]: sketches[key] for key in photos}
+
+
+def _key(place: re.Match) -> tuple:
+    """What a photo and its sketch have in common."""
+    file = PurePosixPath(place["file"])
+    stem = re.sub(r"[-_]sz\d+$", "", file.stem.lower())
+    stem = re.sub(r"^([fm])2(?=[-_])", r"\1", stem)
+    collection, part = ((place[group] or "").lower() for group in ("collection", "part"))
+    return collection, part, file.parent, stem
+
+
+def _some(names: list[str], what: str) -> str:
+    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+    return f"{len(names)} {what}" + (f": {', '.join(names[:10])}{more}" if names else "")
+
+
+def _index(paths: Iterable[tuple], option: str) -> dict:
+    index = {}
+    for key, path in paths:
+        if key in index:
+            raise InputError(f"{option}: {index[key]} and {path} cannot be told apart: rename or remove one.")
+        index[key] = path
+    return index
+
+
+def _read(path: Path, option: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")  # spreadsheets write a byte order mark
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"{option}: cannot read {path}: {getattr(error, 'strerror', 'it is not UTF-8 text')}."
+        ) from error
