@@ -1,0 +1,160 @@
+"""How near drawings come to the true ones: SSIM of pairs, Fréchet and kernel distances of sets."""
+
+import importlib
+import io
+import textwrap
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from .data import generator
+from .errors import InputError
+
+WINDOW = 11  # pixels of SSIM's window
+INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
+CONVERT = (
+    "Download https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/" + INCEPTION + " and convert it once:"
+    ' python -c "import torch; from safetensors.torch import save_file; save_file({k: v.contiguous() for k, v in'
+    f" torch.load('{INCEPTION}', weights_only=True).items()}}, 'inception.safetensors')\""
+)
+
+
+@torch.no_grad()
+@torch.autocast("cpu", enabled=False)
+def ssim(images: Tensor, target: Tensor) -> Tensor:
+    """Structural similarity of each pair (Wang et al. 2004): the mean over all 11x11 windows and the three channels.
+
+    Paper on paper is 1, so that sparse drawings score high whatever they show: see what a blank page scores.
+
+    Args:
+        images, target: floats (B, 3, H, W) in [-1, 1], sides from 11 pixels; values outside are clamped.
+
+    Returns (B,) from -1 to 1, 1 for equals, float32 on the CPU. InputError for anything else, and for NaN.
+    """
+    measure = _import("torchmetrics.functional.image").structural_similarity_index_measure
+    _check_images(images)
+    _check_images(target)
+    if images.shape != target.shape:
+        raise InputError(f"SSIM compares equal shapes, got {tuple(images.shape)} and {tuple(target.shape)}")
+    if min(images.shape[2:]) < WINDOW:
+        raise InputError(f"SSIM needs sides of at least {WINDOW} pixels, got {tuple(images.shape[2:])}")
+    scores, edge = [], WINDOW // 2
+    # Pair by pair on the CPU (0.3 s for 512 pixels): no batch changes a bit, and CUDA's convolutions round to TF32,
+    # whose error in a variance of nearly white paper is two thirds of the constant that SSIM adds to it.
+    for pair in zip(images, target, strict=True):
+        x, y = ((picture[None].cpu().float().clamp(-1, 1) + 1) / 2 for picture in pair)
+        # torchmetrics mirrors the picture at its edges and, since #2721, counts them in its mean; Wang et al. do not.
+        _, scored = measure(x, y, data_range=1.0, return_full_image=True)
+        scores.append(scored[..., edge:-edge, edge:-edge].mean())
+    return torch.stack(scores)
+
+
+def frechet_distance(features: Tensor, reference: Tensor) -> float:
+    """Fréchet distance of the Gaussians around two sets, from 0 up; FID on `InceptionFeatures` (Heusel et al. 2017).
+
+    |m1 - m2|^2 + tr(S1) + tr(S2) - 2 tr((S1 S2)^(1/2)) in float64. Small sets lie far apart even if they were drawn
+    from one distribution: only distances of equal N compare.
+
+    Args:
+        features, reference: (N, D) and (M, D), finite, from 2 rows that are not all the same; else InputError.
+    """
+    features, reference = _check_features(features, reference)
+    for name, rows in (("features", features), ("reference", reference)):
+        if (rows == rows[0]).all():
+            raise InputError(f"the rows of {name} are all the same, so they have no covariance")
+    root, other = _root(features), _root(reference)
+    # The eigenvalues of S1^(1/2) S2 S1^(1/2), but only as many as the rows: rounded zeros have roots that add up.
+    product = root @ other.T
+    overlap = torch.linalg.eigvalsh(product @ product.T).clamp(min=0).sqrt().sum()
+    means = (features.mean(0) - reference.mean(0)).square().sum()
+    return max(0.0, float(means + root.square().sum() + other.square().sum() - 2 * overlap))
+
+
+def kernel_distance(
+    features: Tensor, reference: Tensor, subsets: int = 100, subset_size: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """Unbiased squared MMD under (x.y / D + 1)^3; KID on `InceptionFeatures` (Binkowski et al. 2018), in float64.
+
+    Args:
+        features, reference: (N, D) and (M, D), finite, from 2 rows; else InputError.
+        subset_size: rows drawn from each set at a time; the smaller set's where that has fewer.
+        seed: decides the draws.
+
+    Returns mean, below 0 by chance where both sets are alike, and deviation over the subsets; the deviation is 0
+    where each subset is all of both sets.
+    """
+    poly_mmd = _import("torchmetrics.image.kid").poly_mmd
+    features, reference = _check_features(features, reference)
+    size = min(subset_size, len(features), len(reference))
+    if subsets < 1 or size < 2:
+        raise InputError(f"expected subsets from 1 and a subset size from 2, got {subsets}, {subset_size}")
+    draw = generator(seed, "kid")
+    pairs = (
+        [rows[torch.randperm(len(rows), generator=draw)[:size]] for rows in (reference, features)]
+        for _ in range(subsets)
+    )
+    distances = torch.stack([poly_mmd(*pair) for pair in pairs])
+    return float(distances.mean()), float(distances.std(correction=0))
+
+
+class InceptionFeatures(nn.Module):
+    """The 2048 pooled features of FID's Inception, TensorFlow's of 2015, by torch-fidelity. Frozen, in eval mode.
+
+    Args:
+        weights: a `.safetensors` file with the names of torch-fidelity's network; InputError tells how to make it.
+    """
+
+    def __init__(self, weights: str | Path):
+        super().__init__()
+        library = _import("torch_fidelity.feature_extractor_inceptionv3", "torch-fidelity")
+        file = io.BytesIO()  # the constructor downloads unless it is given a file to unpickle: here one of our own
+        try:
+            torch.save(load_file(weights), file)
+            file.seek(0)
+            self.network = library.FeatureExtractorInceptionV3("", ["2048"], feature_extractor_weights_path=file)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            reason = textwrap.shorten(str(error), 200)  # it lists hundreds of names
+            raise InputError(f"{weights} is not FID's Inception as safetensors: {reason}. {CONVERT}") from error
+        self.requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] -> (B, 2048) float32, by way of 8 bits and 299 px as TensorFlow resized to them."""
+        _check_images(images)
+        levels = images.float().clamp(-1, 1).add(1).mul(127.5).round().byte()
+        with torch.autocast(images.device.type, enabled=False):
+            return self.network(levels)[0]
+
+
+def _root(rows: Tensor) -> Tensor:
+    """(min(N, D), D), whose product root.T @ root is the covariance of (N, D)."""
+    return torch.linalg.qr((rows - rows.mean(0)) / (len(rows) - 1) ** 0.5, mode="r").R
+
+
+def _check_images(images: Tensor) -> None:
+    if not (images.ndim == 4 and images.shape[1] == 3 and images.numel() and images.is_floating_point()):
+        raise InputError(f"expected floats (B, 3, H, W) in [-1, 1], got {images.dtype} {tuple(images.shape)}")
+    if images.isnan().any():
+        raise InputError("images must not hold NaN")
+
+
+def _check_features(features: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+    for name, rows in (("features", features), ("reference", reference)):
+        if rows.ndim != 2 or len(rows) < 2:
+            raise InputError(f"{name} must be (N, D) of at least 2 rows, got {tuple(rows.shape)}")
+        if not rows.isfinite().all():
+            raise InputError(f"{name} must be finite")
+    if features.shape[1] != reference.shape[1]:
+        raise InputError(f"features have {features.shape[1]} numbers a row, reference has {reference.shape[1]}")
+    return features.detach().cpu().double(), reference.detach().cpu().double()
+
+
+def _import(module: str, install: str = "'sketch-perceptual[eval]'") -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise InputError(f"this measure needs {module.split('.')[0]}: pip install {install}") from error
