@@ -15,7 +15,6 @@ import argparse
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -71,6 +70,7 @@ from sketch_perceptual.training import (
     scan_images,
     start,
     start_trackers,
+    track_images,
 )
 
 logger = get_logger(__name__, log_level="INFO")
@@ -527,16 +527,6 @@ def validate(args, accelerator, pipeline, step: int) -> None:
         folder.mkdir(exist_ok=True)
         sheet(images).save(folder / f"step-{step:06d}.png")
         track_images(accelerator, "validation", images, step)
-
-
-def track_images(accelerator, phase: str, images: dict[str, list[Image.Image]], step: int) -> None:
-    pictures = [picture for row in images.values() for picture in row]
-    for tracker in accelerator.trackers:
-        if tracker.name == "tensorboard":
-            array = np.stack([np.asarray(picture) for picture in pictures])
-            tracker.writer.add_images(phase, array, step, dataformats="NHWC")
-        elif tracker.name == "wandb":
-            tracker.log_images({phase: pictures}, step)
 
 
 def finish(args, accelerator, pipeline, settings: dict, guard) -> list[str]:

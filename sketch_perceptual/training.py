@@ -214,6 +214,17 @@ def start_trackers(accelerator: Accelerator, name: str, args: argparse.Namespace
     accelerator.init_trackers(name, {k: v if isinstance(v, plain) else str(v) for k, v in options.items()})
 
 
+def track_images(accelerator: Accelerator, phase: str, images: dict[str, list[Image.Image]], step: int) -> None:
+    """Send the pictures to the trackers that take pictures."""
+    pictures = [picture for row in images.values() for picture in row]
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            array = np.stack([np.asarray(picture) for picture in pictures])
+            tracker.writer.add_images(phase, array, step, dataformats="NHWC")
+        elif tracker.name == "wandb":
+            tracker.log_images({phase: pictures}, step)
+
+
 class EpochSampler(torch.utils.data.Sampler):
     """Yields (epoch, index) in an order drawn from (seed, epoch) alone; set `epoch` before each pass."""
 
