@@ -5,12 +5,14 @@
       --models neither=imagenet tuned=vgg16-tuned/best both=attention-vgg16/best --figure ratios.png
     accelerate launch evaluate.py retrieval --train_data_dir ImageNet-Sketch/sketch \
       --models neither=imagenet-retrieval both=sketch-retrieval --figure nearest.png
+    accelerate launch evaluate.py transfer --paired_data_dir FS2K --paired_style 1 --models both=sketch-style
     python evaluate.py search --query fox.png --gallery drawings --figure found.png
 
 distance: mean cosine distances within and across classes over all pairs, and their ratio (Seo 2025, section 4.3,
 Table 4, Figure 4). retrieval: a gallery is ranked for queries that share no copy with it (section 4.2, Table 3).
-search: the drawings of a folder that are most like one. What networks say of a drawing is kept on disk and is not
-computed twice.
+transfer: photos through networks of train_johnson.py are compared with the true sketches (section 4.1, Table 1,
+Figure 2). search: the drawings of a folder that are most like one. What networks say of a drawing is kept on disk and
+is not computed twice, except by transfer.
 """
 
 import argparse
@@ -27,19 +29,23 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs, gather_object
 from PIL import Image
 from torch import Tensor
+from tqdm.auto import tqdm
 
-from sketch_perceptual.backbone import BUNDLED, fingerprint
+from sketch_perceptual.backbone import BUNDLED, fingerprint, load_backbone
 from sketch_perceptual.data import Images, Scan, drop_bad, find_images, generator
 from sketch_perceptual.errors import InputError
 from sketch_perceptual.features import FeatureCache
 from sketch_perceptual.figures import mark, ratio_bars, sheet
-from sketch_perceptual.images import fit_image, load_image
+from sketch_perceptual.image_metrics import InceptionFeatures, frechet_distance, kernel_distance, ssim
+from sketch_perceptual.images import fit_image, load_image, to_pil, to_tensor
+from sketch_perceptual.johnson import JohnsonNet, load_johnson
 from sketch_perceptual.labelled import LabelledImages, class_names
 from sketch_perceptual.metrics import ClassDistances
-from sketch_perceptual.retrieval import EMBEDDINGS, SketchEmbedder, load_embedder, rank, search
+from sketch_perceptual.paired import Pairs, find_pairs
+from sketch_perceptual.retrieval import EMBEDDINGS, SketchEmbedder, load_embedder, make_embedder, rank, search
 from sketch_perceptual.splits import split
 from sketch_perceptual.training import (
     PATIENCE,
@@ -61,7 +67,9 @@ from sketch_perceptual.training import (
 
 logger = get_logger(__name__, log_level="INFO")
 
-SHEET_ROWS = 12
+KERNELS = {"fid": "kid", "frechet": "kernel"}  # the distance of sets, and what is less biased in small ones
+FEW = 2048  # as many numbers as Inception's features have: fewer pictures have no full covariance
+SHEET_ROWS, SHEET_COLUMNS = 12, 6
 SHEET_SIZE = 160  # pixels a picture
 
 
@@ -71,6 +79,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     about = {
         "distance": "distances within and across classes",
         "retrieval": "how well queries find their class in a gallery",
+        "transfer": "how near stylised photos come to the true sketches",
         "search": "the drawings of a folder that are most like one",
     }
     parsers = {name: tasks.add_parser(name, help=text, description=text) for name, text in about.items()}
@@ -95,6 +104,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parsers["distance"].add_argument("--figure", help="write a picture with a bar for each ratio")
     parsers["retrieval"].add_argument("--figure", help="write a sheet of queries and the five nearest to each")
+    add = parsers["transfer"].add_argument
+    add("--paired_data_dir", required=True, help="CUFS, FS2K or another paired set: see sketch_perceptual.paired")
+    add("--part", choices=("test", "train", "all"), default="test")
+    add("--paired_style", type=int, choices=(1, 2, 3), help="of FS2K")
+    add("--models", nargs="+", required=True, metavar="[NAME=]MODEL", help="folders or Hub ids of train_johnson.py")
+    add("--resolution", type=at_least(32), default=256, help="photos and sketches become this wide and high")
+    add("--fit", choices=("crop", "pad"), default="crop", help="how what is not square becomes so")
+    add("--background", default="white", help="colour behind transparent pictures")
+    add("--inception_weights", help=".safetensors of FID's Inception; without it, the features of --backbone")
+    add("--backbone", default=str(BUNDLED), help="for the Frechet distance that takes FID's place")
+    add("--mixed_precision", choices=("no", "fp16", "bf16"), help="default: what accelerate was told")
+    add("--seed", type=at_least(0), default=0, help="of what the sheet shows")
+    add("--output", default="transfer.json", help="all figures, as JSON")
+    add("--figure", help="write a sheet of photos, true sketches and what each model makes of them")
     add = parsers["search"].add_argument
     add("--query", required=True, help="a picture")
     add("--gallery", required=True, help="a folder of pictures, searched with all its folders")
@@ -105,7 +128,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--background", default="white", help="colour behind transparent drawings")
     add_common_options(add)
     args = parser.parse_args(argv)
-    if args.task != "search":
+    if args.task in ("distance", "retrieval"):
         check_class_options(parsers[args.task], args)
     return args
 
@@ -130,7 +153,7 @@ def main(args: argparse.Namespace) -> None:
     for option, ending in (("figure", ".png"), ("output", ".json")):
         if path := vars(args).get(option):
             check_file(f"--{option}", Path(path), ending)
-    {"distance": distance, "retrieval": retrieval, "search": find}[args.task](args, accelerator)
+    {"distance": distance, "retrieval": retrieval, "transfer": transfer, "search": find}[args.task](args, accelerator)
     accelerator.end_training()
 
 
@@ -165,7 +188,7 @@ def distance(args: argparse.Namespace, accelerator: Accelerator) -> None:
     if about["alone"]:
         logger.info(f"classes of one drawing, which have no distance within: {about['alone']}")
     results = summarize(runs)
-    print_table(results, {"intra": ".3f", "inter": ".3f", "ratio": ".2f"})
+    print_table(results, {"embedding": "", "intra": ".3f", "inter": ".3f", "ratio": ".2f"})
     write_results(args, about, results)
     if args.figure:
         ratios = {name: result["mean"]["ratio"] for name, result in results.items()}
@@ -200,12 +223,81 @@ def retrieval(args: argparse.Namespace, accelerator: Accelerator) -> None:
     if unmatched := runs[0]["unmatched"]:
         logger.info(f"queries without a drawing of their class in the gallery, which do not count: {unmatched}")
     results = summarize(runs)
-    print_table(results, {"top1": ".1%", "top5": ".1%", "map": ".3f", "recall@10": ".1%", "recall@50": ".1%"})
+    columns = {"top1": ".1%", "top5": ".1%", "map": ".3f", "recall@10": ".1%", "recall@50": ".1%"}
+    print_table(results, {"embedding": ""} | columns)
     about = {"queries": len(queries.keys), "gallery": len(gallery.keys), "classes": len(set(data.labels))}
     about |= {"left_out": len(sides.left_out), "split": split_hash(describe_split(args, sides, keys))}
     write_results(args, about, results)
     if args.figure:
         query_sheet(args, queries.data, gallery.data, nearest).save(args.figure)
+
+
+def transfer(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    """Table 1: how near each model's drawings come to the true sketches, in pairs and as a set."""
+    pairs = find_pairs(args.paired_data_dir, None if args.part == "all" else args.part, args.paired_style)
+    logger.info(pairs.summary)
+    if args.inception_weights:
+        kind, judge = "fid", InceptionFeatures(args.inception_weights).to(accelerator.device)
+        judged_by = f"Inception {fingerprint(judge)} at 299 px"
+    else:
+        embedder = make_embedder(load_backbone(args.backbone, "none")).to(accelerator.device)
+        kind, judge = "frechet", embedder.features
+        judged_by = f"the pooled last map of VGG-16 {embedder.feature_key.split('-')[0]} at {args.resolution} px"
+    networks = {name: load_johnson(path).to(accelerator.device).eval() for name, path in expand_models(args.models)}
+
+    found = []  # for each pair the features of the sketch, and name -> SSIM, SSIM with another sketch, features
+    mine = range(len(pairs.names))[accelerator.process_index :: accelerator.num_processes]
+    for index in tqdm(mine, "Pairs", disable=None if accelerator.is_main_process else True):
+        photo, sketch, other = (
+            read_square(args, path)[None].to(accelerator.device)
+            for path in (pairs.photos[index], pairs.sketches[index], pairs.sketches[(index + 1) % len(pairs.names)])
+        )
+        row = {"blank page": [float(ssim(torch.ones_like(sketch), sketch))]}
+        for name, network in networks.items():
+            drawn = draw(accelerator, network, photo)
+            row[name] = [float(ssim(drawn, sketch)), float(ssim(drawn, other)), judge(drawn).cpu()]
+        found.append((index, judge(sketch).cpu(), row))
+    found = sorted(gather_object(found), key=lambda item: item[0])
+    if not accelerator.is_main_process:
+        return
+    reference = torch.cat([features for _, features, _ in found])
+    runs = [{"name": "blank page", "ssim": statistics.fmean(row["blank page"][0] for _, _, row in found)}]
+    for name, network in networks.items():
+        scores, shuffled, features = zip(*(row[name] for _, _, row in found), strict=True)
+        kernel, deviation = kernel_distance(torch.cat(features), reference)
+        run = {"name": name, "weights": fingerprint(network), "ssim": statistics.fmean(scores)}
+        run |= {"ssim_shuffled": statistics.fmean(shuffled), kind: frechet_distance(torch.cat(features), reference)}
+        runs.append(run | {KERNELS[kind]: kernel, "kernel_deviation": deviation})
+    results = summarize(runs)
+    print_table(results, {"ssim": ".3f", "ssim_shuffled": ".3f", kind: ".4g", KERNELS[kind]: ".3g"})
+    logger.info(f"{kind} of {len(found)} drawings and as many true ones, by {judged_by}")
+    if len(found) < FEW:
+        logger.warning(f"{kind} of fewer than {FEW} pictures is too large: compare it at this number only")
+    write_results(args, {"pairs": len(found), "layout": pairs.summary, "judged_by": judged_by}, results)
+    if args.figure:
+        transfer_sheet(args, accelerator, pairs, networks).save(args.figure)
+
+
+def read_square(args: argparse.Namespace, path: Path) -> Tensor:
+    """(3, resolution, resolution) in [-1, 1]."""
+    return to_tensor(fit_image(load_image(path, args.background), args.resolution, args.fit, args.background))
+
+
+@torch.no_grad()
+def draw(accelerator: Accelerator, network: JohnsonNet, photo: Tensor) -> Tensor:
+    """(B, 3, H, W) in [-1, 1], as it can be saved."""
+    with accelerator.autocast():
+        return network(photo).float().clamp(-1, 1)
+
+
+def transfer_sheet(args: argparse.Namespace, accelerator: Accelerator, pairs: Pairs, networks: dict) -> Image.Image:
+    """Figure 2: some photos, their true sketches, and what each network makes of them."""
+    shown = torch.randperm(len(pairs.names), generator=generator(args.seed, "sheet"))[:SHEET_COLUMNS].tolist()
+    photos, sketches = ([read_square(args, of[index]) for index in shown] for of in (pairs.photos, pairs.sketches))
+    rows = {"photo": photos, "true sketch": sketches}
+    for name, network in networks.items():
+        rows[name] = [draw(accelerator, network, photo[None].to(accelerator.device))[0] for photo in photos]
+    return sheet({name: list(map(to_pil, row)) for name, row in rows.items()}, size=SHEET_SIZE)
 
 
 def find(args: argparse.Namespace, accelerator: Accelerator) -> None:
@@ -302,15 +394,15 @@ def summarize(runs: list[dict]) -> dict[str, dict]:
 
 def print_table(results: dict[str, dict], columns: dict[str, str]) -> None:
     """One line a model; with several seeds mean and deviation."""
-    lines = [["", "embedding", *columns]]
+    lines = [["", *columns]]
     for name, result in results.items():
         cells = []
         for column, form in columns.items():
-            cell = format(result["mean"][column], form)
-            if "deviation" in result:
-                cell += " +- " + format(result["deviation"][column], form)
-            cells.append(cell)
-        lines.append([name, result["runs"][0]["embedding"], *cells])
+            value = result["mean"].get(column, result["runs"][0].get(column))
+            cells.append("" if value is None else format(value, form))
+            if column in result.get("deviation", ()):
+                cells[-1] += " +- " + format(result["deviation"][column], form)
+        lines.append([name, *cells])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
@@ -318,8 +410,9 @@ def print_table(results: dict[str, dict], columns: dict[str, str]) -> None:
 
 def write_results(args: argparse.Namespace, about: dict, results: dict[str, dict]) -> None:
     """All that was found, and what it rests on; what is not a number there is null here."""
-    options = ("dataset_name", "train_data_dir", "group_column", "validation_share", "max_train_samples", "seed")
-    options = {name: getattr(args, name) for name in (*options, "mixed_precision")}
+    names = """dataset_name train_data_dir group_column validation_share max_train_samples paired_data_dir part
+        paired_style resolution fit mixed_precision seed"""
+    options = {name: getattr(args, name) for name in names.split() if name in args}
     record = {"task": args.task, "data": options | about, "models": results, "versions": versions()}
     text = json.dumps(without_nan(record), indent=1, allow_nan=False)
     Path(args.output).write_text(text, encoding="utf-8")
