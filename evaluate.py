@@ -236,6 +236,8 @@ def transfer(args: argparse.Namespace, accelerator: Accelerator) -> None:
     """Table 1: how near each model's drawings come to the true sketches, in pairs and as a set."""
     pairs = find_pairs(args.paired_data_dir, None if args.part == "all" else args.part, args.paired_style)
     logger.info(pairs.summary)
+    if len(pairs.names) < 2:
+        raise InputError(f"--paired_data_dir {args.paired_data_dir}: one pair is no set to compare")
     if args.inception_weights:
         kind, judge = "fid", InceptionFeatures(args.inception_weights).to(accelerator.device)
         judged_by = f"Inception {fingerprint(judge)} at 299 px"
@@ -243,31 +245,32 @@ def transfer(args: argparse.Namespace, accelerator: Accelerator) -> None:
         embedder = make_embedder(load_backbone(args.backbone, "none")).to(accelerator.device)
         kind, judge = "frechet", embedder.features
         judged_by = f"the pooled last map of VGG-16 {embedder.feature_key.split('-')[0]} at {args.resolution} px"
-    networks = {name: load_johnson(path).to(accelerator.device).eval() for name, path in expand_models(args.models)}
+    networks = [(name, load_johnson(path).to(accelerator.device).eval()) for name, path in expand_models(args.models)]
 
-    found = []  # for each pair the features of the sketch, and name -> SSIM, SSIM with another sketch, features
+    found = []  # index, features of the sketch, SSIM of the baselines; each model's SSIM, shuffled SSIM, features
     mine = range(len(pairs.names))[accelerator.process_index :: accelerator.num_processes]
     for index in tqdm(mine, "Pairs", disable=None if accelerator.is_main_process else True):
         photo, sketch, other = (
             read_square(args, path)[None].to(accelerator.device)
             for path in (pairs.photos[index], pairs.sketches[index], pairs.sketches[(index + 1) % len(pairs.names)])
         )
-        row = {"blank page": [float(ssim(torch.ones_like(sketch), sketch))]}
-        for name, network in networks.items():
-            drawn = draw(accelerator, network, photo)
-            row[name] = [float(ssim(drawn, sketch)), float(ssim(drawn, other)), judge(drawn).cpu()]
-        found.append((index, judge(sketch).cpu(), row))
+        baselines = [float(ssim(picture, sketch)) for picture in (torch.ones_like(sketch), photo)]
+        drawings = [draw(accelerator, network, photo) for _, network in networks]
+        scores = [(float(ssim(x, sketch)), float(ssim(x, other)), judge(x).cpu()) for x in drawings]
+        found.append((index, judge(sketch).cpu(), baselines, scores))
     found = sorted(gather_object(found), key=lambda item: item[0])
     if not accelerator.is_main_process:
         return
-    reference = torch.cat([features for _, features, _ in found])
-    runs = [{"name": "blank page", "ssim": statistics.fmean(row["blank page"][0] for _, _, row in found)}]
-    for name, network in networks.items():
-        scores, shuffled, features = zip(*(row[name] for _, _, row in found), strict=True)
-        kernel, deviation = kernel_distance(torch.cat(features), reference)
-        run = {"name": name, "weights": fingerprint(network), "ssim": statistics.fmean(scores)}
-        run |= {"ssim_shuffled": statistics.fmean(shuffled), kind: frechet_distance(torch.cat(features), reference)}
-        runs.append(run | {KERNELS[kind]: kernel, "kernel_deviation": deviation})
+    _, reference, baselines, scores = zip(*found, strict=True)
+    runs = [
+        {"name": name, "ssim": statistics.fmean(values)}
+        for name, values in zip(("blank page", "the photo"), zip(*baselines, strict=True), strict=True)
+    ]
+    for (name, network), own in zip(networks, zip(*scores, strict=True), strict=True):
+        paired, shuffled, features = zip(*own, strict=True)
+        run = {"name": name, "weights": fingerprint(network), "ssim": statistics.fmean(paired)}
+        run["ssim_shuffled"] = statistics.fmean(shuffled)
+        runs.append(run | set_distances(kind, torch.cat(features), torch.cat(reference)))
     results = summarize(runs)
     print_table(results, {"ssim": ".3f", "ssim_shuffled": ".3f", kind: ".4g", KERNELS[kind]: ".3g"})
     logger.info(f"{kind} of {len(found)} drawings and as many true ones, by {judged_by}")
@@ -276,6 +279,17 @@ def transfer(args: argparse.Namespace, accelerator: Accelerator) -> None:
     write_results(args, {"pairs": len(found), "layout": pairs.summary, "judged_by": judged_by}, results)
     if args.figure:
         transfer_sheet(args, accelerator, pairs, networks).save(args.figure)
+
+
+def set_distances(kind: str, features: Tensor, reference: Tensor) -> dict[str, float]:
+    """Frechet and kernel distance; NaN, and said, for drawings that are all the same."""
+    mean, deviation = kernel_distance(features, reference)
+    try:
+        frechet = frechet_distance(features, reference)
+    except InputError as error:
+        logger.warning(f"no {kind}: {error}")
+        frechet = math.nan
+    return {kind: frechet, KERNELS[kind]: mean, "kernel_deviation": deviation}
 
 
 def read_square(args: argparse.Namespace, path: Path) -> Tensor:
@@ -290,12 +304,12 @@ def draw(accelerator: Accelerator, network: JohnsonNet, photo: Tensor) -> Tensor
         return network(photo).float().clamp(-1, 1)
 
 
-def transfer_sheet(args: argparse.Namespace, accelerator: Accelerator, pairs: Pairs, networks: dict) -> Image.Image:
+def transfer_sheet(args: argparse.Namespace, accelerator: Accelerator, pairs: Pairs, networks: list) -> Image.Image:
     """Figure 2: some photos, their true sketches, and what each network makes of them."""
     shown = torch.randperm(len(pairs.names), generator=generator(args.seed, "sheet"))[:SHEET_COLUMNS].tolist()
     photos, sketches = ([read_square(args, of[index]) for index in shown] for of in (pairs.photos, pairs.sketches))
     rows = {"photo": photos, "true sketch": sketches}
-    for name, network in networks.items():
+    for name, network in networks:
         rows[name] = [draw(accelerator, network, photo[None].to(accelerator.device))[0] for photo in photos]
     return sheet({name: list(map(to_pil, row)) for name, row in rows.items()}, size=SHEET_SIZE)
 

@@ -123,6 +123,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("pass --train_data_dir with a folder of photos, --dataset_name or --paired_data_dir")
     if (args.style is None) == (args.paired_data_dir is None):
         parser.error("pass either --style, a drawing or a folder of them, or --paired_data_dir")
+    if args.paired_style is not None and args.paired_data_dir is None:
+        parser.error("--paired_style needs --paired_data_dir")
     return args
 
 

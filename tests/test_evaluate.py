@@ -11,6 +11,9 @@ import evaluate as script
 from sketch_perceptual import backbone
 from sketch_perceptual.backbone import AttentionVGG16
 from sketch_perceptual.errors import InputError
+from sketch_perceptual.image_metrics import frechet_distance, ssim
+from sketch_perceptual.images import fit_image, to_tensor
+from sketch_perceptual.johnson import JohnsonNet, load_johnson
 from sketch_perceptual.metrics import class_distances
 from sketch_perceptual.retrieval import SketchEmbedder, load_embedder
 
@@ -257,3 +260,99 @@ def test_two_processes_say_what_one_says(evaluate, models, pictures, tmp_path, t
     for name, result in alone["models"].items():
         assert two["models"][name]["mean"] == pytest.approx(result["mean"], rel=1e-5)
     assert done.stdout.count(str(tmp_path / "two.json")) == 1
+
+
+@pytest.fixture
+def pairs(pictures, tmp_path):
+    """Seven pairs: drawings in colour, and the drawings."""
+    for path in sorted(pictures.rglob("*.png"))[:7]:
+        for folder in ("photos", "sketches"):
+            (tmp_path / "pairs" / "test" / folder).mkdir(parents=True, exist_ok=True)
+            image = Image.open(path)
+            if folder == "photos":
+                image = Image.blend(image, Image.new("RGB", image.size, "orange"), 0.5)
+            image.save(tmp_path / "pairs" / "test" / folder / path.name)
+    return tmp_path / "pairs"
+
+
+@pytest.fixture
+def styles(tmp_path):
+    torch.manual_seed(0)
+    for name in "ab":
+        JohnsonNet(width=4).save_pretrained(tmp_path / name)
+    return tmp_path
+
+
+def transfer(pairs, styles, *options):
+    reset_accelerate()
+    fixed = ["--paired_data_dir", pairs, "--resolution", 32, "--output", styles / "transfer.json"]
+    fixed += ["--models", styles / "a", f"second={styles / 'b'}", "--backbone", styles / "one"]
+    script.main(script.parse_args(["transfer", *map(str, [*fixed, *options])]))
+    return json.loads((styles / "transfer.json").read_text())
+
+
+def test_drawings_are_scored_in_pairs_and_as_a_set(models, pairs, styles, capsys):
+    record = transfer(pairs, styles, "--figure", styles / "sheet.png")
+    photos, sketches = (
+        torch.stack([to_tensor(fit_image(Image.open(path), 32)) for path in sorted((pairs / "test" / name).iterdir())])
+        for name in ("photos", "sketches")
+    )
+    with torch.no_grad():
+        drawn = load_johnson(styles / "a").eval()(photos).clamp(-1, 1)
+    found, judge = record["models"]["a"]["mean"], load_embedder(models / "one").features
+    assert found["ssim"] == pytest.approx(float(ssim(drawn, sketches).mean()), abs=1e-5)
+    assert found["ssim_shuffled"] == pytest.approx(float(ssim(drawn, sketches.roll(-1, 0)).mean()), abs=1e-5)
+    assert found["frechet"] == pytest.approx(frechet_distance(judge(drawn), judge(sketches)), rel=1e-3)
+    blank = record["models"]["blank page"]["mean"]["ssim"]
+    assert blank == pytest.approx(float(ssim(torch.ones_like(sketches), sketches).mean()), abs=1e-5)
+    assert record["models"]["the photo"]["mean"]["ssim"] > blank
+    assert record["data"]["pairs"] == 7
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [
+        "ssim", "blank", "the", "a", "second", str(styles / "transfer.json")
+    ]  # fmt: skip
+    assert Image.open(styles / "sheet.png").height > 4 * 160
+
+
+def test_inception_and_what_is_all_the_same(models, pairs, styles, monkeypatch, caplog):
+    class Inception(torch.nn.Module):
+        def __init__(self, weights):
+            super().__init__()
+            assert weights == "weights.safetensors"
+
+        def forward(self, images):
+            return images.mean((2, 3)).cpu()
+
+    monkeypatch.setattr(script, "InceptionFeatures", Inception)
+    monkeypatch.setattr(JohnsonNet, "forward", lambda self, images: torch.zeros_like(images))
+    found = transfer(pairs, styles, "--inception_weights", "weights.safetensors")["models"]["a"]["mean"]
+    assert found["fid"] is None
+    assert found["kid"] > 0
+    assert "no fid: the rows of features are all the same" in caplog.text
+    assert "fewer than 2048" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--part", "train"], "no such pairs"),
+        (["--paired_style", "1"], "has no styles"),
+        (["--paired_data_dir", "nowhere"], "nowhere"),
+        (["--inception_weights", "nowhere.safetensors"], "nowhere.safetensors is not FID's Inception"),
+        (["--models", "nowhere/net"], "no style network at nowhere/net"),
+    ],
+)
+def test_a_mistake_in_transfer_is_a_sentence(models, pairs, styles, options, message):
+    with pytest.raises(InputError, match=message):
+        transfer(pairs, styles, *options)
+
+
+def test_two_processes_score_as_one(models, pairs, styles):
+    (styles / "driver.py").write_text(DRIVER)
+    alone = transfer(pairs, styles)
+    fixed = ["--paired_data_dir", pairs, "--resolution", 32, "--output", styles / "two.json"]
+    fixed += ["--models", styles / "a", f"second={styles / 'b'}", "--backbone", styles / "one"]
+    done = torchrun(styles / "driver.py", "transfer", *map(str, fixed))
+    assert done.returncode == 0, done.stderr[-3000:]
+    two = json.loads((styles / "two.json").read_text())
+    for name, result in alone["models"].items():
+        assert two["models"][name]["mean"] == pytest.approx(result["mean"], rel=1e-4, abs=1e-6)

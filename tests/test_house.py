@@ -14,6 +14,7 @@ from PIL import Image
 
 import evaluate
 import train_backbone
+import train_johnson
 import train_lora_sketch
 import train_retrieval
 
@@ -62,7 +63,13 @@ def test_options_and_files_in_the_readme_exist():
     data = ["--train_data_dir", "y"]
     known = vars(train_lora_sketch.parse_args(["--pretrained_model_name_or_path", "x", *data]))
     known |= vars(train_backbone.parse_args(data)) | vars(train_retrieval.parse_args(data))
-    for task in (["distance", *data], ["retrieval", *data], ["search", "--query", "x", "--gallery", "y"]):
+    known |= vars(train_johnson.parse_args([*data, "--style", "x"])) | {"input": None, "output": None}
+    for task in (
+        ["distance", *data],
+        ["retrieval", *data],
+        ["transfer", "--paired_data_dir", "x", "--models", "y"],
+        ["search", "--query", "x", "--gallery", "y"],
+    ):
         known |= vars(evaluate.parse_args(task))
     assert {option[2:] for option in options} <= set(known)
     for path in re.findall(r"\]\((?!http|#)([^)]+)\)", README):
