@@ -44,6 +44,7 @@ from sketch_perceptual.training import (
     check_class_options,
     check_space,
     describe_split,
+    keep_whole,
     load_checkpoint,
     load_labelled,
     make_loader,
@@ -134,7 +135,7 @@ def main(args: argparse.Namespace) -> None:
     )
     plan_steps(args, len(loader))
     lr_scheduler = make_lr_scheduler(args, optimizer)
-    register_network_hooks(accelerator)
+    keep_whole(accelerator, load_backbone)
     settings = resumable_settings(args, accelerator, origin, split_record)
     state = {"global_step": 0, "epoch": 0, "batch": 0, "epoch_sums": [0, 0, 0], "skipped_steps": 0, "history": []}
     state |= load_checkpoint(accelerator, args, settings) or {"settings": settings}
@@ -354,21 +355,6 @@ def take_over(network: AttentionVGG16, saved: AttentionVGG16, source: str) -> li
     return [name for name in own if name not in taken]
 
 
-def register_network_hooks(accelerator: Accelerator) -> None:
-    """Checkpoints hold the network as `from_pretrained` takes it."""
-
-    def save(models, weights, output_dir):
-        weights.clear()
-        if accelerator.is_main_process:
-            accelerator.unwrap_model(models[0]).save_pretrained(output_dir)
-
-    def load(models, input_dir):
-        accelerator.unwrap_model(models.pop()).load_state_dict(load_backbone(input_dir).state_dict())
-
-    accelerator.register_save_state_pre_hook(save)
-    accelerator.register_load_state_pre_hook(load)
-
-
 def resumable_settings(args, accelerator: Accelerator, origin: dict, split_record: dict) -> dict:
     """What a resumed run must share with the run that it continues."""
     names = """attention pool_after_attention spatial_kernel reduction head freeze dataset_name train_data_dir
@@ -509,7 +495,7 @@ def finish(args, network: AttentionVGG16, state: dict, guard: NonFiniteGuard) ->
 def write_card(args, folder: Path, network: AttentionVGG16, state: dict, split_record: dict) -> None:
     best, settings = best_epoch(state), dict(state["settings"])
     where = args.hub_model_id or "path/to/this/folder"
-    on_hub = args.dataset_name if args.dataset_name and not Path(args.dataset_name).exists() else None
+    on_hub = hub.dataset_id(args.dataset_name)
     settings = {k: v for k, v in settings.items() if k not in ("dataset_name", "train_data_dir")}
     kind = "VGG-16" if args.attention == "none" else "VGG-16 with attention in place of its first two max-pools"
     if args.pool_after_attention:

@@ -50,6 +50,7 @@ from sketch_perceptual.training import (
     catch_signals,
     check_space,
     choose_samples,
+    keep_whole,
     load_checkpoint,
     make_loader,
     make_lr_scheduler,
@@ -84,7 +85,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--content_layer", default="relu2_2")
     add("--style_layers", nargs="+", metavar="LAYER", default=list(DEFAULT_LAYERS))
     add("--content_weight", type=rate, default=1.0)
-    add("--style_weight", type=rate, default=10.0)
+    add("--style_weight", type=rate, default=3.0)
     add("--tv_weight", type=rate, default=1e-2, help="of the total variation")
     add(
         "--normalize_losses",
@@ -148,7 +149,7 @@ def main(args: argparse.Namespace) -> None:
     model, prepared_optimizer, loader = accelerator.prepare(network, optimizer, loader)
     plan_steps(args, len(loader))
     lr_scheduler = make_lr_scheduler(args, optimizer)
-    register_network_hooks(accelerator)
+    keep_whole(accelerator, load_johnson)
     settings = resumable_settings(args, accelerator, style_loss, len(content), len(style))
     state = {"global_step": 0, "epoch": 0, "batch": 0, "skipped_steps": 0, "scales": scales, "history": []}
     state |= load_checkpoint(accelerator, args, settings) or {"settings": settings}
@@ -343,21 +344,6 @@ def collate(examples: list[dict]) -> dict:
     }
 
 
-def register_network_hooks(accelerator: Accelerator) -> None:
-    """Checkpoints hold the network as `from_pretrained` takes it."""
-
-    def save(models, weights, output_dir):
-        weights.clear()
-        if accelerator.is_main_process:
-            accelerator.unwrap_model(models[0]).save_pretrained(output_dir)
-
-    def load(models, input_dir):
-        accelerator.unwrap_model(models.pop()).load_state_dict(load_johnson(input_dir).state_dict())
-
-    accelerator.register_save_state_pre_hook(save)
-    accelerator.register_load_state_pre_hook(load)
-
-
 def resumable_settings(args, accelerator: Accelerator, style_loss: StyleLoss, photos: int, drawings: int) -> dict:
     """What a resumed run must share with the run that it continues."""
     names = """norm upsampling width content_layer style_layers content_weight style_weight tv_weight normalize_losses
@@ -434,7 +420,7 @@ def finish(args, network: JohnsonNet, photos: list[Image.Image], state: dict, gu
 
 def write_card(args, settings: dict) -> None:
     where = args.hub_model_id or "path/to/this/folder"
-    on_hub = args.dataset_name if args.dataset_name and not Path(args.dataset_name).exists() else None
+    on_hub = hub.dataset_id(args.dataset_name)
     attention = "without" if settings["attention"] == "none" else "with"
     private = ("train_data_dir", "dataset_name", "style", "paired_data_dir")
     snippet = f"""from PIL import Image

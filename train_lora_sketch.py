@@ -607,7 +607,7 @@ def write_card(args, settings: dict, pictures: list[str]) -> None:
 pipeline = StableDiffusionPipeline.from_pretrained("{"path/to/stable-diffusion-v1-5" if is_local else base_model}")
 pipeline.load_lora_weights("{args.hub_model_id or "path/to/this/folder"}")
 pipeline({prompt!r}).images[0].save("sketch.png")"""
-    dataset = args.dataset_name if args.dataset_name and not Path(args.dataset_name).exists() else None
+    dataset = hub.dataset_id(args.dataset_name)
     hub.write_card(
         args.output_dir,
         data=ModelCardData(

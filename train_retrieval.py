@@ -335,7 +335,7 @@ def finish(args, state: dict, guard: NonFiniteGuard) -> None:
 
 def write_card(args, folder: Path, settings: dict, found: dict, record: dict) -> None:
     where = args.hub_model_id or "path/to/this/folder"
-    on_hub = args.dataset_name if args.dataset_name and not Path(args.dataset_name).exists() else None
+    on_hub = hub.dataset_id(args.dataset_name)
     settings = {k: v for k, v in settings.items() if k not in ("dataset_name", "train_data_dir")}
     apart = f" by {args.group_column}" if args.group_column else ""
     snippet = f"""from PIL import Image

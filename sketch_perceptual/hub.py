@@ -71,6 +71,11 @@ def model_name(model_id: str | None, output_dir: str | Path) -> str:
     return model_id or Path(output_dir).resolve().name
 
 
+def dataset_id(name: str | None) -> str | None:
+    """The data set as a card may name it: its id on the Hub, never a folder of this machine."""
+    return name if name and not Path(name).exists() else None
+
+
 def create_repo(repo_id: str, token: str | None) -> str:
     """Create the repository, or find it, before training; its full id."""
     try:

@@ -421,6 +421,21 @@ def make_lr_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer
     )
 
 
+def keep_whole(accelerator: Accelerator, load: Callable[[str], torch.nn.Module]) -> None:
+    """From now on checkpoints hold the model as its `save_pretrained` writes it; `load` reads such a folder."""
+
+    def save_model(models, weights, output_dir):
+        weights.clear()
+        if accelerator.is_main_process:
+            accelerator.unwrap_model(models[0]).save_pretrained(output_dir)
+
+    def load_model(models, input_dir):
+        accelerator.unwrap_model(models.pop()).load_state_dict(load(input_dir).state_dict())
+
+    accelerator.register_save_state_pre_hook(save_model)
+    accelerator.register_load_state_pre_hook(load_model)
+
+
 def save_checkpoint(accelerator: Accelerator, args: argparse.Namespace, state: dict) -> Path:
     """Write `checkpoint-N` for `state["global_step"]` aside, rename it when complete, and only then drop old ones.
 

@@ -18,9 +18,19 @@ from huggingface_hub.utils import filter_repo_objects
 from PIL import Image, ImageDraw
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from sketch_perceptual import backbone as backbone_module
 from sketch_perceptual.backbone import AttentionVGG16
 
 ROOT = Path(__file__).parent.parent
+
+
+NARROW = ((4, 4), (4, 4), (8, 8, 8), (8, 8, 8), (8, 8, 8))
+
+
+@pytest.fixture
+def narrow(monkeypatch):
+    """VGG-16 with 2,000 weights."""
+    monkeypatch.setattr(backbone_module, "STAGES", NARROW)
 
 
 def reset_accelerate():
@@ -70,6 +80,13 @@ def torchrun(driver, *options):
         timeout=300,
         check=False,
     )
+
+
+def run_killed(driver, *options):
+    """Run a script that kills itself."""
+    command, environment = [sys.executable, driver, *options], os.environ | {"PYTHONPATH": str(ROOT)}
+    killed = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
 
 
 @pytest.fixture

@@ -4,11 +4,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import draw_class, reset_accelerate, torchrun
+from conftest import NARROW, draw_class, reset_accelerate, torchrun
 from PIL import Image
 
 import evaluate as script
-from sketch_perceptual import backbone
 from sketch_perceptual.backbone import AttentionVGG16
 from sketch_perceptual.errors import InputError
 from sketch_perceptual.image_metrics import frechet_distance, ssim
@@ -17,13 +16,7 @@ from sketch_perceptual.johnson import JohnsonNet, load_johnson
 from sketch_perceptual.metrics import class_distances
 from sketch_perceptual.retrieval import SketchEmbedder, load_embedder
 
-NARROW = ((4, 4), (4, 4), (8, 8, 8), (8, 8, 8), (8, 8, 8))
-
-
-@pytest.fixture(autouse=True)
-def narrow(monkeypatch):
-    """VGG-16 with 2,000 weights."""
-    monkeypatch.setattr(backbone, "STAGES", NARROW)
+pytestmark = pytest.mark.usefixtures("narrow")
 
 
 @pytest.fixture(scope="session")

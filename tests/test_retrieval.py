@@ -10,7 +10,6 @@ from PIL import Image
 from safetensors.torch import save_file
 from torchmetrics.functional.retrieval import retrieval_average_precision, retrieval_hit_rate, retrieval_recall
 
-from sketch_perceptual import backbone as backbone_module
 from sketch_perceptual import retrieval
 from sketch_perceptual.backbone import AttentionVGG16
 from sketch_perceptual.data import generator
@@ -26,13 +25,8 @@ from sketch_perceptual.retrieval import (
     triplet_loss,
 )
 
+pytestmark = pytest.mark.usefixtures("narrow")
 CONFIG = {"attention": "cbam", "pool_after_attention": True, "reduction": 2}
-
-
-@pytest.fixture(autouse=True)
-def narrow(monkeypatch):
-    """VGG-16 with 2,000 weights."""
-    monkeypatch.setattr(backbone_module, "STAGES", ((4, 4), (4, 4), (8, 8, 8), (8, 8, 8), (8, 8, 8)))
 
 
 def unit(*shape, seed=0):

@@ -2,14 +2,11 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import FakeHub, draw_class, reset_accelerate, torchrun
+from conftest import NARROW, FakeHub, draw_class, reset_accelerate, run_killed, torchrun
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -21,16 +18,10 @@ from sketch_perceptual.errors import InputError
 from sketch_perceptual.losses import PerceptualLoss, build_loss, check_loss
 from sketch_perceptual.splits import content_key
 
-NARROW = ((4, 4), (4, 4), (8, 8, 8), (8, 8, 8), (8, 8, 8))
+pytestmark = pytest.mark.usefixtures("narrow")
 SMALL = (
     "--resolution 32 --pool_after_attention --head linear --reduction 2 --report_to none --dataloader_num_workers 0"
 )
-
-
-@pytest.fixture(autouse=True)
-def narrow(monkeypatch):
-    """VGG-16 with 2,000 weights."""
-    monkeypatch.setattr(backbone, "STAGES", NARROW)
 
 
 @pytest.fixture(scope="session")
@@ -510,10 +501,8 @@ def driver(tmp_path):
 def test_a_run_killed_in_its_second_epoch_resumes_to_the_same_network(train, driver, pictures, tmp_path):
     options = f"""{SMALL} --train_data_dir {pictures} --init_weights none --train_batch_size 2 --learning_rate 1e-2
         --seed 0 --num_train_epochs 2 --output_dir {tmp_path / "out"}"""
-    command = [sys.executable, driver, tmp_path, "9", *options.split()]
-    environment = os.environ | {"PYTHONPATH": str(Path(script.__file__).parent)}
-    killed = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    command = [driver, tmp_path, "9", *options.split()]
+    run_killed(*command)
     assert [path.name for path in training.find_checkpoints(tmp_path / "out")] == ["checkpoint-6"]
     assert train("--resume_from_checkpoint", "latest") == train(output="straight")
 

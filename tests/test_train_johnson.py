@@ -1,34 +1,25 @@
 import json
 import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import FakeHub, draw_class, reset_accelerate, torchrun
+from conftest import NARROW, FakeHub, draw_class, reset_accelerate, run_killed, torchrun
 from PIL import Image
 
 import train_johnson as script
-from sketch_perceptual import backbone, hub, training
+from sketch_perceptual import hub, training
 from sketch_perceptual.backbone import AttentionVGG16, fingerprint
 from sketch_perceptual.errors import InputError
 from sketch_perceptual.images import to_tensor
 from sketch_perceptual.johnson import load_johnson
 from sketch_perceptual.losses import StyleLoss
 
-NARROW = ((4, 4), (4, 4), (8, 8, 8), (8, 8, 8), (8, 8, 8))
+pytestmark = pytest.mark.usefixtures("narrow")
 SMALL = """--width 4 --resolution 32 --train_batch_size 2 --num_train_epochs 2 --seed 0 --report_to none
     --num_validation_images 2 --dataloader_num_workers 0"""
-
-
-@pytest.fixture(autouse=True)
-def narrow(monkeypatch):
-    """VGG-16 with 2,000 weights."""
-    monkeypatch.setattr(backbone, "STAGES", NARROW)
 
 
 @pytest.fixture(scope="session")
@@ -128,12 +119,12 @@ def test_the_loss_falls(train):
 def test_losses_are_counted_in_those_of_the_untrained_network(train):
     """Whatever the scale of the backbone: louder features leave the first step's loss as it was."""
     first = train("--max_train_steps", 1, "--tv_weight", 0)
-    assert first.logs[0]["train_loss"] == pytest.approx(1 + 10, rel=0.5)
+    assert first.logs[0]["train_loss"] == pytest.approx(1 + 3, rel=0.5)
     scales = first.metrics["scales"]
     plain = train("--max_train_steps", 1, "--tv_weight", 0, "--no-normalize_losses", output="plain")
     log = plain.logs[0]
-    assert log["train_loss"] == pytest.approx(log["content_loss"] + 10 * log["style_loss"], rel=1e-5)
-    expected = log["content_loss"] / scales["content"] + 10 * log["style_loss"] / scales["style"]
+    assert log["train_loss"] == pytest.approx(log["content_loss"] + 3 * log["style_loss"], rel=1e-5)
+    expected = log["content_loss"] / scales["content"] + 3 * log["style_loss"] / scales["style"]
     assert first.logs[0]["train_loss"] == pytest.approx(expected, rel=1e-5)
 
 
@@ -179,7 +170,7 @@ def test_another_setting_cannot_resume_and_a_checkpoint_is_a_network(train):
     names = [path.name for path in training.find_checkpoints(run.folder)]
     assert names == ["checkpoint-4", "checkpoint-8"]
     assert fingerprint(load_johnson(run.folder / "checkpoint-8")) == fingerprint(load_johnson(run.folder))
-    with pytest.raises(InputError, match=r"was trained with style_weight=10\.0, this run has style_weight=5\.0"):
+    with pytest.raises(InputError, match=r"was trained with style_weight=3\.0, this run has style_weight=5\.0"):
         train("--resume_from_checkpoint", "latest", "--style_weight", 5)
 
 
@@ -319,11 +310,9 @@ def driver(tmp_path):
 
 
 def test_a_killed_run_resumes_to_the_same_network(train, driver, options, tmp_path):
-    command = [sys.executable, driver, tmp_path, "13", *options, "--output_dir", tmp_path / "out"]
+    command = [driver, tmp_path, "13", *options, "--output_dir", tmp_path / "out"]
     command += ["--checkpointing_steps", "4"]
-    environment = os.environ | {"PYTHONPATH": str(Path(script.__file__).parent)}
-    killed = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    run_killed(*command)
     assert [path.name for path in training.find_checkpoints(tmp_path / "out")] == ["checkpoint-4"]
     resumed, straight = train("--resume_from_checkpoint", "latest"), train(output="straight")
     assert resumed.weights == straight.weights

@@ -2,31 +2,22 @@ import json
 import os
 import signal
 import statistics
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import FakeHub, draw_class, reset_accelerate, torchrun
+from conftest import NARROW, FakeHub, draw_class, reset_accelerate, run_killed, torchrun
 from PIL import Image
 
 import train_retrieval as script
-from sketch_perceptual import backbone, hub, training
+from sketch_perceptual import hub, training
 from sketch_perceptual.backbone import AttentionVGG16, fingerprint
 from sketch_perceptual.errors import InputError
 from sketch_perceptual.retrieval import SketchEmbedder, rank
 
-NARROW = ((4, 4), (4, 4), (8, 8, 8), (8, 8, 8), (8, 8, 8))
+pytestmark = pytest.mark.usefixtures("narrow")
 SMALL = """--head linear --embedding_dim 16 --resolution 32 --report_to none --num_seeds 2 --num_train_epochs 3
     --train_batch_size 4 --images_per_class 2 --learning_rate 1e-2 --seed 5"""
-
-
-@pytest.fixture(autouse=True)
-def narrow(monkeypatch):
-    """VGG-16 with 2,000 weights."""
-    monkeypatch.setattr(backbone, "STAGES", NARROW)
 
 
 @pytest.fixture(scope="session")
@@ -340,10 +331,8 @@ def driver(tmp_path):
 
 
 def test_a_killed_run_resumes_to_the_same_embedders(train, driver, options, tmp_path):
-    command = [sys.executable, driver, tmp_path, "15", *options, "--output_dir", tmp_path / "out"]
-    environment = os.environ | {"PYTHONPATH": str(Path(script.__file__).parent)}
-    killed = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    command = [driver, tmp_path, "15", *options, "--output_dir", tmp_path / "out"]
+    run_killed(*command)
     resumed, straight = train("--resume_from_checkpoint", "latest"), train(output="straight")
     assert resumed.metrics == straight.metrics
     assert resumed.weights(6) == straight.weights(6)
