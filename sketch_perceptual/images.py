@@ -1,6 +1,7 @@
 """Pictures of any kind made RGB: the one place that knows 0-255, alpha, EXIF, palettes and 16 bits."""
 
 import io
+import logging
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,6 +13,8 @@ from PIL import Image, ImageColor, UnidentifiedImageError
 from torch import Tensor
 
 from .errors import InputError
+
+logger = logging.getLogger(__name__)
 
 INTERPOLATIONS = {
     name: Image.Resampling[name.upper()] for name in ("bicubic", "bilinear", "box", "hamming", "lanczos", "nearest")
@@ -51,12 +54,21 @@ def load_image(source: Source, background: str = "white", name: str | None = Non
         raise InputError(f"Cannot read the image {name or _name(source)}: {_reason(error)}.") from error
 
 
-def load_extras(source: Source) -> tuple[Image.Image | None, Image.Exif]:
-    """What `load_image` leaves out: the transparency (mode L, upright) or None, and EXIF without the orientation."""
+def load_extras(source: Source) -> tuple[Image.Image | None, bytes]:
+    """What `load_image` leaves out: transparency (mode L, upright) or None, and EXIF without the orientation.
+
+    EXIF that is broken is left out, with a warning.
+    """
     image = _decode(source)
-    upright, exif = _upright(image), image.getexif()
-    exif.pop(0x0112, None)
-    return upright.convert("RGBA").getchannel("A") if upright.has_transparency_data else None, exif
+    upright = _upright(image)
+    try:
+        exif = image.getexif()
+        exif.pop(0x0112, None)
+        data = exif.tobytes() if exif else b""
+    except Exception:  # as in _upright
+        logger.warning("The EXIF of %s is broken and is left out.", _name(source))
+        data = b""
+    return upright.convert("RGBA").getchannel("A") if upright.has_transparency_data else None, data
 
 
 def to_tensor(image: Image.Image | np.ndarray | Tensor) -> Tensor:

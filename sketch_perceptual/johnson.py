@@ -148,12 +148,12 @@ def output_name(name: str) -> str:
     return name if Path(name).suffix.lower() in (".png", ".webp", ".jpg", ".jpeg") else f"{name}.png"
 
 
-def save(picture: Image.Image, path: Path, alpha: Image.Image | None, exif: Image.Exif) -> None:
+def save(picture: Image.Image, path: Path, alpha: Image.Image | None, exif: bytes) -> None:
     if alpha is not None:
         picture.putalpha(alpha)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path, exif=exif, quality=95, lossless=True)
+        picture.save(path, quality=95, lossless=True, **({"exif": exif} if exif else {}))
     except (OSError, ValueError) as error:
         raise InputError(f"--output {path} cannot be written: {error}") from error
 

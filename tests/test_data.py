@@ -26,7 +26,7 @@ from sketch_perceptual.data import (
     scan,
 )
 from sketch_perceptual.errors import InputError
-from sketch_perceptual.images import INTERPOLATIONS, fit_image, load_image, to_pil, to_tensor
+from sketch_perceptual.images import INTERPOLATIONS, fit_image, load_extras, load_image, to_pil, to_tensor
 
 WHITE, BLACK, RED = (255, 255, 255), (0, 0, 0), (255, 0, 0)
 
@@ -168,14 +168,18 @@ def test_exif_orientation_is_undone_once(kind, orientation):
 @pytest.mark.parametrize("exif", [b"", b"nonsense", b"II*\0", b"II*\0\x08\0\0\0\xff\xff\1"])
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 def test_broken_exif_leaves_the_pixels(kind, exif):
-    assert load_image(saved(Image.new("RGB", (16, 8)), kind, exif=b"Exif\0\0" + exif)).size == (16, 8)
+    broken = saved(Image.new("RGB", (16, 8)), kind, exif=b"Exif\0\0" + exif)
+    assert load_image(broken).size == (16, 8)
+    assert load_extras(broken) == (None, b"")
 
 
 def test_orientation_survives_other_broken_entries():
     maker = struct.pack(">HHIf", 0x010F, 11, 1, 0.5)  # a float where text belongs: Pillow cannot write it back
     turned = struct.pack(">HHIHH", 0x0112, 3, 1, 6, 0)
     exif = b"Exif\0\0MM\0*\0\0\0\x08\0\2" + maker + turned + b"\0" * 4
-    assert load_image(saved(Image.new("RGB", (16, 8)), "JPEG", exif=exif)).size == (8, 16)
+    broken = saved(Image.new("RGB", (16, 8)), "JPEG", exif=exif)
+    assert load_image(broken).size == (8, 16)
+    assert load_extras(broken) == (None, b"")
 
 
 def test_paths_bytes_and_what_datasets_gives_are_the_same(tmp_path):
