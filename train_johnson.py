@@ -30,6 +30,7 @@ from sketch_perceptual.backbone import BUNDLED, fingerprint, load_backbone
 from sketch_perceptual.data import (
     CaptionedImages,
     Images,
+    Scan,
     drop_bad,
     find_images,
     generator,
@@ -248,7 +249,15 @@ def load_content(args, accelerator: Accelerator, pairs) -> CaptionedImages:
         background=args.background,
         seed=args.seed,
     )
-    return check_images(args, accelerator, choose_samples(args, data))
+    data = choose_samples(args, data)
+    good, found = check_images(args, accelerator, data)
+    blank = {data.rows[index] for index in found.blank}
+    kept = [index for index, row in enumerate(good.rows) if row not in blank]
+    if not kept:
+        raise InputError("all photos are near-constant, there is no content to keep")
+    if blank:
+        logger.warning(f"{len(blank)} near-constant photos are left out: normalisation explodes on them")
+    return good.select(kept)
 
 
 def load_style(args, accelerator: Accelerator, pairs) -> Images:
@@ -259,13 +268,14 @@ def load_style(args, accelerator: Accelerator, pairs) -> Images:
     else:
         root = Path(args.style)
         sources = [root / name for name in find_images(root, "--style")[1]] if root.is_dir() else [root]
-    return check_images(args, accelerator, Images(sources, list(map(str, sources)), args.background))
+    return check_images(args, accelerator, Images(sources, list(map(str, sources)), args.background))[0]
 
 
-def check_images(args, accelerator: Accelerator, data):
+def check_images(args, accelerator: Accelerator, data: Images) -> tuple[Images, Scan]:
+    """The images that can be read, and what reading them found."""
     found = scan_images(accelerator, data)
     logger.info(found.summary)
-    return drop_bad(data, found, args.on_bad_image)
+    return drop_bad(data, found, args.on_bad_image), found
 
 
 class StyleTarget:

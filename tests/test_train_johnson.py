@@ -212,13 +212,22 @@ def test_half_precision_trains_float32_weights(train, precision):
     assert all(weight.isfinite().all() for weight in network.parameters())
 
 
-def test_blank_photos_and_a_blank_style_are_finite(train, tmp_path):
-    for name in ("photos", "style"):
-        (tmp_path / name).mkdir()
-        for number, colour in enumerate(("white", "black")):
-            Image.new("RGB", (40, 40), colour).save(tmp_path / name / f"{number}.png")
-    run = train("--train_data_dir", tmp_path / "photos", "--style", tmp_path / "style" / "0.png")
-    assert all(np.isfinite(log["train_loss"]) for log in run.logs)
+def test_blank_photos_are_left_out_and_a_blank_style_is_finite(train, photos, tmp_path, caplog):
+    """Instance normalisation divides by a deviation of 0, fifteen times."""
+    mixed = tmp_path / "mixed"
+    mixed.mkdir()
+    for path in photos.iterdir():
+        (mixed / path.name).write_bytes(path.read_bytes())
+    for colour in ("white", "black"):
+        Image.new("RGB", (40, 40), colour).save(mixed / f"{colour}.png")
+    run = train("--train_data_dir", mixed, "--style", mixed / "white.png")
+    assert "2 near-constant photos are left out" in caplog.text
+    assert run.metrics["settings"]["photos"] == 7
+    assert all(np.isfinite(log["train_loss"]) and log["grad_norm"] < 1e6 for log in run.logs)
+    for path in photos.iterdir():
+        (mixed / path.name).unlink()
+    with pytest.raises(InputError, match="all photos are near-constant"):
+        train("--train_data_dir", mixed)
 
 
 def test_a_paired_set_is_content_and_style(train, photos, sketches, network, tmp_path):
