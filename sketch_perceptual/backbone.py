@@ -50,6 +50,8 @@ class AttentionVGG16(
     Images are RGB in [-1, 1], (B, 3, H, W); ImageNet's normalisation happens inside.
     """
 
+    noun = "backbone"
+
     def __init__(
         self,
         attention: str = "cbam",

@@ -34,12 +34,17 @@ CARD = """---
 
 
 class HubModel(PyTorchModelHubMixin):
-    """`save_pretrained`, `from_pretrained`, `push_to_hub`: safetensors only; what does not fit is an `InputError`."""
+    """`save_pretrained`, `from_pretrained`, `push_to_hub`: safetensors only; what does not fit is an `InputError`.
+
+    A subclass says what it is in `noun`.
+    """
+
+    noun: str
 
     @classmethod
     def _from_pretrained(cls, *, model_id, config=None, map_location="cpu", strict=True, **kwargs):
         if config is None:
-            raise InputError(f"no {cls.__name__} at {model_id}: there is no config.json, which save_pretrained writes")
+            raise InputError(f"no {cls.noun} at {model_id}: there is no config.json, which save_pretrained writes")
         try:
             with redirect_stdout(None):  # huggingface_hub prints among our results that it loads from a folder
                 return super()._from_pretrained(model_id=model_id, map_location=map_location, strict=strict, **kwargs)

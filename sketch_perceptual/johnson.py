@@ -46,6 +46,8 @@ class JohnsonNet(
         width: channels of the first layer.
     """
 
+    noun = "style network"
+
     def __init__(self, norm: str = "instance", upsampling: str = "transposed", width: int = 32):
         super().__init__()
         check_choice("--norm", norm, NORMS)

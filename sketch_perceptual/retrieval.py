@@ -40,6 +40,8 @@ class SketchEmbedder(
         background: colour behind transparent drawings and beside padded ones.
     """
 
+    noun = "embedder"
+
     def __init__(
         self,
         backbone: dict,

@@ -393,8 +393,9 @@ def check_space(output_dir: str | Path, needed: float) -> str:
 
 def versions() -> dict[str, str]:
     """Of what a result rests on."""
-    names = ("sketch-perceptual", "torch", "torchvision", "Pillow", "accelerate", "datasets")
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names}
+    own = {"python": platform.python_version(), "sketch-perceptual": sys.modules[__package__].__version__}
+    names = ("torch", "torchvision", "Pillow", "accelerate", "datasets")
+    return own | {name: importlib.metadata.version(name) for name in names}
 
 
 def make_optimizer(

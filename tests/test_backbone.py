@@ -151,7 +151,7 @@ def test_missing_or_damaged_sources_are_sentences(tmp_path, monkeypatch, trunk):
         "nowhere.safetensors": "there is no weights file .*nowhere.safetensors",
         "cut.safetensors": "cut.safetensors cannot be read as safetensors",
         "vgg16.pth": "no backbone at .*vgg16.pth",
-        "empty": "no AttentionVGG16 at .*empty: there is no config.json",
+        "empty": "no backbone at .*empty: there is no config.json",
         "imagenet": r"could not be downloaded \(no network\).*local .safetensors",
     }
     for source, message in cases.items():
