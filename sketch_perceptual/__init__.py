@@ -4,7 +4,6 @@ from .backbone import AttentionVGG16, load_backbone
 from .diffusion import PerceptualTerm, predict_x0
 from .errors import InputError
 from .images import load_image, to_pil, to_tensor
-from .johnson import JohnsonNet
 from .losses import LOSSES, ImageLoss, PerceptualLoss, StyleLoss, build_loss, check_loss, typical_distance
 from .metrics import class_distances
 from .retrieval import SketchEmbedder, load_embedder
@@ -16,7 +15,6 @@ __all__ = [
     "AttentionVGG16",
     "ImageLoss",
     "InputError",
-    "JohnsonNet",
     "PerceptualLoss",
     "PerceptualTerm",
     "SketchEmbedder",

@@ -1,6 +1,10 @@
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 
 from sketch_perceptual.errors import InputError
@@ -116,3 +120,9 @@ def test_a_users_mistake_is_a_sentence(model, options, sentence, tmp_path, monke
         main(["--model", model, "--input", "one.png", "--output", "sketch.png", *options])
     assert exit.value.code == 2
     assert sentence in capsys.readouterr().err
+
+
+def test_it_runs_as_a_module_without_a_warning():
+    command = [sys.executable, "-m", "sketch_perceptual.johnson", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "RuntimeWarning" not in done.stderr
