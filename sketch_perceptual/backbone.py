@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .attention import CBAM
-from .errors import InputError
+from .errors import InputError, first_line
 from .hub import HubModel
 
 # Simonyan & Zisserman 2015, configuration D: convolutions per stage, each stage ended by a max-pool.
@@ -205,7 +205,7 @@ def load_backbone(source: str | Path = BUNDLED, attention: str = "cbam") -> Atte
     except (OSError, ValueError) as error:
         raise InputError(
             f"no backbone at {source}: it must be a folder or a Hub id written by save_pretrained, a .safetensors"
-            f' with VGG-16 weights, or "imagenet" ({_first_line(error)})'
+            f' with VGG-16 weights, or "imagenet" ({first_line(error)})'
         ) from error
 
 
@@ -258,7 +258,7 @@ def _imagenet_weights() -> dict[str, Tensor]:
         return VGG16_Weights.IMAGENET1K_V1.get_state_dict(check_hash=True, weights_only=True)
     except OSError as error:
         raise InputError(
-            f"torchvision's VGG-16 weights could not be downloaded ({_first_line(error)}). Pass a local .safetensors"
+            f"torchvision's VGG-16 weights could not be downloaded ({first_line(error)}). Pass a local .safetensors"
             " with them instead; the README tells how to make one."
         ) from error
 
@@ -272,7 +272,3 @@ def _read_safetensors(path: str | Path) -> dict[str, Tensor]:
         return load_file(path)
     except SafetensorError as error:
         raise InputError(f"{path} cannot be read as safetensors: {error}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .data import find_images
-from .errors import InputError
+from .errors import InputError, first_line
 from .hub import HubModel
 from .images import check_choice, load_extras, load_image, to_pil, to_tensor
 
@@ -167,8 +167,9 @@ def load_johnson(source: str | Path) -> JohnsonNet:
     except InputError:
         raise
     except (OSError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"no style network at {source}: it must be a folder or a Hub id ({reason})") from error
+        raise InputError(
+            f"no style network at {source}: it must be a folder or a Hub id ({first_line(error)})"
+        ) from error
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from PIL import Image, ImageColor
 from torch import Tensor, nn
 
 from .backbone import BUNDLED, AttentionVGG16, fingerprint, is_vgg16_weights, load_backbone
-from .errors import InputError
+from .errors import InputError, first_line
 from .hub import HubModel
 from .images import Source, check_choice, fit_image, load_image, to_tensor
 
@@ -259,8 +259,7 @@ def _config(source: str | Path) -> dict:
         path = folder / "config.json" if folder.is_dir() else hf_hub_download(str(source), "config.json")
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
             f"no network at {source}: it must be a folder or a Hub id written by save_pretrained, a .safetensors with"
-            f' VGG-16 weights, or "imagenet" ({reason})'
+            f' VGG-16 weights, or "imagenet" ({first_line(error)})'
         ) from error
