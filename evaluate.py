@@ -6,13 +6,17 @@
     accelerate launch evaluate.py retrieval --train_data_dir ImageNet-Sketch/sketch \
       --models neither=imagenet-retrieval both=sketch-retrieval --figure nearest.png
     accelerate launch evaluate.py transfer --paired_data_dir FS2K --paired_style 1 --models both=sketch-style
+    accelerate launch evaluate.py generation --train_data_dir drawings \
+      --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \
+      --models base=none lora=sketch-lora --figure generation.png
     python evaluate.py search --query fox.png --gallery drawings --figure found.png
 
 distance: mean cosine distances within and across classes over all pairs, and their ratio (Seo 2025, section 4.3,
 Table 4, Figure 4). retrieval: a gallery is ranked for queries that share no copy with it (section 4.2, Table 3).
 transfer: photos through networks of train_johnson.py are compared with the true sketches (section 4.1, Table 1,
-Figure 2). search: the drawings of a folder that are most like one. What networks say of a drawing is kept on disk and
-is not computed twice, except by transfer.
+Figure 2). generation: pictures for prompts, by a pipeline with adapters or from folders, are compared with drawings
+(section 4.1, Table 2, Figure 3). search: the drawings of a folder that are most like one. What networks say of a
+drawing is kept on disk and is not computed twice, except by transfer.
 """
 
 import argparse
@@ -21,42 +25,71 @@ import json
 import math
 import os
 import statistics
+import textwrap
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import InitProcessGroupKwargs, gather_object
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
+from diffusers import StableDiffusionPipeline
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from sketch_perceptual.backbone import BUNDLED, fingerprint, load_backbone
-from sketch_perceptual.data import Images, Scan, drop_bad, find_images, generator
-from sketch_perceptual.errors import InputError
+from sketch_perceptual.data import CaptionedImages, Images, Scan, captioned_folder, drop_bad, find_images, generator
+from sketch_perceptual.errors import InputError, first_line
 from sketch_perceptual.features import FeatureCache
 from sketch_perceptual.figures import mark, ratio_bars, sheet
-from sketch_perceptual.image_metrics import InceptionFeatures, frechet_distance, kernel_distance, ssim
+from sketch_perceptual.generation import (
+    chroma,
+    cycle_prompts,
+    draw_prompts,
+    find_classes,
+    ink,
+    is_black,
+    open_folder,
+    read_prompts,
+)
+from sketch_perceptual.image_metrics import ClipFeatures, InceptionFeatures, frechet_distance, kernel_distance, ssim
 from sketch_perceptual.images import fit_image, load_image, to_pil, to_tensor
 from sketch_perceptual.johnson import JohnsonNet, load_johnson
 from sketch_perceptual.labelled import LabelledImages, class_names
 from sketch_perceptual.metrics import ClassDistances
 from sketch_perceptual.paired import Pairs, find_pairs
-from sketch_perceptual.retrieval import EMBEDDINGS, SketchEmbedder, load_embedder, make_embedder, rank, search
+from sketch_perceptual.retrieval import (
+    EMBEDDINGS,
+    SketchEmbedder,
+    load_embedder,
+    make_embedder,
+    most_alike,
+    rank,
+    search,
+)
 from sketch_perceptual.splits import split
 from sketch_perceptual.training import (
     PATIENCE,
+    add_caption_options,
     add_class_options,
     add_feature_options,
+    add_pipeline_options,
     at_least,
+    check_caption_options,
     check_class_options,
     describe_split,
     extract_features,
+    load_captioned,
     load_labelled,
+    load_pipeline,
     open_cache,
+    read_keys,
     read_once,
     run,
     scan_images,
@@ -80,6 +113,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "distance": "distances within and across classes",
         "retrieval": "how well queries find their class in a gallery",
         "transfer": "how near stylised photos come to the true sketches",
+        "generation": "how near generated pictures come to drawings and to their prompts",
         "search": "the drawings of a folder that are most like one",
     }
     parsers = {name: tasks.add_parser(name, help=text, description=text) for name, text in about.items()}
@@ -118,6 +152,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=at_least(0), default=0, help="of what the sheet shows")
     add("--output", default="transfer.json", help="all figures, as JSON")
     add("--figure", help="write a sheet of photos, true sketches and what each model makes of them")
+    add_generation_options(parsers["generation"])
     add = parsers["search"].add_argument
     add("--query", required=True, help="a picture")
     add("--gallery", required=True, help="a folder of pictures, searched with all its folders")
@@ -130,6 +165,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.task in ("distance", "retrieval"):
         check_class_options(parsers[args.task], args)
+    if args.task == "generation":
+        check_caption_options(parsers[args.task], args)
     return args
 
 
@@ -140,6 +177,40 @@ def add_common_options(add: Callable) -> None:
     add("--dataloader_num_workers", type=at_least(0), default=0, help="processes that read images; 0 is the main one")
     add("--mixed_precision", choices=("no", "fp16", "bf16"), help="default: what accelerate was told")
     add_feature_options(add)
+
+
+def add_generation_options(parser: argparse.ArgumentParser) -> None:
+    add = add_caption_options(parser)
+    add("--resolution", type=at_least(32), default=512, help="of what is drawn and of what is compared, in pixels")
+    add("--fit", choices=("crop", "pad"), default="crop", help="how what is not square becomes so")
+    add = parser.add_argument_group("generation").add_argument
+    add_pipeline_options(add, required=False)
+    add(
+        "--models",
+        nargs="+",
+        required=True,
+        metavar="[NAME=]MODEL",
+        help="a LoRA (folder, Hub id, .safetensors), a folder of seed-*/ with one each, a folder of captioned"
+        " pictures, or none: the pipeline alone",
+    )
+    add("--prompts", help="a text file with a prompt a line; default: the captions of the drawings, shuffled")
+    add("--num_images", type=at_least(2), help="of each model; default: one a prompt")
+    add("--output_dir", default="generated", help="pictures are kept here and drawn once, in a folder a model")
+    add("--num_inference_steps", type=at_least(1), default=30)
+    add("--guidance_scale", type=at_least(0.0, float), default=7.5)
+    add("--generation_batch_size", type=at_least(1), default=4, help="pictures a pass of the pipeline")
+    add("--disable_safety_checker", action="store_true", help="what it flags becomes black and is not scored")
+    add("--seed", type=at_least(0), default=0, help="of the noise, with the prompt; of the shuffled prompts")
+    add("--mixed_precision", choices=("no", "fp16", "bf16"), help="default: what accelerate was told")
+    add = parser.add_argument_group("evaluation").add_argument
+    add("--backbone", default=str(BUNDLED), help="of the Frechet distance and the nearest drawing")
+    add("--inception_weights", help=".safetensors of FID's Inception, for FID and KID")
+    add("--clip_model", help="a CLIP of transformers, for the CLIP score, e.g. openai/clip-vit-large-patch14")
+    add("--classifier", help="a network of train_backbone.py, for the share of pictures that show their class")
+    add("--dataloader_num_workers", type=at_least(0), default=0, help="processes that read images; 0 is the main one")
+    add_feature_options(add)
+    add("--output", default="generation.json", help="all figures, as JSON")
+    add("--figure", help="write a sheet of prompts, what each model draws for them, and the drawing nearest to that")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -153,7 +224,8 @@ def main(args: argparse.Namespace) -> None:
     for option, ending in (("figure", ".png"), ("output", ".json")):
         if path := vars(args).get(option):
             check_file(f"--{option}", Path(path), ending)
-    {"distance": distance, "retrieval": retrieval, "transfer": transfer, "search": find}[args.task](args, accelerator)
+    tasks = {"distance": distance, "retrieval": retrieval, "transfer": transfer, "generation": generation}
+    (tasks | {"search": find})[args.task](args, accelerator)
     accelerator.end_training()
 
 
@@ -273,9 +345,7 @@ def transfer(args: argparse.Namespace, accelerator: Accelerator) -> None:
         runs.append(run | set_distances(kind, torch.cat(features), torch.cat(reference)))
     results = summarize(runs)
     print_table(results, {"ssim": ".3f", "ssim_shuffled": ".3f", kind: ".4g", KERNELS[kind]: ".3g"})
-    logger.info(f"{kind} of {len(found)} drawings and as many true ones, by {judged_by}")
-    if len(found) < FEW:
-        logger.warning(f"{kind} of fewer than {FEW} pictures is too large: compare it at this number only")
+    say_of_sets(kind, len(found), len(found), judged_by)
     write_results(args, {"pairs": len(found), "layout": pairs.summary, "judged_by": judged_by}, results)
     if args.figure:
         transfer_sheet(args, accelerator, pairs, networks).save(args.figure)
@@ -289,7 +359,13 @@ def set_distances(kind: str, features: Tensor, reference: Tensor) -> dict[str, f
     except InputError as error:
         logger.warning(f"no {kind}: {error}")
         frechet = math.nan
-    return {kind: frechet, KERNELS[kind]: mean, "kernel_deviation": deviation}
+    return {kind: frechet, KERNELS[kind]: mean, f"{KERNELS[kind]}_deviation": deviation}
+
+
+def say_of_sets(kind: str, drawn: int, true: int, judged_by: str) -> None:
+    logger.info(f"{kind} of {drawn} drawings and {true} true ones, by {judged_by}")
+    if drawn < FEW:
+        logger.warning(f"{kind} of fewer than {FEW} pictures is too large: compare it at this number only")
 
 
 def read_square(args: argparse.Namespace, path: Path) -> Tensor:
@@ -312,6 +388,220 @@ def transfer_sheet(args: argparse.Namespace, accelerator: Accelerator, pairs: Pa
     for name, network in networks:
         rows[name] = [draw(accelerator, network, photo[None].to(accelerator.device))[0] for photo in photos]
     return sheet({name: list(map(to_pil, row)) for name, row in rows.items()}, size=SHEET_SIZE)
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Captioned pictures, none of them black, with the keys of their features."""
+
+    data: CaptionedImages
+    keys: list[str]
+    black: int
+    chroma: float
+    ink: float
+
+    @property
+    def captions(self) -> list[list[str]]:
+        return [self.data.captions[row] for row in self.data.rows]
+
+
+def generation(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    """Table 2: what each model draws for the prompts, as a set, against its prompts, and how colourful it is."""
+    drawings = look_at(args, accelerator, load_captioned(args, accelerator), "the drawings")
+    if args.prompts:
+        prompts = read_prompts(args.prompts)
+    else:
+        captions = list(dict.fromkeys(caption for of in drawings.captions for caption in of))
+        order = torch.randperm(len(captions), generator=generator(args.seed, "prompts"))
+        prompts = [captions[index] for index in order]
+    judges = load_judges(args)
+    drawn = draw_models(args, accelerator, cycle_prompts(prompts, args.num_images or len(prompts)))
+    about, true = score(args, accelerator, judges, drawings)
+    runs, alike = [{"name": "the drawings"} | about], {}
+    for name, model, data in drawn:
+        pictures = look_at(args, accelerator, data, name)
+        scores, features = score(args, accelerator, judges, pictures)
+        if not accelerator.is_main_process:
+            continue
+        for kind in KERNELS:
+            if kind in judges:
+                scores |= set_distances(kind, features[kind], true[kind])
+        similar = most_alike(features["frechet"], true["frechet"])
+        same = [of[0] in drawings.captions[index] for of, index in zip(pictures.captions, similar, strict=True)]
+        runs.append({"name": name} | model | scores | {"nearest_same": statistics.fmean(same)})
+        alike.setdefault(name, (pictures, similar))
+    if not accelerator.is_main_process:
+        return
+    results = summarize(runs)
+    columns = {"images": "", "frechet": ".4g", "kernel": ".3g", "fid": ".4g", "kid": ".3g", "clip": ".2f"}
+    columns |= {"accuracy": ".1%", "nearest_same": ".1%", "chroma": ".3f", "ink": ".3f"}
+    print_table(results, {name: form for name, form in columns.items() if any(name in run for run in runs)})
+    judged_by = {kind: f"{type(judge).__name__} {judge.feature_key}" for kind, judge in judges.items()}
+    for kind in KERNELS:
+        if kind in judges:
+            say_of_sets(kind, min(run["images"] for run in runs[1:]), len(drawings.keys), judged_by[kind])
+    write_results(args, {"drawings": len(drawings.keys), "distinct_prompts": len(set(prompts))} | judged_by, results)
+    if args.figure:
+        generation_sheet(args, drawings, alike).save(args.figure)
+
+
+def score(
+    args: argparse.Namespace, accelerator: Accelerator, judges: dict[str, nn.Module], pictures: Pictures
+) -> tuple[dict, dict[str, Tensor]]:
+    """On the main process what can be said of the pictures alone, and what each of the networks says of them."""
+    caches = {
+        kind: extract_features(args, accelerator, judge, pictures.data, pictures.keys)
+        for kind, judge in judges.items()
+    }
+    if not accelerator.is_main_process:
+        return {}, {}
+    features = {kind: cache.read(pictures.keys) for kind, cache in caches.items()}
+    found = {"images": len(pictures.keys), "black": pictures.black, "chroma": pictures.chroma, "ink": pictures.ink}
+    prompts = [of[0] for of in pictures.captions]
+    if "clip" in judges:
+        cosines = F.cosine_similarity(features["clip"], judges["clip"].texts(prompts))
+        found |= {"clip": float(100 * cosines.clamp(min=0).mean()), "clip_cosine": float(cosines.mean())}
+    if "class" in judges:
+        logits = judges["class"].project(features["class"].to(accelerator.device))
+        named = find_classes(prompts, judges["class"].backbone.classes)
+        right = [label in of for label, of in zip(logits.argmax(1).tolist(), named, strict=True) if of]
+        found |= {"accuracy": statistics.fmean(right) if right else math.nan, "with_class": len(right)}
+    return found, features
+
+
+def load_judges(args: argparse.Namespace) -> dict[str, nn.Module]:
+    """The networks that look at the pictures, by what they are for."""
+    looks = {"resolution": min(224, args.resolution), "fit": args.fit, "background": args.background}
+    judges = {"frechet": make_embedder(load_backbone(args.backbone, "none"), **looks)}
+    if args.inception_weights:
+        judges["fid"] = InceptionFeatures(args.inception_weights, args.resolution, args.fit)
+    if args.clip_model:
+        judges["clip"] = ClipFeatures(args.clip_model, args.resolution, args.fit)
+    if args.classifier:
+        judges["class"] = load_embedder(args.classifier, embedding="logits", **looks)
+        if not judges["class"].backbone.classes:
+            raise InputError(f"--classifier {args.classifier} does not say what its classes are")
+    return judges
+
+
+def draw_models(
+    args: argparse.Namespace, accelerator: Accelerator, prompts: list[tuple[str, int]]
+) -> list[tuple[str, dict, CaptionedImages]]:
+    """Name, what it is, and the captioned pictures of each of `--models`; what is on disk is not drawn again."""
+    found, pipeline, folders = [], None, set()
+    names = ("caption_column", "caption_template", "background")
+    for name, source in expand_models(args.models, "seed-*/*.safetensors"):
+        model = {"model": Path(source).name}
+        if is_pictures(source):
+            found.append(
+                (name, model, captioned_folder(source, **{option: getattr(args, option) for option in names}))
+            )
+            continue
+        folder = Path(args.output_dir, name, model["model"] if model["model"].startswith("seed-") else "")
+        if folder in folders:
+            raise InputError(f"--models: two are called {name}; write NAME=MODEL")
+        folders.add(folder)
+        pipeline = pipeline or load_generator(args, accelerator)
+        if source != "none":
+            load_adapter(pipeline, source)
+        model |= {part: fingerprint(getattr(pipeline, part)) for part in ("unet", "text_encoder")}
+        paths = draw_missing(args, accelerator, pipeline, folder, prompts, model)
+        if source != "none":
+            pipeline.unload_lora_weights()
+        captions = [prompt for prompt, _ in prompts]
+        found.append((name, model, CaptionedImages(paths, list(map(str, paths)), captions)))
+    return found
+
+
+def draw_missing(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    pipeline: StableDiffusionPipeline,
+    folder: Path,
+    prompts: list[tuple[str, int]],
+    model: dict,
+) -> list[Path]:
+    """The paths of the pictures for the prompts, all of them there; the processes share what was missing."""
+    names = ("seed", "resolution", "num_inference_steps", "guidance_scale")
+    options = {name: getattr(args, name) for name in names}
+    settings = model | options | {"vae": fingerprint(pipeline.vae), "scheduler": type(pipeline.scheduler).__name__}
+    settings |= {"safety_checker": pipeline.safety_checker is not None, "mixed_precision": accelerator.mixed_precision}
+    paths = open_folder(folder, prompts, settings) if accelerator.is_main_process else None
+    paths = broadcast_object_list([paths])[0]
+    missing = [index for index, path in enumerate(paths) if not path.is_file()]
+    accelerator.wait_for_everyone()  # nobody draws before all have looked
+    starts = range(0, len(missing), args.generation_batch_size)
+    batches = [missing[start : start + args.generation_batch_size] for start in starts]
+    mine = batches[accelerator.process_index :: accelerator.num_processes]
+    for batch in tqdm(mine, f"Drawing {folder}", disable=None if accelerator.is_main_process else True):
+        with accelerator.autocast():
+            draw_prompts(pipeline, [prompts[index] for index in batch], [paths[index] for index in batch], **options)
+    accelerator.wait_for_everyone()
+    return paths
+
+
+def is_pictures(source: str) -> bool:
+    return Path(source).is_dir() and not any(Path(source).glob("*.safetensors"))
+
+
+def load_generator(args: argparse.Namespace, accelerator: Accelerator) -> StableDiffusionPipeline:
+    if args.pretrained_model_name_or_path is None:
+        raise InputError("--models: a LoRA and none need --pretrained_model_name_or_path")
+    unchecked = {"safety_checker": None, "requires_safety_checker": False} if args.disable_safety_checker else {}
+    pipeline = load_pipeline(args, accelerator, **unchecked)
+    if pipeline.safety_checker is not None:
+        pipeline.safety_checker.to(pipeline.device, pipeline.unet.dtype)
+    pipeline.unet.eval()
+    return pipeline
+
+
+def load_adapter(pipeline: StableDiffusionPipeline, source: str) -> None:
+    weight_name = LORA_WEIGHT_NAME_SAFE if Path(source, LORA_WEIGHT_NAME_SAFE).is_file() else None
+    try:
+        pipeline.load_lora_weights(source, weight_name=weight_name, use_safetensors=True)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise InputError(
+            f"--models {source} does not load into the pipeline as a LoRA: {first_line(error)}"
+        ) from error
+    if not pipeline.get_list_adapters():
+        raise InputError(f"--models {source} holds no LoRA that this pipeline knows")
+
+
+def look_at(args: argparse.Namespace, accelerator: Accelerator, data: CaptionedImages, name: str) -> Pictures:
+    """Each picture is read once; those that are black all over are counted and left out."""
+    looks = {}
+
+    def note(index: int, image: Image.Image) -> None:
+        looks[index] = is_black(image), chroma(image), ink(image)
+
+    data, keys = read_keys(args, accelerator, data, note)
+    looks = broadcast_object_list([[looks[index] for index in sorted(looks)]])[0]
+    seen = [index for index, (black, _, _) in enumerate(looks) if not black]
+    if black := len(looks) - len(seen):
+        logger.warning(f"{name}: {black} of {len(looks)} pictures are black all over and are not scored")
+    if len(seen) < 2:
+        raise InputError(f"{name}: {len(seen)} pictures are no set to score")
+    colour, dark = (statistics.fmean(looks[index][which] for index in seen) for which in (1, 2))
+    return Pictures(data.select(seen), [keys[index] for index in seen], black, colour, dark)
+
+
+def generation_sheet(
+    args: argparse.Namespace, drawings: Pictures, alike: dict[str, tuple[Pictures, list[int]]]
+) -> Image.Image:
+    """Figure 3: prompts by models, beside each picture the drawing nearest to it, which shows that it is no copy."""
+    rows = {}
+    for name, (pictures, similar) in alike.items():
+        for index, (caption, *_) in enumerate(pictures.captions):
+            row = rows.setdefault(caption, {})
+            row.setdefault(name, [pictures.data.image(index), drawings.data.image(similar[index])])
+    rows = {caption: row for caption, row in rows.items() if len(row) == len(alike)}
+    if not rows:
+        raise InputError("--figure: the models have no prompt in common")
+    shown = {
+        textwrap.shorten(caption, 40): [pad(picture, args.background) for pair in row.values() for picture in pair]
+        for caption, row in islice(rows.items(), SHEET_ROWS)
+    }
+    return sheet(shown, [head for name in alike for head in (name, "nearest drawing")], SHEET_SIZE)
 
 
 def find(args: argparse.Namespace, accelerator: Accelerator) -> None:
@@ -369,13 +659,13 @@ def embedders(
         yield model, embedder.to(accelerator.device), cache
 
 
-def expand_models(models: list[str]) -> list[tuple[str, str]]:
-    """Name and source of each; a folder of train_retrieval.py is one of a name for each of its seeds."""
+def expand_models(models: list[str], seeds: str = "seed-*/config.json") -> list[tuple[str, str]]:
+    """Name and source of each; a folder with a folder for each of several `seeds` is one of a name for each."""
     found = []
     for model in models:
         name, _, source = model.rpartition("=")
-        seeds = sorted(path.parent for path in Path(source).glob("seed-*/config.json"))
-        found += [(name or Path(source).name, str(path)) for path in seeds or [source]]
+        folders = sorted({path.parent for path in Path(source).glob(seeds)})
+        found += [(name or Path(source).name, str(path)) for path in folders or [source]]
     return found
 
 
@@ -425,7 +715,8 @@ def print_table(results: dict[str, dict], columns: dict[str, str]) -> None:
 def write_results(args: argparse.Namespace, about: dict, results: dict[str, dict]) -> None:
     """All that was found, and what it rests on; what is not a number there is null here."""
     names = """dataset_name train_data_dir group_column validation_share max_train_samples paired_data_dir part
-        paired_style resolution fit mixed_precision seed"""
+        paired_style resolution fit mixed_precision seed pretrained_model_name_or_path prompts num_images
+        num_inference_steps guidance_scale"""
     options = {name: getattr(args, name) for name in names.split() if name in args}
     record = {"task": args.task, "data": options | about, "models": results, "versions": versions()}
     text = json.dumps(without_nan(record), indent=1, allow_nan=False)

@@ -31,19 +31,10 @@ from tqdm.auto import tqdm
 
 from sketch_perceptual import hub
 from sketch_perceptual.backbone import fingerprint
-from sketch_perceptual.data import (
-    CAPTION_TEMPLATE,
-    CaptionedImages,
-    captioned_dataset,
-    captioned_folder,
-    drop_bad,
-    generator,
-    load_rows,
-)
+from sketch_perceptual.data import CaptionedImages, drop_bad, generator
 from sketch_perceptual.diffusion import (
     PREDICTION_TYPES,
     PerceptualTerm,
-    cast_decoder,
     decode,
     denoising_target,
     encode,
@@ -55,12 +46,15 @@ from sketch_perceptual.images import INTERPOLATIONS, to_pil
 from sketch_perceptual.losses import LOSSES, build_loss, typical_distance
 from sketch_perceptual.training import (
     NonFiniteGuard,
-    add_data_options,
+    add_caption_options,
+    add_pipeline_options,
     add_training_options,
     at_least,
     catch_signals,
-    choose_samples,
+    check_caption_options,
+    load_captioned,
     load_checkpoint,
+    load_pipeline,
     make_loader,
     make_lr_scheduler,
     make_optimizer,
@@ -87,9 +81,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     count, natural, rate = at_least(1), at_least(0), at_least(0.0, float)
 
     add = parser.add_argument_group("model").add_argument
-    add("--pretrained_model_name_or_path", required=True, help="an SD-1.x pipeline: Hub id or folder")
-    add("--revision", help="revision of the pipeline on the Hub")
-    add("--variant", help='variant of its files, e.g. "fp16"')
+    add_pipeline_options(add, required=True)
     add("--rank", type=count, default=4, help="rank of the LoRA")
     add("--lora_alpha", type=count, help="scale of the LoRA is alpha / rank; default: the rank")
     add("--prediction_type", choices=PREDICTION_TYPES, help="default: the scheduler's own")
@@ -98,12 +90,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--enable_xformers_memory_efficient_attention", action="store_true")
     add("--export_kohya", action="store_true", help=f"also write {KOHYA_WEIGHTS} for AUTOMATIC1111 and ComfyUI")
 
-    add = add_data_options(parser)
-    add("--train_data_dir", help="a folder of images with metadata.jsonl or .csv, .txt side-cars, or class folders")
-    add("--caption_column", default="text", help="captions, lists of captions, or class labels")
-    add("--caption_template", default=CAPTION_TEMPLATE, help="caption of an image of a class; {class} is its name")
-    add("--default_caption", help="caption of images that have none")
-    add("--on_missing_caption", choices=("error", "skip", "default"), default="error")
+    add = add_caption_options(parser)
     add("--resolution", type=count, default=512, help="images are made this wide and high, in pixels")
     add("--fit", choices=("crop", "pad"), default="crop", help="how an image that is not square becomes one")
     add("--center_crop", action="store_true", help="crop the centre; default: a random place")
@@ -133,8 +120,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--validation_epochs", type=count, default=1, help="draw them every so many epochs")
 
     args = parser.parse_args(argv)
-    if args.dataset_name is None and args.train_data_dir is None:
-        parser.error("pass --train_data_dir with a folder of drawings, or --dataset_name")
+    check_caption_options(parser, args)
     if args.lora_alpha is None:
         args.lora_alpha = args.rank
     if args.perceptual_resolution is None and args.perceptual_loss in LOSSES:
@@ -259,37 +245,15 @@ def compute_losses(
 
 def load_models(args, accelerator: Accelerator) -> tuple[StableDiffusionPipeline, DDPMScheduler]:
     """The frozen pipeline on its device, in the precision of the run, and the scheduler that adds the noise."""
-    source = args.pretrained_model_name_or_path
-    options = {"revision": args.revision, "cache_dir": args.cache_dir}
-    try:
-        kind = StableDiffusionPipeline.load_config(source, **options).get("_class_name")
-        if kind != "StableDiffusionPipeline":
-            raise InputError(f"{source} is a {kind}; this script trains SD-1.x, a StableDiffusionPipeline")
-        pipeline = StableDiffusionPipeline.from_pretrained(
-            source, variant=args.variant, safety_checker=None, requires_safety_checker=False, **options
-        )
-        noise_scheduler = DDPMScheduler.from_pretrained(source, subfolder="scheduler", **options)
-    except InputError:
-        raise
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"--pretrained_model_name_or_path {source} cannot be loaded; it must be the folder of a Stable Diffusion"
-            f" pipeline, or a Hub id that can be reached: {error}"
-        ) from error
+    pipeline = load_pipeline(args, accelerator, safety_checker=None, requires_safety_checker=False)
+    noise_scheduler = DDPMScheduler.from_pretrained(
+        args.pretrained_model_name_or_path, subfolder="scheduler", revision=args.revision, cache_dir=args.cache_dir
+    )
     if args.prediction_type is not None:
         noise_scheduler.register_to_config(prediction_type=args.prediction_type)
         pipeline.scheduler = type(pipeline.scheduler).from_config(
             pipeline.scheduler.config, prediction_type=args.prediction_type
         )
-    if args.resolution % pipeline.vae_scale_factor:
-        raise InputError(f"--resolution {args.resolution} must be a multiple of {pipeline.vae_scale_factor}")
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-    for model in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
-        model.requires_grad_(False).to(accelerator.device)
-        if model.dtype != dtype:
-            model.to(dtype=dtype)
-    if dtype == torch.float16:
-        cast_decoder(pipeline.vae, torch.float32)
     if args.gradient_checkpointing:
         pipeline.unet.enable_gradient_checkpointing()
     if args.enable_xformers_memory_efficient_attention:
@@ -297,32 +261,21 @@ def load_models(args, accelerator: Accelerator) -> tuple[StableDiffusionPipeline
             pipeline.unet.enable_xformers_memory_efficient_attention()
         except (ImportError, ValueError) as error:
             raise InputError(f"--enable_xformers_memory_efficient_attention: {error}") from error
-    pipeline.set_progress_bar_config(disable=True)
     return pipeline, noise_scheduler
 
 
 def load_data(args, accelerator: Accelerator, tokenizer) -> CaptionedImages:
     """The captioned images, each of which has been read once."""
-    options = {
-        "caption_column": args.caption_column,
-        "caption_template": args.caption_template,
-        "default_caption": args.default_caption,
-        "on_missing_caption": args.on_missing_caption,
-        "resolution": args.resolution,
-        "fit": args.fit,
-        "center_crop": args.center_crop,
-        "random_flip": args.random_flip,
-        "interpolation": args.image_interpolation_mode,
-        "background": args.background,
-        "seed": args.seed,
-    }
-    if args.dataset_name is None:
-        data = captioned_folder(args.train_data_dir, **options)
-    else:
-        with accelerator.main_process_first():
-            rows = load_rows(args.dataset_name, args.dataset_config_name, args.train_data_dir, args.cache_dir)
-        data = captioned_dataset(rows, name=args.dataset_name, image_column=args.image_column, **options)
-    data = choose_samples(args, data)
+    data = load_captioned(
+        args,
+        accelerator,
+        resolution=args.resolution,
+        fit=args.fit,
+        center_crop=args.center_crop,
+        random_flip=args.random_flip,
+        interpolation=args.image_interpolation_mode,
+        seed=args.seed,
+    )
     found = scan_images(accelerator, data)
     data = drop_bad(data, found, args.on_bad_image)
     logger.info(found.summary)

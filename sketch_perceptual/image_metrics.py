@@ -1,4 +1,4 @@
-"""How near drawings come to the true ones: SSIM of pairs, Fréchet and kernel distances of sets."""
+"""How near drawings come to the true ones, and to words: SSIM, Fréchet and kernel distances of sets, CLIP score."""
 
 import importlib
 import io
@@ -7,12 +7,14 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from .backbone import fingerprint
 from .data import generator
-from .errors import InputError
+from .errors import InputError, first_line
 
 WINDOW = 11  # pixels of SSIM's window
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
@@ -106,10 +108,12 @@ class InceptionFeatures(nn.Module):
 
     Args:
         weights: a `.safetensors` file with the names of torch-fidelity's network; InputError tells how to make it.
+        resolution, fit: how pictures are prepared for `forward`; see `fit_image`.
     """
 
-    def __init__(self, weights: str | Path):
+    def __init__(self, weights: str | Path, resolution: int = 299, fit: str = "crop"):
         super().__init__()
+        self.resolution, self.fit = resolution, fit
         library = _import("torch_fidelity.feature_extractor_inceptionv3", "torch-fidelity")
         file = io.BytesIO()  # the constructor downloads unless it is given a file to unpickle: here one of our own
         try:
@@ -128,6 +132,71 @@ class InceptionFeatures(nn.Module):
         levels = images.float().clamp(-1, 1).add(1).mul(127.5).round().byte()
         with torch.autocast(images.device.type, enabled=False):
             return self.network(levels)[0]
+
+    features = forward
+
+    @property
+    def feature_key(self) -> str:
+        return f"{fingerprint(self)}-inception-{self.resolution}-{self.fit}"
+
+
+class ClipFeatures(nn.Module):
+    """Pictures and texts as CLIP sees them (Radford et al. 2021), in float32. Frozen, in eval mode.
+
+    Args:
+        source: a CLIP of transformers with its tokenizer and image processor: a folder or Hub id, safetensors only.
+        resolution, fit: how pictures are prepared for `features`; see `fit_image`.
+    """
+
+    def __init__(self, source: str | Path, resolution: int = 224, fit: str = "crop"):
+        super().__init__()
+        library = _import("transformers")
+        self.resolution, self.fit = resolution, fit
+        try:
+            self.model = library.CLIPModel.from_pretrained(source, use_safetensors=True, dtype=torch.float32)
+            self.tokenizer = library.AutoTokenizer.from_pretrained(source)
+            images = library.AutoImageProcessor.from_pretrained(source)
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"--clip_model {source} cannot be loaded; it must be a CLIP with safetensors: a folder, or a Hub id"
+                f" that can be reached: {first_line(error)}"
+            ) from error
+        for name, levels in (("mean", images.image_mean), ("std", images.image_std)):
+            self.register_buffer(name, torch.tensor(levels).view(3, 1, 1))
+        self.requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] -> (B, D)."""
+        _check_images(images)
+        side = self.model.config.vision_config.image_size
+        with torch.autocast(images.device.type, enabled=False):
+            images = F.interpolate(images.float(), (side, side), mode="bicubic", antialias=True).clamp(-1, 1)
+            return _pooled(self.model.get_image_features((images / 2 + 0.5 - self.mean) / self.std))
+
+    @torch.no_grad()
+    def texts(self, prompts: list[str]) -> Tensor:
+        """Texts -> (N, D) on the CPU; what is too long is cut before the end token."""
+        found, length = [], self.model.config.text_config.max_position_embeddings
+        for start in range(0, len(prompts), 64):
+            tokens = self.tokenizer(
+                prompts[start : start + 64],
+                padding="max_length",
+                truncation=True,
+                max_length=length,
+                return_tensors="pt",
+            )
+            found.append(_pooled(self.model.get_text_features(**tokens.to(self.mean.device))).cpu())
+        return torch.cat(found)
+
+    @property
+    def feature_key(self) -> str:
+        """Changes with whatever changes `features` of a picture."""
+        return f"{fingerprint(self)}-clip-{self.resolution}-{self.fit}"
+
+
+def _pooled(output) -> Tensor:
+    return output if isinstance(output, Tensor) else output.pooler_output  # transformers 4 and 5
 
 
 def _root(rows: Tensor) -> Tensor:

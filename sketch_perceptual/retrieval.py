@@ -240,6 +240,11 @@ def search(query: Tensor, gallery: Tensor, count: int) -> tuple[list[float], lis
     return values[:count].tolist(), order[:count].tolist()
 
 
+def most_alike(queries: Tensor, gallery: Tensor) -> list[int]:
+    """For each of the queries (Q, D) the position of the most alike in the gallery (M, D), of equals the first."""
+    return [index for _, rows in _similarities(queries, gallery) for index in rows.argmax(1).tolist()]
+
+
 def _similarities(queries: Tensor, gallery: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Cosines of a few queries after the other with the whole gallery, float64."""
     for name, embeddings in (("queries", queries), ("gallery", gallery)):

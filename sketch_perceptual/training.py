@@ -31,11 +31,24 @@ from accelerate.utils import (
     broadcast_object_list,
     set_seed,
 )
+from diffusers import StableDiffusionPipeline
 from diffusers.optimization import get_scheduler
 from PIL import Image
 from tqdm.auto import tqdm
 
-from .data import Images, Scan, drop_bad, generator, load_rows, scan
+from .data import (
+    CAPTION_TEMPLATE,
+    CaptionedImages,
+    Images,
+    Scan,
+    captioned_dataset,
+    captioned_folder,
+    drop_bad,
+    generator,
+    load_rows,
+    scan,
+)
+from .diffusion import cast_decoder
 from .errors import InputError
 from .features import FeatureCache
 from .images import fit_image, to_tensor
@@ -121,6 +134,29 @@ def add_data_options(parser: argparse.ArgumentParser) -> Callable:
     add("--max_train_samples", type=at_least(1), help="use a random choice of so many images")
     add("--cache_dir", help="where downloads are kept")
     return add
+
+
+def add_pipeline_options(add: Callable, required: bool) -> None:
+    """The options of `load_pipeline`, beside `--cache_dir`."""
+    add("--pretrained_model_name_or_path", required=required, help="an SD-1.x pipeline: Hub id or folder")
+    add("--revision", help="revision of the pipeline on the Hub")
+    add("--variant", help='variant of its files, e.g. "fp16"')
+
+
+def add_caption_options(parser: argparse.ArgumentParser) -> Callable:
+    """`add_data_options` and where captions come from; returns `add_argument` of their group for more of them."""
+    add = add_data_options(parser)
+    add("--train_data_dir", help="a folder of images with metadata.jsonl or .csv, .txt side-cars, or class folders")
+    add("--caption_column", default="text", help="captions, lists of captions, or class labels")
+    add("--caption_template", default=CAPTION_TEMPLATE, help="caption of an image of a class; {class} is its name")
+    add("--default_caption", help="caption of images that have none")
+    add("--on_missing_caption", choices=("error", "skip", "default"), default="error")
+    return add
+
+
+def check_caption_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    if args.dataset_name is None and args.train_data_dir is None:
+        parser.error("pass --train_data_dir with a folder of drawings, or --dataset_name")
 
 
 def add_class_options(parser: argparse.ArgumentParser, role: str) -> Callable:
@@ -274,6 +310,53 @@ def scan_images(accelerator: Accelerator, data: Images, visit: Callable | None =
     return broadcast_object_list([scan(data, visit) if accelerator.is_main_process else None])[0]
 
 
+def load_pipeline(args: argparse.Namespace, accelerator: Accelerator, **options) -> StableDiffusionPipeline:
+    """The pipeline that the options of `add_pipeline_options` name: frozen, on its device, in the run's precision.
+
+    `options` are keywords of its `from_pretrained`. InputError.
+    """
+    source = args.pretrained_model_name_or_path
+    options |= {"revision": args.revision, "cache_dir": args.cache_dir}
+    try:
+        kind = StableDiffusionPipeline.load_config(source, revision=args.revision, cache_dir=args.cache_dir).get(
+            "_class_name"
+        )
+        if kind != "StableDiffusionPipeline":
+            raise InputError(f"{source} is a {kind}; these scripts take SD-1.x, a StableDiffusionPipeline")
+        pipeline = StableDiffusionPipeline.from_pretrained(source, variant=args.variant, **options)
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"--pretrained_model_name_or_path {source} cannot be loaded; it must be the folder of a Stable Diffusion"
+            f" pipeline, or a Hub id that can be reached: {error}"
+        ) from error
+    if args.resolution % pipeline.vae_scale_factor:
+        raise InputError(f"--resolution {args.resolution} must be a multiple of {pipeline.vae_scale_factor}")
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    for model in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+        model.requires_grad_(False).to(accelerator.device)
+        if model.dtype != dtype:
+            model.to(dtype=dtype)
+    if dtype == torch.float16:
+        cast_decoder(pipeline.vae, torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def load_captioned(args: argparse.Namespace, accelerator: Accelerator, **transform) -> CaptionedImages:
+    """The images that the options of `add_caption_options` name; `transform` are keywords of `CaptionedImages`."""
+    names = ("caption_column", "caption_template", "default_caption", "on_missing_caption", "background")
+    options = {name: getattr(args, name) for name in names} | transform
+    if args.dataset_name is None:
+        data = captioned_folder(args.train_data_dir, **options)
+    else:
+        with accelerator.main_process_first():
+            rows = load_rows(args.dataset_name, args.dataset_config_name, args.train_data_dir, args.cache_dir)
+        data = captioned_dataset(rows, name=args.dataset_name, image_column=args.image_column, **options)
+    return choose_samples(args, data)
+
+
 def load_labelled(args: argparse.Namespace, accelerator: Accelerator, **options) -> LabelledImages:
     """The drawings that the options of `add_class_options` name; `options` are the keywords of `LabelledImages`."""
     options["background"] = args.background
@@ -287,23 +370,37 @@ def load_labelled(args: argparse.Namespace, accelerator: Accelerator, **options)
     return choose_samples(args, data)
 
 
-def read_once(
-    args: argparse.Namespace, accelerator: Accelerator, data: LabelledImages
-) -> tuple[LabelledImages, list[str], list[int]]:
-    """Each image is read: those that can be, the `content_key` of each, and what `find_copies` says of them."""
-    contents = {}
+def read_keys(
+    args: argparse.Namespace, accelerator: Accelerator, data: Images, visit: Callable | None = None
+) -> tuple[Images, list[str]]:
+    """Each image is read: those that can be, and the `content_key` of each.
+
+    The main process calls `visit` with the index and the RGB image of each.
+    """
+    keys = {}
 
     def note(index: int, image: Image.Image) -> None:
-        contents[index] = content_key(image), thumbnail(image)
+        keys[index] = content_key(image)
+        if visit:
+            visit(index, image)
 
     found = scan_images(accelerator, data, note)
     logger.info(found.summary)
-    data = drop_bad(data, found, args.on_bad_image)
-    keys, copies = None, None
+    return drop_bad(data, found, args.on_bad_image), broadcast_object_list([[keys[index] for index in sorted(keys)]])[
+        0
+    ]
+
+
+def read_once(
+    args: argparse.Namespace, accelerator: Accelerator, data: LabelledImages
+) -> tuple[LabelledImages, list[str], list[int]]:
+    """`read_keys`, and what `find_copies` says of the images."""
+    thumbnails = {}
+    data, keys = read_keys(args, accelerator, data, lambda index, image: thumbnails.update({index: thumbnail(image)}))
+    copies = None
     if accelerator.is_main_process:
-        keys, thumbnails = zip(*(contents[index] for index in sorted(contents)), strict=True)
-        copies = find_copies(keys, np.stack(thumbnails)).tolist()
-    return data, *broadcast_object_list([keys, copies])
+        copies = find_copies(keys, np.stack([thumbnails[index] for index in sorted(thumbnails)])).tolist()
+    return data, keys, broadcast_object_list([copies])[0]
 
 
 def open_cache(args: argparse.Namespace, accelerator: Accelerator, embedder: SketchEmbedder) -> FeatureCache:
@@ -394,7 +491,7 @@ def check_space(output_dir: str | Path, needed: float) -> str:
 def versions() -> dict[str, str]:
     """Of what a result rests on."""
     own = {"python": platform.python_version(), "sketch-perceptual": sys.modules[__package__].__version__}
-    names = ("torch", "torchvision", "Pillow", "accelerate", "datasets")
+    names = ("torch", "torchvision", "Pillow", "accelerate", "datasets", "diffusers", "transformers", "peft")
     return own | {name: importlib.metadata.version(name) for name in names}
 
 

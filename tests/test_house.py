@@ -36,12 +36,13 @@ MAY_IMPORT = {
     "figures": set(),
     "hub": {"errors"},
     "features": {"errors"},
-    "image_metrics": {"errors", "data"},
+    "image_metrics": {"errors", "backbone", "data"},
+    "generation": {"errors", "data", "diffusion", "images"},
     "johnson": {"errors", "data", "hub", "images"},
     "paired": {"errors", "data"},
     "metrics": {"errors"},
     "retrieval": {"errors", "backbone", "hub", "images"},
-    "training": {"errors", "data", "features", "images", "labelled", "retrieval", "splits"},
+    "training": {"errors", "data", "diffusion", "features", "images", "labelled", "retrieval", "splits"},
 }
 
 
