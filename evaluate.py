@@ -38,7 +38,6 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 from diffusers import StableDiffusionPipeline
-from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from PIL import Image
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -58,7 +57,14 @@ from sketch_perceptual.generation import (
     open_folder,
     read_prompts,
 )
-from sketch_perceptual.image_metrics import ClipFeatures, InceptionFeatures, frechet_distance, kernel_distance, ssim
+from sketch_perceptual.image_metrics import (
+    ClipFeatures,
+    InceptionFeatures,
+    check_installed,
+    frechet_distance,
+    kernel_distance,
+    ssim,
+)
 from sketch_perceptual.images import fit_image, load_image, to_pil, to_tensor
 from sketch_perceptual.johnson import JohnsonNet, load_johnson
 from sketch_perceptual.labelled import LabelledImages, class_names
@@ -407,6 +413,7 @@ class Pictures:
 
 def generation(args: argparse.Namespace, accelerator: Accelerator) -> None:
     """Table 2: what each model draws for the prompts, as a set, against its prompts, and how colourful it is."""
+    check_installed()
     drawings = look_at(args, accelerator, load_captioned(args, accelerator), "the drawings")
     if args.prompts:
         prompts = read_prompts(args.prompts)
@@ -556,9 +563,8 @@ def load_generator(args: argparse.Namespace, accelerator: Accelerator) -> Stable
 
 
 def load_adapter(pipeline: StableDiffusionPipeline, source: str) -> None:
-    weight_name = LORA_WEIGHT_NAME_SAFE if Path(source, LORA_WEIGHT_NAME_SAFE).is_file() else None
     try:
-        pipeline.load_lora_weights(source, weight_name=weight_name, use_safetensors=True)
+        pipeline.load_lora_weights(source, use_safetensors=True)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise InputError(
             f"--models {source} does not load into the pipeline as a LoRA: {first_line(error)}"

@@ -76,6 +76,11 @@ def frechet_distance(features: Tensor, reference: Tensor) -> float:
     return max(0.0, float(means + root.square().sum() + other.square().sum() - 2 * overlap))
 
 
+def check_installed() -> None:
+    """InputError if a package is missing that `kernel_distance` and `ssim` need."""
+    _import("torchmetrics.image.kid")
+
+
 def kernel_distance(
     features: Tensor, reference: Tensor, subsets: int = 100, subset_size: int = 1000, seed: int = 0
 ) -> tuple[float, float]:

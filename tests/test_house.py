@@ -69,6 +69,7 @@ def test_options_and_files_in_the_readme_exist():
         ["distance", *data],
         ["retrieval", *data],
         ["transfer", "--paired_data_dir", "x", "--models", "y"],
+        ["generation", *data, "--models", "y"],
         ["search", "--query", "x", "--gallery", "y"],
     ):
         known |= vars(evaluate.parse_args(task))
