@@ -644,7 +644,7 @@ def test_a_users_mistake_is_a_sentence_before_training(train, options, message):
 def test_another_pipeline_is_named(train, tiny_sd, tmp_path):
     (tmp_path / "sdxl").mkdir()
     (tmp_path / "sdxl" / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')
-    with pytest.raises(InputError, match=r"sdxl is a StableDiffusionXLPipeline; this script trains SD-1\.x"):
+    with pytest.raises(InputError, match=r"sdxl is a StableDiffusionXLPipeline; these scripts take SD-1\.x"):
         train("--pretrained_model_name_or_path", tmp_path / "sdxl")
 
 
