@@ -24,15 +24,15 @@ from safetensors.torch import load_file
 from sketch_perceptual.backbone import BUNDLED
 from sketch_perceptual.drawings import write_folder
 
-COMMON = "--seed 0 --report_to none --mixed_precision no --dataloader_num_workers 0 --output_dir out --resume_from_checkpoint latest"
+COMMON = """--seed 0 --report_to none --mixed_precision no --dataloader_num_workers 0 --output_dir out
+    --resume_from_checkpoint latest"""
 TRAINERS = {
     "train_lora_sketch": f"""--pretrained_model_name_or_path {BUNDLED.parent / "tiny-sd"} --train_data_dir pictures
         --resolution 64 --train_batch_size 2 --max_train_steps 6 --checkpointing_steps 1""",
     "train_backbone": """--train_data_dir classes --init_weights none --pool_after_attention --head linear
         --resolution 32 --train_batch_size 4 --num_train_epochs 3 --validation_share 0.25""",
     "train_johnson": f"""--train_data_dir pictures --style classes --backbone {BUNDLED} --width 8 --resolution 32
-        --train_batch_size 2 --max_train_steps 6 --checkpointing_steps 1 --num_validation_images 1
-       """,
+        --train_batch_size 2 --max_train_steps 6 --checkpointing_steps 1 --num_validation_images 1""",
     "train_retrieval": f"""--train_data_dir classes --backbone {BUNDLED} --head linear --resolution 32 --num_seeds 2
         --num_train_epochs 3 --validation_share 0.25 --feature_dir features""",
 }
