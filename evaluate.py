@@ -485,9 +485,10 @@ def load_judges(args: argparse.Namespace) -> dict[str, nn.Module]:
     if args.clip_model:
         judges["clip"] = ClipFeatures(args.clip_model, args.resolution, args.fit)
     if args.classifier:
-        judges["class"] = load_embedder(args.classifier, embedding="logits", **looks)
-        if not judges["class"].backbone.classes:
-            raise InputError(f"--classifier {args.classifier} does not say what its classes are")
+        classifier = load_backbone(args.classifier, "none")
+        if not classifier.classes:
+            raise InputError(f"--classifier {args.classifier} has no classes; train_backbone.py makes one that has")
+        judges["class"] = make_embedder(classifier, embedding="logits", **looks)
     return judges
 
 
@@ -621,7 +622,8 @@ def find(args: argparse.Namespace, accelerator: Accelerator) -> None:
         if key == query_key and accelerator.is_main_process:
             print(f"the query itself\t{path}")
     data = Images(paths, list(map(str, paths)), args.background)
-    unread = open_cache(args, accelerator, embedder).missing(keys)
+    new = {keys[index] for index in open_cache(args, accelerator, embedder).missing(keys)}
+    unread = [index for index, key in enumerate(keys) if key in new]
     bad = scan_images(accelerator, data.select(unread)).bad if unread else []
     data = drop_bad(data, Scan([(unread[index], message) for index, message in bad], [], 0, ""), args.on_bad_image)
     data = data.select(index for index in range(len(data)) if keys[data.rows[index]] != query_key)

@@ -1,5 +1,4 @@
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -189,46 +188,6 @@ def test_a_damaged_picture_in_the_gallery_is_named_or_left_out(evaluate, models,
     assert not any("cut.png" in line for line in printed)
 
 
-BAD_RUNS = [
-    ("distance", ["--models", "x=nowhere/net"], "no network at nowhere/net"),
-    ("distance", ["--models", "one", "--embedding", "head"], "one is a backbone, without a head"),
-    ("distance", ["--output", "nowhere/distance.json"], "nowhere/distance.json cannot be written"),
-    ("retrieval", ["--validation_share", "0"], "--validation_share must be between 0 and 1"),
-    ("retrieval", ["--figure", "nowhere/sheet.png"], "--figure nowhere/sheet.png cannot be written"),
-    ("retrieval", ["--figure", "sheet.gif"], "--figure sheet.gif must end in .png"),
-    ("search", ["--query", "nowhere.png", "--gallery", "."], "nowhere.png: there is no such file"),
-    ("search", ["--query", "one.png", "--gallery", "empty"], "--gallery: there are no images in empty"),
-    ("search", ["--query", "one.png", "--gallery", "lone"], "--gallery: lone holds nothing but the query"),
-]
-
-
-@pytest.mark.parametrize(("task", "options", "message"), BAD_RUNS, ids=[case[2] for case in BAD_RUNS])
-def test_a_users_mistake_is_a_sentence(evaluate, models, task, options, message, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("empty").mkdir()
-    Path("lone").mkdir()
-    Image.new("RGB", (9, 9)).save("one.png")
-    Image.new("RGB", (9, 9)).save("lone/one.png")
-    with pytest.raises(InputError, match=message):
-        evaluate(task, "--model" if task == "search" else "--models", "one", *options)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ([], "required: task"),
-        (["distance"], "pass --train_data_dir with a folder of class folders, or --dataset_name"),
-        (["search", "--gallery", "x"], "required: --query"),
-        (["distance", "--train_data_dir", "x", "--embedding", "mean"], "invalid choice: 'mean'"),
-    ],
-)
-def test_options_that_do_not_fit_are_named(options, message, capsys):
-    with pytest.raises(SystemExit) as exit:
-        script.parse_args(options)
-    assert exit.value.code == 2
-    assert message in capsys.readouterr().err
-
-
 DRIVER = f"""
 import sys
 import evaluate as script
@@ -322,21 +281,6 @@ def test_inception_and_what_is_all_the_same(models, pairs, styles, monkeypatch, 
     assert found["kid"] > 0
     assert "no fid: the rows of features are all the same" in caplog.text
     assert "fewer than 2048" in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--part", "train"], "no such pairs"),
-        (["--paired_style", "1"], "has no styles"),
-        (["--paired_data_dir", "nowhere"], "nowhere"),
-        (["--inception_weights", "nowhere.safetensors"], "nowhere.safetensors is not FID's Inception"),
-        (["--models", "nowhere/net"], "no style network at nowhere/net"),
-    ],
-)
-def test_a_mistake_in_transfer_is_a_sentence(models, pairs, styles, options, message):
-    with pytest.raises(InputError, match=message):
-        transfer(pairs, styles, *options)
 
 
 def test_two_processes_score_as_one(models, pairs, styles):

@@ -1,7 +1,6 @@
 """Pictures for prompts, and their scores."""
 
 import json
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -289,38 +288,6 @@ def test_black_squares_are_counted_and_not_scored(evaluate, drawings, tmp_path, 
     assert (run["images"], run["black"]) == (7, 3)
     assert found["models"]["pictures"]["mean"] == clean["models"]["pictures"]["mean"]
     assert "pictures: 3 of 10 pictures are black all over and are not scored" in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("models", "options", "message"),
-    [
-        (["nowhere/lora"], {}, "--models nowhere/lora does not load into the pipeline as a LoRA"),
-        (["none"], {"pretrained_model_name_or_path": "nowhere"}, "--pretrained_model_name_or_path nowhere cannot be"),
-        (["a=none", "a=none"], {}, "--models: two are called a; write NAME=MODEL"),
-        (["none"], {"resolution": 33}, "--resolution 33 must be a multiple of 4"),
-        (["none"], {"clip_model": "nowhere/clip"}, "--clip_model nowhere/clip cannot be loaded"),
-        (["none"], {"classifier": "bare"}, "--classifier bare does not say what its classes are"),
-        (["none"], {"prompts": "nowhere.txt"}, r"--prompts nowhere\.txt cannot be read"),
-        (["empty"], {}, "there are no images in empty"),
-        (["uncaptioned"], {}, "1 of 1 images have no caption"),
-        (["black"], {}, "black: 0 pictures are no set to score"),
-    ],
-)
-def test_a_users_mistake_is_a_sentence(evaluate, tmp_path, monkeypatch, models, options, message):
-    monkeypatch.chdir(tmp_path)
-    for name in ("empty", "uncaptioned", "black/house"):
-        Path(name).mkdir(parents=True)
-    for name in ("uncaptioned/1.png", "black/house/1.png"):
-        Image.new("RGB", (9, 9)).save(name)
-    AttentionVGG16(num_classes=2, head="linear", reduction=2).save_pretrained("bare")
-    with pytest.raises(InputError, match=message):
-        evaluate(*models, **options)
-
-
-def test_an_adapter_without_a_pipeline_is_a_sentence(drawings, adapters, capsys):
-    reset_accelerate()
-    with pytest.raises(InputError, match="a LoRA and none need --pretrained_model_name_or_path"):
-        script.main(script.parse_args(["generation", "--train_data_dir", str(drawings), "--models", str(adapters)]))
 
 
 DRIVER = f"""

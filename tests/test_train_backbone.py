@@ -421,26 +421,6 @@ def test_the_forecast_counts_what_is_left_and_advises():
     assert "--" not in plain
 
 
-BAD_RUNS = [
-    (["--train_data_dir", "nowhere"], "nowhere"),
-    (["--dataset_name", "nowhere/drawings"], "--dataset_name nowhere/drawings cannot be loaded"),
-    (["--init_weights", "nowhere.safetensors"], "no weights file nowhere.safetensors"),
-    (["--init_weights", "nowhere/net"], "no backbone at nowhere/net"),
-    (["--spatial_kernel", "4"], "spatial_kernel must be odd"),
-    (["--reduction", "64"], "reduction must lie between 1 and"),
-    (["--validation_share", "1.5"], "--validation_share must be between 0 and 1"),
-    (["--background", "nocolour"], "nocolour"),
-    (["--resume_from_checkpoint", "checkpoint-9"], "checkpoint-9 is no complete checkpoint"),
-    (["--output_dir", "/proc/nothing"], "--output_dir /proc/nothing cannot be written to"),
-]
-
-
-@pytest.mark.parametrize(("options", "message"), BAD_RUNS, ids=[" ".join(case[0]) for case in BAD_RUNS])
-def test_a_users_mistake_is_a_sentence_before_training(train, options, message):
-    with pytest.raises(InputError, match=message):
-        train(*options)
-
-
 def test_a_loader_script_is_refused_with_what_to_do(train, tmp_path):
     (tmp_path / "imagenet_sketch").mkdir()
     (tmp_path / "imagenet_sketch" / "imagenet_sketch.py").write_text("raise SystemExit('ran')")
@@ -453,22 +433,6 @@ def test_a_disk_that_is_too_small_is_found_before_training(train, monkeypatch):
     monkeypatch.setattr(script.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(InputError, match=r"has 0\.0 GB left .* lower --checkpoints_total_limit"):
         train()
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ([], "pass --train_data_dir with a folder of class folders, or --dataset_name"),
-        (["--train_data_dir", "x", "--group_column", "hand"], "--group_column needs --dataset_name"),
-        (["--train_data_dir", "x", "--attention", "se"], "invalid choice: 'se'"),
-        (["--train_data_dir", "x", "--resolution", "16"], "--resolution: must be a number of at least 32"),
-    ],
-)
-def test_options_that_do_not_fit_are_named(options, message, capsys):
-    with pytest.raises(SystemExit) as exit:
-        script.parse_args(options)
-    assert exit.value.code == 2
-    assert message in capsys.readouterr().err
 
 
 DRIVER = f"""

@@ -257,40 +257,6 @@ def test_the_hub_gets_the_network_and_the_card_tells_how_it_was_made(train, monk
     assert Image.open(run.folder / "x.png").size == (300, 200)
 
 
-BAD_RUNS = [
-    (["--backbone", "nowhere/net"], "no backbone at nowhere/net"),
-    (["--style_layers", "relu9_1"], "layers must be distinct names"),
-    (["--content_layer", "relu9_1"], "layers must be distinct names"),
-    (["--train_data_dir", "nowhere"], "--train_data_dir: cannot read the folder nowhere"),
-    (["--style", "nowhere.png"], "nowhere.png: there is no such file"),
-    (["--background", "nocolour"], "nocolour"),
-    (["--output_dir", "/proc/nothing"], "--output_dir /proc/nothing cannot be written to"),
-    (["--resume_from_checkpoint", "checkpoint-9"], "checkpoint-9 is no complete checkpoint"),
-]
-
-
-@pytest.mark.parametrize(("more", "message"), BAD_RUNS, ids=[" ".join(case[0]) for case in BAD_RUNS])
-def test_a_users_mistake_is_a_sentence_before_training(train, more, message):
-    with pytest.raises(InputError, match=message):
-        train(*more)
-
-
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        (["--style", "x"], "pass --train_data_dir with a folder of photos, --dataset_name or --paired_data_dir"),
-        (["--train_data_dir", "x"], "pass either --style, a drawing or a folder of them, or --paired_data_dir"),
-        (["--train_data_dir", "x", "--style", "y", "--paired_data_dir", "z"], "pass either --style"),
-        (["--train_data_dir", "x", "--style", "y", "--upsampling", "bilinear"], "invalid choice: 'bilinear'"),
-    ],
-)
-def test_options_that_do_not_fit_are_named(more, message, capsys):
-    with pytest.raises(SystemExit) as exit:
-        script.parse_args(more)
-    assert exit.value.code == 2
-    assert message in capsys.readouterr().err
-
-
 DRIVER = f"""
 import os, signal, sys
 import torch

@@ -271,38 +271,6 @@ def test_the_hub_gets_the_first_seed_and_the_card_tells_how_it_was_made(train, m
     assert "tensor(" in capsys.readouterr().out
 
 
-BAD_RUNS = [
-    (["--backbone", "nowhere/net"], "no backbone at nowhere/net"),
-    (["--train_data_dir", "nowhere"], "nowhere"),
-    (["--background", "nocolour"], "nocolour"),
-    (["--validation_share", "1.5"], "--validation_share must be between 0 and 1"),
-    (["--feature_dir", "/proc/nothing"], "--feature_dir: /proc/nothing.* cannot be written to"),
-    (["--output_dir", "/proc/nothing"], "--output_dir /proc/nothing cannot be written to"),
-    (["--resume_from_checkpoint", "checkpoint-9"], "checkpoint-9 is no complete checkpoint"),
-]
-
-
-@pytest.mark.parametrize(("more", "message"), BAD_RUNS, ids=[" ".join(case[0]) for case in BAD_RUNS])
-def test_a_users_mistake_is_a_sentence_before_training(train, more, message):
-    with pytest.raises(InputError, match=message):
-        train(*more)
-
-
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        ([], "pass --train_data_dir with a folder of class folders, or --dataset_name"),
-        (["--train_data_dir", "x", "--images_per_class", "5"], "must be a multiple of --images_per_class"),
-        (["--train_data_dir", "x", "--mining", "semi"], "invalid choice: 'semi'"),
-    ],
-)
-def test_options_that_do_not_fit_are_named(more, message, capsys):
-    with pytest.raises(SystemExit) as exit:
-        script.parse_args(more)
-    assert exit.value.code == 2
-    assert message in capsys.readouterr().err
-
-
 DRIVER = f"""
 import os, signal, sys
 import torch

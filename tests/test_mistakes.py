@@ -1,0 +1,333 @@
+"""What a user may get wrong -> the sentence that each script answers with, and exit code 2.
+
+Each case runs the script in a folder with good and bad things in it, with options that work but for those of the case.
+"""
+
+import re
+import shlex
+
+import pytest
+import torch
+from conftest import draw_class, reset_accelerate
+from PIL import Image
+from safetensors.torch import save_file
+from test_bad_input_data import IMAGES, noise
+
+import evaluate
+import train_backbone
+import train_johnson
+import train_lora_sketch
+import train_retrieval
+from sketch_perceptual import johnson, training
+from sketch_perceptual.backbone import AttentionVGG16
+from sketch_perceptual.johnson import JohnsonNet
+
+SMALL = "--output_dir out --train_batch_size 2 --seed 0 --report_to none --mixed_precision no"
+MEASURED = "--feature_dir features --mixed_precision no"
+WORKS = {
+    "train_lora_sketch": f"""{SMALL} --pretrained_model_name_or_path sd --train_data_dir drawings --resolution 32
+        --perceptual_loss pixel --max_train_steps 1""",
+    "train_backbone": f"""{SMALL} --train_data_dir drawings --init_weights none --resolution 32 --head linear
+        --reduction 2 --pool_after_attention --num_train_epochs 1 --validation_share 0.3""",
+    "train_johnson": f"""{SMALL} --train_data_dir drawings --style drawings --backbone net --width 4 --resolution 32
+        --max_train_steps 1 --num_validation_images 1""",
+    "train_retrieval": f"""{SMALL} --train_data_dir drawings --backbone net --head linear --resolution 32
+        --images_per_class 2 --num_train_epochs 1 --num_seeds 1 --validation_share 0.3 --feature_dir features""",
+    "evaluate distance": f"{MEASURED} --train_data_dir drawings --models net --resolution 32 --output found.json",
+    "evaluate retrieval": f"""{MEASURED} --train_data_dir drawings --models net --resolution 32 --output found.json
+        --validation_share 0.3""",
+    "evaluate transfer": """--paired_data_dir pairs --models style --backbone net --resolution 32 --output found.json
+        --mixed_precision no""",
+    "evaluate generation": f"""{MEASURED} --train_data_dir drawings --pretrained_model_name_or_path sd --models none
+        --backbone net --resolution 32 --num_inference_steps 1 --num_images 2 --output found.json""",
+    "evaluate search": f"{MEASURED} --query one.png --gallery drawings --model net --resolution 32",
+    "johnson": "--model style --input drawings --output drawn",
+}
+SCRIPTS = {
+    "train_lora_sketch": train_lora_sketch,
+    "train_backbone": train_backbone,
+    "train_johnson": train_johnson,
+    "train_retrieval": train_retrieval,
+    "evaluate": evaluate,
+    "johnson": johnson,
+}
+TRAINERS = [name for name in SCRIPTS if name.startswith("train")]
+LABELLED = ["train_backbone", "train_retrieval", "evaluate distance", "evaluate retrieval"]
+CAPTIONED = ["train_lora_sketch", "evaluate generation"]
+READERS = [*TRAINERS, *(name for name in WORKS if name.startswith("evaluate") and name != "evaluate transfer")]
+
+# For each script the options of a case ("- " before them: those that work are left out) and what the sentence says.
+MISTAKES: dict[str, list[tuple[str, str]]] = {name: [] for name in WORKS}
+
+
+def add(names, *cases):
+    for name in [names] if isinstance(names, str) else names:
+        MISTAKES[name].extend(cases)
+
+
+add(
+    TRAINERS,
+    ("--output_dir /proc/nothing", "--output_dir /proc/nothing cannot be written to"),
+    ("--resume_from_checkpoint checkpoint-9", "checkpoint-9 is no complete checkpoint; out has none"),
+    ("--background nocolour", "'nocolour' is not a colour"),
+    ("--report_to nobody", "accelerate refuses .*report_to"),
+    ("--report_to wandb --hub_token hf_x", "use `hf auth login`"),
+    ("--push_to_hub --hub_model_id someone/x", "cannot reach someone/x .*hf auth login"),
+    ("--seed -1", "--seed: must be a number of at least 0, got -1"),
+    ("--learning_rate nan", "--learning_rate: must be a number of at least 0.0, got nan"),
+    ("--train_batch_size 0", "--train_batch_size: must be a number of at least 1, got 0"),
+    ("--checkpoints_total_limit 0", "--checkpoints_total_limit: must be a number of at least 1, got 0"),
+    ("--mixed_precision fp8", "invalid choice: 'fp8'"),
+    ("--no_such_option 1", "unrecognized arguments: --no_such_option 1"),
+    ("--output_dir one.png", "--output_dir one.png cannot be written to: File exists"),
+)
+add(
+    READERS,
+    ("--dataset_name nowhere/drawings", "--dataset_name nowhere/drawings cannot be loaded"),
+    ("--train_data_dir nowhere", "cannot read the folder nowhere"),
+    ("--train_data_dir one.png", "cannot read the folder one.png: Not a directory"),
+    ("--train_data_dir hollow", "hollow"),
+    ("--train_data_dir cut", r"1 of \d+ images cannot be read\.\n.*cut/house/cut\.png: .*truncated"),
+    ("--train_data_dir bomb", r"1 of \d+ images cannot be read\.\n.*bomb\.png: .*pixels"),
+    ("--train_data_dir text", r"1 of \d+ images cannot be read\.\n.*text\.png: it is not an image"),
+    ("--train_data_dir rubble", "No image is left: 4 of 4 images cannot be read"),
+    ("--on_bad_image ignore", "invalid choice: 'ignore'"),
+)
+add(
+    LABELLED,
+    ("--train_data_dir drawings/house", "must hold a folder for each of two classes or more, found none"),
+    ("--train_data_dir splits", "holds train, val, which are splits, not classes: pass splits/train"),
+    ("--train_data_dir drawings --group_column hand", "--group_column needs --dataset_name"),
+)
+add(
+    ["train_backbone", "train_retrieval", "evaluate retrieval"],
+    ("--validation_share 1.5", "--validation_share must be between 0 and 1, got 1.5"),
+)
+add(
+    CAPTIONED,
+    ("--pretrained_model_name_or_path nowhere/sd", "--pretrained_model_name_or_path nowhere/sd cannot be loaded"),
+    ("--pretrained_model_name_or_path xl", r"xl is a StableDiffusionXLPipeline; these scripts take SD-1\.x"),
+    ("--pretrained_model_name_or_path net", "--pretrained_model_name_or_path net cannot be loaded"),
+    ("--resolution 33", "--resolution 33 must be a multiple of 4"),
+    ("--caption_template x", r"--caption_template must contain \{class\}, got 'x'"),
+    ("--caption_column title --train_data_dir told", "has no column 'title', set --caption_column to one of"),
+    ("--train_data_dir uncaptioned", "2 of 2 images have no caption"),
+    ("--train_data_dir outside", r"line 1 leaves the folder: \.\./one\.png"),
+    ("--train_data_dir lost", r"lists gone\.png, but there is no such image"),
+    ("--train_data_dir garbled", r"garbled/metadata\.jsonl line 1 is not JSON"),
+    ("--train_data_dir latin", r"latin/1\.txt is not UTF-8"),
+    ("--fit stretch", "invalid choice: 'stretch'"),
+)
+add(
+    "train_lora_sketch",
+    ("- --pretrained_model_name_or_path sd", "pass --train_data_dir with a folder of drawings, or --dataset_name"),
+    ("- --train_data_dir drawings", "required: --pretrained_model_name_or_path"),
+    ("--rank 0", "--rank: must be a number of at least 1, got 0"),
+    ("--max_grad_norm 0", "--max_grad_norm"),
+    ("--lr_scheduler step", "invalid choice: 'step'"),
+    ("--prediction_type flow", "invalid choice: 'flow'"),
+    ("--perceptual_dtype float16", "invalid choice: 'float16'"),
+    ("--image_interpolation_mode cubic", "invalid choice: 'cubic'"),
+    ("--perceptual_loss ssim", "no perceptual loss 'ssim'"),
+    ("--perceptual_loss nowhere:Loss", "the loss nowhere:Loss cannot be imported"),
+    (
+        "--perceptual_loss attention_vgg --backbone shallow --perceptual_layers relu5_1",
+        "ends at relu4_3, it has no relu5_1",
+    ),
+    ("--perceptual_loss attention_vgg --perceptual_layers relu9", "layers must be distinct names .* got relu9"),
+    ("--perceptual_loss attention_vgg --backbone nowhere/vgg", "no backbone at nowhere/vgg"),
+    ("--perceptual_loss vgg --backbone nowhere.safetensors", r"no weights file nowhere\.safetensors"),
+    (
+        "--perceptual_loss vgg --backbone stranger.safetensors",
+        r"stranger\.safetensors does not hold torchvision's vgg16",
+    ),
+    ("--perceptual_loss vgg --backbone damaged.safetensors", r"damaged\.safetensors cannot be read as safetensors"),
+    ("--perceptual_loss vgg --backbone net", "score it with --perceptual_loss attention_vgg"),
+    ("--perceptual_layers relu1_2", "pixel does not take these options, layers"),
+    ("--perceptual_resolution 8", "at least 16 pixels"),
+    ("--perceptual_min_snr 1e9", "the gate never opens"),
+    ("--perceptual_decoder nowhere/taesd", "--perceptual_decoder nowhere/taesd cannot be loaded"),
+    ("--use_8bit_adam", "pip install bitsandbytes"),
+)
+add(
+    "train_backbone",
+    ("--init_weights nowhere.safetensors", r"no weights file nowhere\.safetensors"),
+    ("--init_weights stranger.safetensors", r"stranger\.safetensors does not hold torchvision's vgg16"),
+    ("--init_weights imagenet", "VGG-16 weights could not be downloaded"),
+    ("--init_weights pickled", r"no backbone at pickled: .*pickled/model\.safetensors"),
+    ("--init_weights nowhere/net", "no backbone at nowhere/net"),
+    ("--init_weights net --attention none", "net was saved with attention=cbam, this run has attention=none"),
+    ("--spatial_kernel 4", "spatial_kernel must be odd"),
+    ("--reduction 64", "reduction must lie between 1 and"),
+    ("--attention se", "invalid choice: 'se'"),
+    ("--resolution 16", "--resolution: must be a number of at least 32"),
+    ("- --output_dir out", "pass --train_data_dir with a folder of class folders, or --dataset_name"),
+)
+add(
+    "train_johnson",
+    ("--backbone nowhere/net", "no backbone at nowhere/net"),
+    ("--style_layers relu9_1", "layers must be distinct names"),
+    ("--content_layer relu9_1", "layers must be distinct names"),
+    ("--style nowhere.png", r"nowhere\.png: there is no such file"),
+    ("--style cut/house/cut.png", r"cut\.png: .*truncated"),
+    ("--style hollow", "there are no images in hollow"),
+    ("--upsampling bilinear", "invalid choice: 'bilinear'"),
+    ("--paired_data_dir pairs", "pass either --style"),
+    ("- --style one.png", "pass --train_data_dir with a folder of photos, --dataset_name or --paired_data_dir"),
+    ("- --train_data_dir drawings", "pass either --style, a drawing or a folder of them, or --paired_data_dir"),
+)
+add(
+    "train_retrieval",
+    ("--backbone nowhere/net", "no backbone at nowhere/net"),
+    ("--images_per_class 3", "--train_batch_size must be a multiple of --images_per_class"),
+    ("--mining semi", "invalid choice: 'semi'"),
+    ("--feature_dir /proc/nothing", "--feature_dir: /proc/nothing.* cannot be written to"),
+    ("--train_data_dir copies", "all images are copies of one picture, there is nothing to split"),
+)
+add(
+    ["evaluate distance", "evaluate retrieval"],
+    ("--models x=nowhere/net", "no network at nowhere/net"),
+    ("--models net --embedding head", "net is a backbone, without a head"),
+    ("--embedding mean", "invalid choice: 'mean'"),
+    ("--output nowhere/found.json", r"--output nowhere/found\.json cannot be written"),
+    ("--output found.txt", r"--output found\.txt must end in \.json"),
+    ("--figure sheet.gif", r"--figure sheet\.gif must end in \.png"),
+)
+add(
+    "evaluate transfer",
+    ("--part train", "no such pairs"),
+    ("--paired_style 1", "has no styles"),
+    ("--paired_data_dir nowhere", "nowhere"),
+    ("--inception_weights nowhere.safetensors", r"nowhere\.safetensors is not FID's Inception"),
+    ("--models net", "net"),
+    ("--models nowhere/net", "no style network at nowhere/net"),
+)
+add(
+    "evaluate generation",
+    ("--models nowhere/lora", "--models nowhere/lora does not load into the pipeline as a LoRA"),
+    ("--models stranger.safetensors", r"--models stranger\.safetensors"),
+    ("--models a=none a=none", "--models: two are called a; write NAME=MODEL"),
+    ("--clip_model nowhere/clip", "--clip_model nowhere/clip cannot be loaded"),
+    ("--classifier net", r"--classifier net has no classes; train_backbone\.py makes one"),
+    (
+        "- --train_data_dir drawings --models x --backbone net",
+        "--models: a LoRA and none need --pretrained_model_name_or_path",
+    ),
+    ("- --models none", "pass --train_data_dir with a folder of drawings, or --dataset_name"),
+    ("--prompts nowhere.txt", r"--prompts nowhere\.txt cannot be read"),
+    ("--prompts blank.txt", r"--prompts blank\.txt holds no prompts"),
+    ("--models hollow", "there are no images in hollow"),
+    ("--models black", "black: 0 pictures are no set to score"),
+    ("--num_images 1", "--num_images: must be a number of at least 2, got 1"),
+)
+add(
+    "evaluate search",
+    ("--query nowhere.png", r"nowhere\.png: there is no such file"),
+    ("--query cut/house/cut.png", "truncated"),
+    ("--gallery hollow", "--gallery: there are no images in hollow"),
+    ("--gallery lone", "--gallery: lone holds nothing but the query"),
+    ("- --gallery drawings", "required: --query"),
+)
+add(
+    "johnson",
+    ("--model nowhere/net", "no style network at nowhere/net"),
+    ("--model net", "net"),
+    ("--input nowhere", "Cannot read the image nowhere: there is no such file"),
+    ("--input hollow", "no images in hollow"),
+    ("--input cut", r"cut\.png: image file is truncated"),
+    ("--output one.png/drawn", "one.png/drawn"),
+)
+MISTAKES["evaluate search"] = [
+    (options.replace("--train_data_dir", "--gallery"), says)
+    for options, says in MISTAKES["evaluate search"]
+    if not options.startswith("--dataset_name")
+]
+CASES = [(name, options, says) for name, cases in MISTAKES.items() for options, says in cases]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory, tiny_sd):
+    root = tmp_path_factory.mktemp("workplace")
+    for number, name in enumerate(("house", "cat")):
+        draw_class(root / "drawings" / name, 7 * number, 7)
+    (root / "hollow").mkdir()
+    one = (root / "drawings" / "house" / "1.png").read_bytes()
+    damaged = {
+        "cut": noise()[:5000],
+        "bomb": IMAGES["bomb that Pillow refuses"][0],
+        "text": b"<html></html>",
+    }
+    for name, content in damaged.items():
+        for number, kind in enumerate(("house", "cat")):
+            draw_class(root / name / kind, 7 * number, 7)
+        (root / name / "house" / f"{name}.png").write_bytes(content)
+    files = {
+        "one.png": one,
+        "lone/one.png": one,
+        "blank.txt": b" \n",
+        "damaged.safetensors": b"\xff" * 100,
+        "pickled/config.json": b'{"reduction": 2}',
+        "pickled/pytorch_model.bin": b"",
+        "xl/model_index.json": b'{"_class_name": "StableDiffusionXLPipeline"}',
+        "told/1.png": one,
+        "told/metadata.jsonl": b'{"file_name": "1.png", "text": "a house"}',
+        "uncaptioned/1.png": one,
+        "uncaptioned/2.png": one,
+        "outside/1.png": one,
+        "outside/metadata.jsonl": b'{"file_name": "../one.png", "text": "a house"}',
+        "lost/1.png": one,
+        "lost/metadata.jsonl": b'{"file_name": "gone.png", "text": "a house"}',
+        "garbled/1.png": one,
+        "garbled/metadata.jsonl": b"{text: 1}",
+        "latin/1.png": one,
+        "latin/1.txt": b"caf\xe9",
+    }
+    files |= {f"rubble/{kind}/{number}.png": b"" for kind in ("house", "cat") for number in (1, 2)}
+    files |= {f"splits/{part}/{kind}/1.png": one for part in ("train", "val") for kind in ("house", "cat")}
+    files |= {f"copies/{kind}/{number}.png": one for kind in ("house", "cat") for number in (1, 2)}
+    files |= {f"pairs/test/{side}/{number}.png": one for side in ("photos", "sketches") for number in (1, 2)}
+    for name, content in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(content)
+    (root / "black" / "house").mkdir(parents=True)
+    Image.new("RGB", (9, 9)).save(root / "black" / "house" / "1.png")
+    (root / "sd").symlink_to(tiny_sd)
+    save_file({"weight": torch.zeros(3)}, root / "stranger.safetensors")
+    JohnsonNet(width=4).save_pretrained(root / "style")
+    return root
+
+
+def run(name, options, workplace, monkeypatch):
+    """Run a script as its users do; the exit code."""
+    script = SCRIPTS[name.split()[0]]
+    arguments = [*name.split()[1:], *shlex.split(options)]
+    reset_accelerate()
+    monkeypatch.chdir(workplace)
+    monkeypatch.setattr("sys.argv", [f"{name.split()[0]}.py", *arguments])
+    with pytest.raises(SystemExit) as exit:
+        if name == "johnson":
+            script.main(arguments)
+        else:
+            training.run(script.main, script.parse_args(arguments))
+    return exit.value.code
+
+
+@pytest.mark.parametrize(("name", "options", "says"), CASES, ids=[f"{name} {options}" for name, options, _ in CASES])
+def test_a_mistake_is_answered_with_a_sentence(name, options, says, workplace, narrow, monkeypatch, signals, capsys):
+    if not (workplace / "net").exists():
+        for kept, place in ((None, "net"), ("relu4_3", "shallow")):
+            network = AttentionVGG16(pool_after_attention=True, num_classes=0, reduction=2, last_layer=kept)
+            network.save_pretrained(workplace / place)
+    before = sorted(workplace.rglob("checkpoint-*"))
+    works = "" if options.startswith("- ") else WORKS[name]
+    code = run(name, f"{works} {options.removeprefix('- ')}", workplace, monkeypatch)
+    answer = capsys.readouterr().err
+    assert code == 2, answer
+    assert re.search(says, answer), answer
+    assert "Traceback" not in answer
+    assert sorted(workplace.rglob("checkpoint-*")) == before
+
+
+def test_the_catalogue_is_long():
+    assert len(CASES) >= 80
+    assert len({options for _, options, _ in CASES}) >= 80
