@@ -22,7 +22,7 @@ METADATA, SETTINGS = "metadata.jsonl", ".settings.json"
 def read_prompts(path: str | Path) -> list[str]:
     """The lines of a text file that are not blank. InputError."""
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--prompts {path} cannot be read: {error}") from error
     if not (prompts := [line.strip() for line in lines if line.strip()]):
@@ -58,7 +58,7 @@ def open_folder(folder: Path, prompts: Sequence[tuple[str, int]], settings: dict
             )
     paths = [folder / f"{index:05}.png" for index in range(len(prompts))]
     for path, (prompt, _) in list(zip(paths, prompts, strict=True))[len(lines) :]:
-        lines.append(json.dumps({"file_name": path.name, "text": prompt}, ensure_ascii=False))
+        lines.append(json.dumps({"file_name": path.name, "text": prompt}))
     for name, text in ((METADATA, "\n".join(lines) + "\n"), (SETTINGS, json.dumps(settings, indent=1))):
         partial = folder / f".{name}"
         partial.write_text(text, encoding="utf-8")

@@ -1,6 +1,8 @@
 """Pictures for prompts, and their scores."""
 
 import json
+import tempfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,6 +11,8 @@ import torch
 from conftest import NARROW, reset_accelerate, tiny_tokenizer, torchrun
 from diffusers import StableDiffusionPipeline
 from diffusers.utils import convert_state_dict_to_diffusers
+from hypothesis import given
+from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
@@ -37,6 +41,18 @@ LOOKS = {"seed": 3, "resolution": 32, "num_inference_steps": 2, "guidance_scale"
 def test_prompts_come_again_with_a_number():
     assert cycle_prompts(["a", "b", "a"], 5) == [("a", 0), ("b", 0), ("a", 1), ("a", 2), ("b", 1)]
     assert cycle_prompts(["a", "b", "a"], 2) == [("a", 0), ("b", 0)]
+
+
+@given(st.lists(st.text(), min_size=1, max_size=5), st.integers(1, 12), st.integers(0, 12))
+def test_any_prompts_come_back_from_the_folder(prompts, count, more):
+    """Each its own noise; and a longer list goes on where a shorter one ended."""
+    cycled = cycle_prompts(prompts, count + more)
+    assert [prompt for prompt, _ in cycled] == [prompts[index % len(prompts)] for index in range(count + more)]
+    assert len(set(cycled)) == count + more
+    with tempfile.TemporaryDirectory() as folder:
+        assert open_folder(Path(folder), cycled[:count], {}) == open_folder(Path(folder), cycled, {})[:count]
+        lines = Path(folder, "metadata.jsonl").read_text().splitlines()
+        assert [json.loads(line)["text"] for line in lines] == [prompt for prompt, _ in cycled]
 
 
 def test_prompts_of_a_file(tmp_path):
