@@ -370,12 +370,8 @@ def run_summary(args, accelerator: Accelerator, network: AttentionVGG16, train: 
     weights = sum(parameter.numel() for parameter in network.parameters())
     trained = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
     every = args.checkpointing_steps or math.ceil(args.max_train_steps / args.num_train_epochs)
-    kept = math.ceil(args.max_train_steps / every)
-    if args.checkpoints_total_limit is not None:
-        kept = min(kept, args.checkpoints_total_limit + 1)  # the oldest goes only when the newest is complete
-    network_bytes, adam_bytes = 4 * weights, 8 * trained
-    needed = kept * (network_bytes + adam_bytes) + 3 * network_bytes  # best, last, and the one that replaces either
-    space = check_space(args.output_dir, needed)
+    saves, beside = math.ceil(args.max_train_steps / every), 3  # best, last, and the one that replaces either
+    space = check_space(args, saves, 4 * weights + 8 * trained, beside * 4 * weights)
     return (
         f"{train} images to train on, {validation} to validate; {args.max_train_steps} steps of"
         f" {args.train_batch_size} x {accelerator.num_processes} x {args.gradient_accumulation_steps} images, seed"

@@ -373,10 +373,7 @@ def resumable_settings(args, accelerator: Accelerator, style_loss: StyleLoss, ph
 def run_summary(args, accelerator, network: JohnsonNet, photos: int, drawings: int, scales: dict) -> str:
     """What will be trained and written; InputError if the disk cannot hold it."""
     weights = sum(weight.numel() for weight in network.parameters())
-    kept = 1 + args.max_train_steps // args.checkpointing_steps
-    if args.checkpoints_total_limit is not None:
-        kept = min(kept, args.checkpoints_total_limit + 1)  # the oldest goes only when the newest is complete
-    space = check_space(args.output_dir, kept * 12 * weights + 4 * weights)
+    space = check_space(args, 1 + args.max_train_steps // args.checkpointing_steps, 12 * weights, 4 * weights)
     return (
         f"{photos} photos, {drawings} drawings; {args.max_train_steps} steps of {args.train_batch_size} x"
         f" {accelerator.num_processes} x {args.gradient_accumulation_steps} images, seed {args.seed};"

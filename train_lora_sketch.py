@@ -52,6 +52,7 @@ from sketch_perceptual.training import (
     at_least,
     catch_signals,
     check_caption_options,
+    check_space,
     load_captioned,
     load_checkpoint,
     load_pipeline,
@@ -154,7 +155,7 @@ def main(args: argparse.Namespace) -> None:
         lr_scheduler.load_state_dict(resumed["lr_scheduler"])
     guard = NonFiniteGuard(resumed.get("skipped_steps", 0), scaled=accelerator.scaler is not None)
     start_trackers(accelerator, "text2image-fine-tune", args)
-    logger.info(run_summary(args, accelerator, loader, perceptual_term))
+    logger.info(run_summary(args, accelerator, loader, perceptual_term, lora_parameters))
 
     stop = catch_signals()
     step, sums, seen = resumed["global_step"], 0, []
@@ -415,11 +416,14 @@ def resumable_settings(args, accelerator: Accelerator, data: CaptionedImages, pe
     return settings
 
 
-def run_summary(args, accelerator, loader, perceptual_term) -> str:
+def run_summary(args, accelerator, loader, perceptual_term, lora_parameters) -> str:
+    """What will be trained and written; InputError if the disk cannot hold it."""
+    weights = sum(parameter.numel() for parameter in lora_parameters)
+    space = check_space(args, args.max_train_steps // args.checkpointing_steps, 12 * weights, 8 * weights)
     lines = [
         f"{len(loader)} batches a process and epoch, {args.max_train_steps} steps of"
         f" {args.train_batch_size} x {accelerator.num_processes} x {args.gradient_accumulation_steps} images,"
-        f" seed {args.seed}"
+        f" seed {args.seed}; {weights / 1e6:.1f} M weights are trained; {space}"
     ]
     if perceptual_term is None:
         lines.append("no perceptual term: --perceptual_weight is 0")

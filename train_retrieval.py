@@ -280,10 +280,7 @@ def run_summary(args, embedder: SketchEmbedder, head: Head, gallery: Side, queri
     classes = args.train_batch_size // args.images_per_class
     weights = 4 * sum(weight.numel() for weight in embedder.parameters())
     trained = 4 * sum(weight.numel() for weight in head.parameters())
-    kept = args.num_seeds * args.num_train_epochs
-    if args.checkpoints_total_limit is not None:
-        kept = min(kept, args.checkpoints_total_limit + 1)  # the oldest goes only when the newest is complete
-    space = check_space(args.output_dir, kept * (weights + 2 * trained) + args.num_seeds * weights)
+    space = check_space(args, args.num_seeds * args.num_train_epochs, weights + 2 * trained, args.num_seeds * weights)
     lines = [
         f"{len(gallery.labels)} drawings of {len(counts)} classes to train on and to find, {len(queries.labels)} to"
         f" find them by; batches of {classes} x {args.images_per_class}; seeds {args.seed} to"

@@ -1,6 +1,7 @@
 """What the trainers share: options, start, data order, optimizer, checkpoints, resume, interruption."""
 
 import argparse
+import errno
 import hashlib
 import importlib.metadata
 import json
@@ -34,6 +35,7 @@ from accelerate.utils import (
 from diffusers import StableDiffusionPipeline
 from diffusers.optimization import get_scheduler
 from PIL import Image
+from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 from .data import (
@@ -49,7 +51,7 @@ from .data import (
     scan,
 )
 from .diffusion import cast_decoder
-from .errors import InputError
+from .errors import InputError, first_line
 from .features import FeatureCache
 from .images import fit_image, to_tensor
 from .labelled import LabelledImages, labelled_dataset, labelled_folder
@@ -62,6 +64,7 @@ SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant
 PATIENCE = timedelta(hours=2)  # the other processes wait while the main one draws or exports
 CACHE = str(Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "sketch-perceptual", "features").expanduser())
 CACHE_FILE = 1024  # images: what an interrupted run has to compute again at most
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 STATE_FILE = "training_state.json"  # written last: a checkpoint without it is not complete
 
 
@@ -192,6 +195,11 @@ def run(main: Callable, args: argparse.Namespace) -> None:
     except FloatingPointError as error:
         print(f"{Path(sys.argv[0]).name}: training stopped: {error}", file=sys.stderr)
         sys.exit(3)
+    except (OSError, SafetensorError) as error:
+        if not any(os.strerror(number) in str(error) for number in NO_ROOM):
+            raise
+        print(f"{Path(sys.argv[0]).name}: error: {first_line(error)}", file=sys.stderr)
+        sys.exit(2)
 
 
 def start(args: argparse.Namespace) -> Accelerator:
@@ -477,12 +485,19 @@ def split_hash(record: dict) -> str:
     return hashlib.sha256(" ".join(record["validation"]).encode()).hexdigest()[:12]
 
 
-def check_space(output_dir: str | Path, needed: float) -> str:
-    """How many bytes a run will write and how many are free, in words; InputError if it is too many."""
-    free = shutil.disk_usage(output_dir).free
+def check_space(args: argparse.Namespace, saves: int, checkpoint: float, result: float) -> str:
+    """How many bytes a run will write and how many are free, in words; InputError if it is too many.
+
+    Args:
+        saves: how many checkpoints the run writes if none goes.
+        checkpoint, result: bytes of each, and of what stays beside them.
+    """
+    if args.checkpoints_total_limit is not None:
+        saves = min(saves, args.checkpoints_total_limit + 1)  # the oldest goes only when the newest is complete
+    needed, free = saves * checkpoint + result, shutil.disk_usage(args.output_dir).free
     if needed > free:
         raise InputError(
-            f"--output_dir {output_dir} has {free / 1e9:.1f} GB left and this run will write {needed / 1e9:.1f};"
+            f"--output_dir {args.output_dir} has {free / 1e9:.1f} GB left and this run will write {needed / 1e9:.1f};"
             " lower --checkpoints_total_limit or choose another folder"
         )
     return f"{needed / 1e9:.1f} GB will be written, {free / 1e9:.0f} are free"
@@ -545,7 +560,13 @@ def save_checkpoint(accelerator: Accelerator, args: argparse.Namespace, state: d
         for abandoned in final.parent.glob(".checkpoint-*.partial"):
             shutil.rmtree(abandoned)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial))
+    try:
+        accelerator.save_state(str(partial))
+    except (OSError, SafetensorError, RuntimeError) as error:  # torch.save's is a RuntimeError
+        raise InputError(
+            f"{final} could not be written: {first_line(error)}. Older checkpoints are as they were: make room and"
+            " go on with --resume_from_checkpoint latest"
+        ) from error
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         (partial / STATE_FILE).write_text(json.dumps(state, indent=2), encoding="utf-8")
