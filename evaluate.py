@@ -89,6 +89,7 @@ from sketch_perceptual.training import (
     at_least,
     check_caption_options,
     check_class_options,
+    check_writable,
     describe_split,
     extract_features,
     load_captioned,
@@ -512,12 +513,11 @@ def draw_models(
         pipeline = pipeline or load_generator(args, accelerator)
         if source != "none":
             load_adapter(pipeline, source)
-        model |= {part: fingerprint(getattr(pipeline, part)) for part in ("unet", "text_encoder")}
-        paths = draw_missing(args, accelerator, pipeline, folder, prompts, model)
+        paths, weights = draw_missing(args, accelerator, pipeline, folder, prompts)
         if source != "none":
             pipeline.unload_lora_weights()
         captions = [prompt for prompt, _ in prompts]
-        found.append((name, model, CaptionedImages(paths, list(map(str, paths)), captions)))
+        found.append((name, model | weights, CaptionedImages(paths, list(map(str, paths)), captions)))
     return found
 
 
@@ -527,12 +527,12 @@ def draw_missing(
     pipeline: StableDiffusionPipeline,
     folder: Path,
     prompts: list[tuple[str, int]],
-    model: dict,
-) -> list[Path]:
-    """The paths of the pictures for the prompts, all of them there; the processes share what was missing."""
+) -> tuple[list[Path], dict[str, str]]:
+    """The paths of the pictures for the prompts, which the processes draw together, and the weights that drew them."""
     names = ("seed", "resolution", "num_inference_steps", "guidance_scale")
     options = {name: getattr(args, name) for name in names}
-    settings = model | options | {"vae": fingerprint(pipeline.vae), "scheduler": type(pipeline.scheduler).__name__}
+    weights = {part: fingerprint(getattr(pipeline, part)) for part in ("unet", "text_encoder", "vae")}
+    settings = weights | options | {"scheduler": type(pipeline.scheduler).__name__}
     settings |= {"safety_checker": pipeline.safety_checker is not None, "mixed_precision": accelerator.mixed_precision}
     paths = open_folder(folder, prompts, settings) if accelerator.is_main_process else None
     paths = broadcast_object_list([paths])[0]
@@ -545,7 +545,7 @@ def draw_missing(
         with accelerator.autocast():
             draw_prompts(pipeline, [prompts[index] for index in batch], [paths[index] for index in batch], **options)
     accelerator.wait_for_everyone()
-    return paths
+    return paths, weights
 
 
 def is_pictures(source: str) -> bool:
@@ -555,6 +555,7 @@ def is_pictures(source: str) -> bool:
 def load_generator(args: argparse.Namespace, accelerator: Accelerator) -> StableDiffusionPipeline:
     if args.pretrained_model_name_or_path is None:
         raise InputError("--models: a LoRA and none need --pretrained_model_name_or_path")
+    check_writable(Path(args.output_dir))
     unchecked = {"safety_checker": None, "requires_safety_checker": False} if args.disable_safety_checker else {}
     pipeline = load_pipeline(args, accelerator, **unchecked)
     if pipeline.safety_checker is not None:

@@ -227,7 +227,7 @@ def start(args: argparse.Namespace) -> Accelerator:
             " accelerate launch --multi_gpu"
         )
     start_logging(accelerator)
-    _check_writable(Path(args.output_dir))
+    check_writable(Path(args.output_dir))
     if args.seed is None:
         checkpoint = _choose_checkpoint(args)
         args.seed = _read_state(checkpoint)["settings"]["seed"] if checkpoint else secrets.randbelow(2**31)
@@ -324,14 +324,12 @@ def load_pipeline(args: argparse.Namespace, accelerator: Accelerator, **options)
     `options` are keywords of its `from_pretrained`. InputError.
     """
     source = args.pretrained_model_name_or_path
-    options |= {"revision": args.revision, "cache_dir": args.cache_dir}
+    place = {"revision": args.revision, "cache_dir": args.cache_dir}
     try:
-        kind = StableDiffusionPipeline.load_config(source, revision=args.revision, cache_dir=args.cache_dir).get(
-            "_class_name"
-        )
+        kind = StableDiffusionPipeline.load_config(source, **place).get("_class_name")
         if kind != "StableDiffusionPipeline":
             raise InputError(f"{source} is a {kind}; these scripts take SD-1.x, a StableDiffusionPipeline")
-        pipeline = StableDiffusionPipeline.from_pretrained(source, variant=args.variant, **options)
+        pipeline = StableDiffusionPipeline.from_pretrained(source, variant=args.variant, **place, **options)
     except InputError:
         raise
     except (OSError, ValueError) as error:
@@ -394,9 +392,9 @@ def read_keys(
 
     found = scan_images(accelerator, data, note)
     logger.info(found.summary)
-    return drop_bad(data, found, args.on_bad_image), broadcast_object_list([[keys[index] for index in sorted(keys)]])[
-        0
-    ]
+    good = drop_bad(data, found, args.on_bad_image)
+    (ordered,) = broadcast_object_list([[keys[index] for index in sorted(keys)]])
+    return good, ordered
 
 
 def read_once(
@@ -408,7 +406,8 @@ def read_once(
     copies = None
     if accelerator.is_main_process:
         copies = find_copies(keys, np.stack([thumbnails[index] for index in sorted(thumbnails)])).tolist()
-    return data, keys, broadcast_object_list([copies])[0]
+    (copies,) = broadcast_object_list([copies])
+    return data, keys, copies
 
 
 def open_cache(args: argparse.Namespace, accelerator: Accelerator, embedder: SketchEmbedder) -> FeatureCache:
@@ -682,7 +681,8 @@ def _read_state(checkpoint: Path) -> dict:
     return json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
 
 
-def _check_writable(folder: Path) -> None:
+def check_writable(folder: Path) -> None:
+    """Make the folder of `--output_dir`; InputError if nothing can be written there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

@@ -207,6 +207,8 @@ add(
     ("--models nowhere/lora", "--models nowhere/lora does not load into the pipeline as a LoRA"),
     ("--models stranger.safetensors", r"--models stranger\.safetensors"),
     ("--models a=none a=none", "--models: two are called a; write NAME=MODEL"),
+    ("--output_dir /proc/nothing", "--output_dir /proc/nothing cannot be written to"),
+    ("--output_dir one.png", "--output_dir one.png cannot be written to: File exists"),
     ("--clip_model nowhere/clip", "--clip_model nowhere/clip cannot be loaded"),
     ("--classifier net", r"--classifier net has no classes; train_backbone\.py makes one"),
     (
