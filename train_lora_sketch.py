@@ -12,6 +12,8 @@ with the drawing by a network that knows drawings; --perceptual_weight 0 is the 
 """
 
 import argparse
+import functools
+import math
 import sys
 from pathlib import Path
 
@@ -19,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 from diffusers import AutoencoderTiny, DDPMScheduler, StableDiffusionPipeline
 from diffusers.training_utils import cast_training_params
 from diffusers.utils import convert_state_dict_to_diffusers, convert_unet_state_dict_to_peft
@@ -31,20 +33,23 @@ from tqdm.auto import tqdm
 
 from sketch_perceptual import hub
 from sketch_perceptual.backbone import fingerprint
-from sketch_perceptual.data import CaptionedImages, drop_bad, generator
+from sketch_perceptual.data import CaptionedImages, generator
 from sketch_perceptual.diffusion import (
     PREDICTION_TYPES,
     PerceptualTerm,
     decode,
     denoising_target,
-    encode,
+    encode_moments,
     min_snr_weights,
+    sample_latents,
 )
 from sketch_perceptual.errors import InputError
+from sketch_perceptual.features import FeatureCache
 from sketch_perceptual.figures import sheet
 from sketch_perceptual.images import INTERPOLATIONS, to_pil
 from sketch_perceptual.losses import LOSSES, build_loss, typical_distance
 from sketch_perceptual.training import (
+    CACHE,
     NonFiniteGuard,
     add_caption_options,
     add_pipeline_options,
@@ -53,6 +58,7 @@ from sketch_perceptual.training import (
     catch_signals,
     check_caption_options,
     check_space,
+    fill_cache,
     load_captioned,
     load_checkpoint,
     load_pipeline,
@@ -60,9 +66,9 @@ from sketch_perceptual.training import (
     make_lr_scheduler,
     make_optimizer,
     plan_steps,
+    read_keys,
     run,
     save_checkpoint,
-    scan_images,
     start,
     start_trackers,
     track_images,
@@ -75,6 +81,8 @@ ADAPTER = "default"
 WEIGHTS = "pytorch_lora_weights.safetensors"
 KOHYA_WEIGHTS = "pytorch_lora_weights_kohya.safetensors"
 BEFORE_AFTER = "before_after.png"
+FEW_PROMPTS = 1000
+RANDOM_CROPS = "images that are not square are cropped at random: add --fit pad or --center_crop"
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -97,6 +105,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--center_crop", action="store_true", help="crop the centre; default: a random place")
     add("--random_flip", action="store_true", help="mirror half of the images")
     add("--image_interpolation_mode", choices=tuple(INTERPOLATIONS), default="lanczos")
+    cache = {"action": argparse.BooleanOptionalAction, "default": None}
+    add("--cache_latents", **cache, help="encode each image once; default: where nothing is cropped at random")
+    add("--cache_prompts", **cache, help=f"embed each caption once; default: if there are at most {FEW_PROMPTS}")
+    add("--feature_dir", default=CACHE, help="latents are kept here, by content, VAE, resolution, fit and precision")
 
     add = parser.add_argument_group("perceptual term").add_argument
     add("--perceptual_weight", type=rate, default=0.1, help="1 weighs unrelated drawings as 1; 0 is the plain script")
@@ -104,6 +116,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--backbone", help="network of the loss: folder, Hub id, .safetensors of VGG-16; default: the loss's own")
     add("--perceptual_layers", nargs="+", metavar="LAYER", help="taps, e.g. relu1_2 relu3_3")
     add("--perceptual_resolution", type=count, help="larger images are shrunk to this for the loss; default: 224")
+    add("--perceptual_crop", type=count, help="decode and score a random square of so many pixels; default: the whole")
     add("--perceptual_min_snr", type=rate, default=1.0, help="rows with less signal are not scored; 0 scores all")
     add("--perceptual_max_timestep", type=natural, help="gate by timestep instead of by SNR")
     add("--perceptual_start_step", type=natural, default=0, help="no term before this step")
@@ -133,9 +146,10 @@ def main(args: argparse.Namespace) -> None:
     accelerator = start(args)
     pipeline, noise_scheduler = load_models(args, accelerator)
     perceptual_term = build_term(args, pipeline.vae, noise_scheduler)
-    data = load_data(args, accelerator, pipeline.tokenizer)
+    data, keys = load_data(args, accelerator, pipeline.tokenizer)
+    embed = PromptEmbedder(args, pipeline, data)
     if perceptual_term is not None:
-        few = [data[0, index]["pixel_values"] for index in range(0, len(data), max(1, len(data) // 8))][:8]
+        few = [data.pixels(index) for index in range(0, len(data), max(1, len(data) // 8))][:8]
         few = [image.to(accelerator.device, perceptual_term.dtype) for image in few]
         perceptual_term.scale = typical_distance(perceptual_term.loss, few)
     repo_id = None
@@ -147,6 +161,7 @@ def main(args: argparse.Namespace) -> None:
     optimizer = make_optimizer(args, lora_parameters, adam(args))
     unet, prepared_optimizer, loader = accelerator.prepare(pipeline.unet, optimizer, loader)
     plan_steps(args, len(loader))
+    cache_latents(args, accelerator, pipeline.vae, data, keys, perceptual_term)
     lr_scheduler = make_lr_scheduler(args, optimizer)
     register_adapter_hooks(accelerator)
     settings = resumable_settings(args, accelerator, data, perceptual_term)
@@ -173,7 +188,7 @@ def main(args: argparse.Namespace) -> None:
             with accelerator.accumulate(unet):
                 draw = generator(args.seed, "noise", epoch, number, accelerator.process_index)
                 denoising, perceptual, gate, timesteps = compute_losses(
-                    args, accelerator, pipeline, unet, noise_scheduler, perceptual_term, batch, draw, step
+                    args, pipeline.vae, unet, embed, noise_scheduler, perceptual_term, batch, draw, step
                 )
                 accelerator.backward(denoising.mean() + args.perceptual_weight * perceptual.mean())
                 rows = torch.stack([denoising, perceptual, gate, torch.ones_like(gate)]).detach()
@@ -204,26 +219,26 @@ def main(args: argparse.Namespace) -> None:
                 accelerator.end_training()
                 sys.exit(128 + (stop() or 15))
         if args.validation_prompt and epoch % args.validation_epochs == 0 and accelerator.is_main_process:
-            validate(args, accelerator, pipeline, step)
+            validate(args, accelerator, pipeline, embed, step)
 
     progress.close()
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         accelerator.unwrap_model(unet, keep_fp32_wrapper=False)  # takes accelerate's autocast off pipeline.unet
-        files = finish(args, accelerator, pipeline, settings, guard)
+        files = finish(args, accelerator, pipeline, embed, settings, guard)
         if repo_id:
             hub.push(args.output_dir, repo_id, files, args.hub_token)
     accelerator.end_training()
 
 
 def compute_losses(
-    args, accelerator, pipeline, unet, noise_scheduler, perceptual_term, batch, draw, step
+    args, vae, unet, embed, noise_scheduler, perceptual_term, batch, draw, step
 ) -> tuple[torch.Tensor, ...]:
     """Denoising loss, perceptual loss, gate (1 where the term is open) and timesteps of one batch, each (B,)."""
-    images = batch["pixel_values"]
     with torch.no_grad():
-        latents = encode(pipeline.vae, images, draw).float()
-        prompt_embeds = pipeline.text_encoder(tokenize(pipeline.tokenizer, batch["caption"]).to(images.device))[0]
+        moments = batch["moments"] if "moments" in batch else encode_moments(vae, batch["pixel_values"])
+        latents = sample_latents(vae, moments, draw).float()
+        prompt_embeds = embed(batch["caption"])
     noise = torch.randn(latents.shape, generator=draw)
     if args.noise_offset:
         noise += args.noise_offset * torch.randn(*latents.shape[:2], 1, 1, generator=draw)
@@ -240,7 +255,7 @@ def compute_losses(
         denoising = denoising * min_snr_weights(timesteps, args.snr_gamma, noise_scheduler)
     perceptual = torch.zeros_like(denoising)
     if perceptual_term is not None:
-        perceptual = perceptual_term(model_pred, noisy_latents, timesteps, images, step)
+        perceptual = perceptual_term(model_pred, noisy_latents, timesteps, batch["pixel_values"], step, draw)
     return denoising, perceptual, gate.to(denoising), timesteps
 
 
@@ -265,8 +280,8 @@ def load_models(args, accelerator: Accelerator) -> tuple[StableDiffusionPipeline
     return pipeline, noise_scheduler
 
 
-def load_data(args, accelerator: Accelerator, tokenizer) -> CaptionedImages:
-    """The captioned images, each of which has been read once."""
+def load_data(args, accelerator: Accelerator, tokenizer) -> tuple[CaptionedImages, list[str]]:
+    """The captioned images, each of which has been read once, and what stands for the contents of each."""
     data = load_captioned(
         args,
         accelerator,
@@ -277,11 +292,14 @@ def load_data(args, accelerator: Accelerator, tokenizer) -> CaptionedImages:
         interpolation=args.image_interpolation_mode,
         seed=args.seed,
     )
-    found = scan_images(accelerator, data)
-    data = drop_bad(data, found, args.on_bad_image)
-    logger.info(found.summary)
+    not_square = []
+    data, keys = read_keys(
+        args, accelerator, data, lambda index, image: image.width != image.height and not_square.append(index)
+    )
+    random_crops = args.fit == "crop" and not args.center_crop and bool(not_square)
+    (args.random_crops,) = broadcast_object_list([random_crops])
     warn_of_long_captions(tokenizer, [text for row in data.rows for text in data.captions[row]])
-    return data
+    return data, keys
 
 
 def warn_of_long_captions(tokenizer, captions: list[str]) -> None:
@@ -301,11 +319,83 @@ def tokenize(tokenizer, captions: list[str]) -> torch.Tensor:
 
 
 def collate(examples: list[dict]) -> dict:
-    return {
-        "pixel_values": torch.stack([example["pixel_values"] for example in examples]),
-        "caption": [example["caption"] for example in examples],
-        "name": [example["name"] for example in examples],
-    }
+    batch = {key: [example[key] for example in examples] for key in examples[0]}
+    return {key: torch.stack(x) if isinstance(x[0], torch.Tensor) else x for key, x in batch.items()}
+
+
+class PromptEmbedder:
+    """Captions -> (B, 77, C). With `--cache_prompts` all are embedded at the start and the text encoder leaves."""
+
+    def __init__(self, args, pipeline: StableDiffusionPipeline, data: CaptionedImages):
+        self.tokenizer, self.text_encoder = pipeline.tokenizer, pipeline.text_encoder
+        self.device = pipeline.unet.device
+        captions = {caption for row in data.rows for caption in data.captions[row]}
+        if args.cache_prompts is None:
+            args.cache_prompts = len(captions) <= FEW_PROMPTS
+        drawn = ["", *args.validation_prompt] if args.validation_prompt else []
+        wanted = {*drawn, *(captions if args.cache_prompts else [])}
+        self.kept: dict[str, torch.Tensor] = {}
+        self.kept = {caption: self([caption]).cpu() for caption in sorted(wanted)}
+        if args.cache_prompts:
+            self.text_encoder = pipeline.text_encoder = None
+            logger.info(f"{len(captions)} distinct captions are embedded; the text encoder is not needed any more")
+
+    @torch.no_grad()
+    def __call__(self, captions: list[str]) -> torch.Tensor:
+        if all(caption in self.kept for caption in captions):
+            return torch.cat([self.kept[caption] for caption in captions]).to(self.device)
+        return self.text_encoder(tokenize(self.tokenizer, captions).to(self.device))[0]
+
+
+def cache_latents(
+    args, accelerator: Accelerator, vae, data: CaptionedImages, keys: list[str], perceptual_term
+) -> None:
+    """With `--cache_latents`, have `data` give the moments of its latents, and its images only where they are scored.
+
+    Images are encoded one by one, so that the latents do not depend on what else was missing.
+    """
+    if args.cache_latents is None:
+        batch = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+        pays = args.max_train_steps * batch >= len(data) * (2 if args.random_flip else 1)
+        args.cache_latents = pays and not args.random_crops
+        if args.random_crops:
+            logger.info(f"--no-cache_latents, because {RANDOM_CROPS}")
+    elif args.cache_latents and args.random_crops:
+        raise InputError(f"--cache_latents cannot be: {RANDOM_CROPS}")
+    if not args.cache_latents:
+        return
+    settings = [args.resolution, args.fit, args.image_interpolation_mode, args.background, accelerator.mixed_precision]
+    cache = FeatureCache(Path(args.feature_dir, "-".join(map(str, ["latents", fingerprint(vae), *settings]))))
+    flips = (False, True) if args.random_flip else (False,)
+    places = [(index, flipped) for index in range(len(data)) for flipped in flips]
+    fill_cache(
+        args,
+        accelerator,
+        cache,
+        [latents_key(keys[index], flipped) for index, flipped in places],
+        functools.partial(read_place, data, places),
+        lambda images: encode_moments(vae, images).flatten(1),
+        lambda position: data.name(places[position][0]),
+        batch_size=1,
+        what="latents",
+    )
+    data.moments = functools.partial(read_moments, cache, keys, 2 * vae.config.latent_channels)
+    data.with_pixels = perceptual_term is not None
+    if perceptual_term is None or perceptual_term.target == "image":
+        vae.encoder = None
+
+
+def latents_key(key: str, flipped: bool) -> str:
+    return f"{key}-flipped" if flipped else key
+
+
+def read_place(data: CaptionedImages, places: list[tuple[int, bool]], position: int) -> torch.Tensor:
+    return data.pixels(*places[position])
+
+
+def read_moments(cache: FeatureCache, keys: list[str], channels: int, index: int, flipped: bool) -> torch.Tensor:
+    row = cache.row(latents_key(keys[index], flipped))
+    return row.view(channels, math.isqrt(len(row) // channels), -1)
 
 
 def build_term(args, vae, noise_scheduler) -> PerceptualTerm | None:
@@ -335,6 +425,8 @@ def build_term(args, vae, noise_scheduler) -> PerceptualTerm | None:
         target=args.perceptual_target,
         decoder=decoder,
         dtype=getattr(torch, args.perceptual_dtype),
+        crop=args.perceptual_crop,
+        checkpoint=args.gradient_checkpointing,
     )
 
 
@@ -450,7 +542,7 @@ def step_logs(args, totals: list[float], grad_norm: float, lr_scheduler, guard) 
 
 
 @torch.no_grad()
-def generate(args, accelerator, pipeline) -> dict[str, list[Image.Image]]:
+def generate(args, accelerator, pipeline, embed) -> dict[str, list[Image.Image]]:
     """`num_validation_images` of each validation prompt; leaves modes and random state as they were.
 
     What goes wrong here, too little memory or a decoder that overflows, is said and leaves the result empty: it must
@@ -463,9 +555,10 @@ def generate(args, accelerator, pipeline) -> dict[str, list[Image.Image]]:
     try:
         with torch.random.fork_rng(), accelerator.autocast():
             for prompt in (args.validation_prompt or []) if args.num_validation_images else []:
+                prompts = {"prompt_embeds": embed([prompt]), "negative_prompt_embeds": embed([""])}
                 draws = [torch.Generator().manual_seed(args.seed + n) for n in range(args.num_validation_images)]
                 latents = [
-                    pipeline(prompt, num_inference_steps=30, generator=draw, output_type="latent", **size).images
+                    pipeline(**prompts, num_inference_steps=30, generator=draw, output_type="latent", **size).images
                     for draw in draws
                 ]
                 images[prompt] = [to_pil(decode(pipeline.vae, latent)[0]) for latent in latents]
@@ -477,28 +570,27 @@ def generate(args, accelerator, pipeline) -> dict[str, list[Image.Image]]:
     return images
 
 
-def validate(args, accelerator, pipeline, step: int) -> None:
+def validate(args, accelerator, pipeline, embed, step: int) -> None:
     """Draw the validation prompts to the trackers and to disk."""
-    if images := generate(args, accelerator, pipeline):
+    if images := generate(args, accelerator, pipeline, embed):
         folder = Path(args.output_dir, "validation")
         folder.mkdir(exist_ok=True)
         sheet(images).save(folder / f"step-{step:06d}.png")
         track_images(accelerator, "validation", images, step)
 
 
-def finish(args, accelerator, pipeline, settings: dict, guard) -> list[str]:
+def finish(args, accelerator, pipeline, embed, settings: dict, guard) -> list[str]:
     """Export the adapter, reload and check it, draw before and after, write the card; the names of these files."""
     pipeline.unet.to(torch.float32)
-    pipeline.text_encoder.to(torch.float32)
     files = [WEIGHTS, "README.md"]
     save_adapter(pipeline.unet, args.output_dir)
     if args.export_kohya:
         save_kohya(pipeline.unet, Path(args.output_dir, KOHYA_WEIGHTS))
         files.append(KOHYA_WEIGHTS)
     verify_export(args, pipeline)
-    after = generate(args, accelerator, pipeline)
+    after = generate(args, accelerator, pipeline, embed)
     pipeline.unet.disable_lora()
-    before = generate(args, accelerator, pipeline) if after else {}
+    before = generate(args, accelerator, pipeline, embed) if after else {}
     pipeline.unet.enable_lora()
     if before:
         columns = ["before"] * args.num_validation_images + ["after"] * args.num_validation_images

@@ -28,7 +28,8 @@ COMMON = """--seed 0 --report_to none --mixed_precision no --dataloader_num_work
     --resume_from_checkpoint latest"""
 TRAINERS = {
     "train_lora_sketch": f"""--pretrained_model_name_or_path {BUNDLED.parent / "tiny-sd"} --train_data_dir pictures
-        --resolution 64 --train_batch_size 2 --max_train_steps 6 --checkpointing_steps 1""",
+        --resolution 64 --train_batch_size 2 --max_train_steps 6 --checkpointing_steps 1
+        --feature_dir features""",
     "train_backbone": """--train_data_dir classes --init_weights none --pool_after_attention --head linear
         --resolution 32 --train_batch_size 4 --num_train_epochs 3 --validation_share 0.25""",
     "train_johnson": f"""--train_data_dir pictures --style classes --backbone {BUNDLED} --width 8 --resolution 32

@@ -94,6 +94,9 @@ class CaptionedImages(Images):
     The crop, the flip and the choice among several captions depend on the seed, the epoch and the item alone, so
     neither workers nor the number of processes nor a resumed run changes them.
 
+    Where `moments` is set, to a function of index and flip, its result is there under this name; `with_pixels = False`
+    then leaves the image unread.
+
     Args:
         sources, names, background: see `Images`.
         captions: a caption or a list of captions for each image.
@@ -121,20 +124,28 @@ class CaptionedImages(Images):
         self.captions = [[c] if isinstance(c, str) else list(c) for c in captions]
         self.resolution, self.fit, self.center_crop, self.random_flip = resolution, fit, center_crop, random_flip
         self.interpolation, self.seed = interpolation, seed
+        self.moments: Callable[[int, bool], torch.Tensor] | None = None
+        self.with_pixels = True
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         epoch, index = key
         row = self.rows[index]
         # All three are drawn whatever the settings, so that switching one on leaves the others as they were.
         place, flip, choice = torch.rand(3, generator=generator(self.seed, int(epoch), row)).tolist()
-        position = (0.5, 0.5) if self.center_crop else (place, place)  # a crop has room along one side only
-        image = self.image(index)
-        image = fit_image(image, self.resolution, self.fit, self.background, self.interpolation, position)
-        if self.random_flip and flip < 0.5:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        flipped = self.random_flip and flip < 0.5
         captions = self.captions[row]
-        caption = captions[int(choice * len(captions))]
-        return {"pixel_values": to_tensor(image), "caption": caption, "name": self.name(index)}
+        example = {"caption": captions[int(choice * len(captions))], "name": self.name(index)}
+        if self.moments is not None:
+            example["moments"] = self.moments(index, flipped)
+        if self.with_pixels:
+            example["pixel_values"] = self.pixels(index, flipped, 0.5 if self.center_crop else place)
+        return example
+
+    def pixels(self, index: int, flipped: bool = False, place: float = 0.5) -> torch.Tensor:
+        """The image as the model takes it; `place` is where a crop lies, from 0 to 1 along the longer side."""
+        image = self.image(index)
+        image = fit_image(image, self.resolution, self.fit, self.background, self.interpolation, (place, place))
+        return to_tensor(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flipped else image)
 
 
 def captioned_folder(

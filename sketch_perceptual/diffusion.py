@@ -4,7 +4,7 @@
     perceptual = perceptual_term(model_pred, noisy_latents, timesteps, images)  # (B,)
     loss = denoising_loss + weight * perceptual.mean()
 
-Latents here are already multiplied by the VAE's scaling factor; only `encode` and `decode` know it.
+Latents here are already multiplied by the VAE's scaling factor; only `sample_latents` and `decode` know it.
 """
 
 from collections.abc import Callable
@@ -19,13 +19,19 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 MIN_SIGNAL = 1e-4
 
 
-def encode(vae, images: Tensor, generator: torch.Generator | None = None, sample: bool = True) -> Tensor:
-    """(B, 3, H, W) in [-1, 1] -> scaled latents (B, 4, H/8, W/8), in the encoder's dtype.
+def encode_moments(vae, images: Tensor) -> Tensor:
+    """(B, 3, H, W) in [-1, 1] -> mean and log variance (B, 8, H/8, W/8) of the posterior, not scaled.
 
-    Draws from the posterior with `generator`; `sample=False` takes its mode.
+    In the encoder's dtype; what `sample_latents` takes.
     """
-    posterior = vae.encode(images.to(_dtype(vae.encoder))).latent_dist
-    return (posterior.sample(generator) if sample else posterior.mode()) * vae.config.scaling_factor
+    return vae.encode(images.to(_dtype(vae.encoder))).latent_dist.parameters
+
+
+def sample_latents(vae, moments: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Mean and log variance (B, 8, h, w) -> scaled latents (B, 4, h, w), drawn with a `generator` of the CPU."""
+    mean, log_variance = moments.chunk(2, dim=1)
+    noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype).to(mean.device)
+    return (mean + (0.5 * log_variance.clamp(-30, 20)).exp() * noise) * vae.config.scaling_factor
 
 
 def decode(vae, latents: Tensor) -> Tensor:
@@ -120,6 +126,8 @@ class PerceptualTerm:
             detail is not held against the prediction.
         decoder: another decoder for the same latents, e.g. an `AutoencoderTiny`; None is the VAE's.
         dtype: torch.float32 or torch.bfloat16. VAE decoders overflow in float16.
+        crop: decode and compare a random square of this many pixels a side, another for each row, where the image is
+            larger. At the square's edges the decoder sees less than it would in the whole.
         checkpoint: recompute the decoder's activations in the backward pass instead of keeping them.
         scale: what the loss is divided by, e.g. its `typical_distance`, so that weights compare between losses.
     """
@@ -137,7 +145,8 @@ class PerceptualTerm:
         target: str = "image",
         decoder=None,
         dtype: torch.dtype = torch.float32,
-        checkpoint: bool = True,
+        crop: int | None = None,
+        checkpoint: bool = False,
         scale: float = 1.0,
     ):
         if dtype not in (torch.float32, torch.bfloat16):
@@ -147,9 +156,14 @@ class PerceptualTerm:
         if every < 1 or start_step < 0 or min_snr < 0 or scale <= 0:
             raise InputError("the perceptual term needs every >= 1, start_step >= 0, min_snr >= 0 and scale > 0")
         check_prediction_type(noise_scheduler.config.prediction_type)
+        self.pixels = 2 ** (len(vae.config.block_out_channels) - 1)  # of a latent's side
+        if crop is not None and (crop < 16 or crop % self.pixels):
+            raise InputError(
+                f"the perceptual term's crop must be at least 16 pixels and a multiple of {self.pixels}, got {crop}"
+            )
         self.loss, self.vae, self.noise_scheduler = loss, vae, noise_scheduler
         self.start_step, self.every, self.target, self.dtype = start_step, every, target, dtype
-        self.scale = scale
+        self.scale, self.crop = scale, crop
         self.decoder = _frozen_decoder(vae if decoder is None else decoder, dtype, checkpoint)
         if isinstance(loss, nn.Module):
             loss.to(next(vae.parameters()).device, dtype).requires_grad_(False).eval()
@@ -181,6 +195,7 @@ class PerceptualTerm:
         timesteps: Tensor,
         images: Tensor,
         step: int | None = None,
+        generator: torch.Generator | None = None,
     ) -> Tensor:
         """The loss of each row, (B,) float32, exactly 0 where the gate is shut.
 
@@ -190,22 +205,41 @@ class PerceptualTerm:
             timesteps: (B,) integers.
             images: the clean images (B, 3, H, W) in [-1, 1].
             step: the training step, from 0.
+            generator: of the CPU; draws the squares of `crop`.
         """
         per_row = model_pred.new_zeros(len(model_pred), dtype=torch.float32)
         rows = self.gate(timesteps, step).nonzero().flatten().to(model_pred.device)
         if len(rows) == 0:
             return per_row
         latents = predict_x0(model_pred[rows], noisy_latents[rows], timesteps[rows], self.noise_scheduler)
+        images = images[rows]
+        if self.crop is not None:
+            latents, images = self._random_squares(latents, images, generator)
         with torch.autocast(model_pred.device.type, enabled=False):
-            target = self._target(images[rows]).to(self.dtype)
+            target = self._target(images).to(self.dtype)
             value = self.loss(decode(self.decoder, latents), target).float() / self.scale
             return per_row.index_put((rows,), value)
+
+    def _random_squares(self, latents: Tensor, images: Tensor, generator) -> tuple[Tensor, Tensor]:
+        height, width = (min(self.crop // self.pixels, side) for side in latents.shape[-2:])
+        tops, lefts = (
+            torch.randint(side - size + 1, (len(latents),), generator=generator).tolist()
+            for side, size in zip(latents.shape[-2:], (height, width), strict=True)
+        )
+
+        def cut(rows: Tensor, pixels: int) -> Tensor:
+            places = [(top * pixels, left * pixels) for top, left in zip(tops, lefts, strict=True)]
+            squares = zip(rows, places, strict=True)
+            return torch.stack([x[:, i : i + height * pixels, j : j + width * pixels] for x, (i, j) in squares])
+
+        return cut(latents, 1), cut(images, self.pixels)
 
     @torch.no_grad()
     def _target(self, images: Tensor) -> Tensor:
         if self.target == "image":
             return images
-        return decode(self.decoder, encode(self.vae, images, sample=False)).clamp(-1, 1)
+        mean = encode_moments(self.vae, images).chunk(2, dim=1)[0]
+        return decode(self.decoder, mean * self.vae.config.scaling_factor).clamp(-1, 1)
 
 
 def _frozen_decoder(vae, dtype: torch.dtype, checkpoint: bool):

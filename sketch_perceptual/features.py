@@ -62,6 +62,12 @@ class FeatureCache:
                 positions, rows = torch.tensor(places).T
                 yield positions, file.get_tensor("features")[rows]
 
+    def row(self, key: str) -> Tensor:
+        """The features (F,) of one key, read without the rest of its file."""
+        path, row = self.where[key]
+        with _open(path) as file:
+            return file.get_slice("features")[row]
+
     def read(self, keys: Sequence[str]) -> Tensor:
         """(N, F), in the order of the keys."""
         features = torch.empty(0)

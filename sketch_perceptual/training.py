@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -341,7 +342,7 @@ def load_pipeline(args: argparse.Namespace, accelerator: Accelerator, **options)
         raise InputError(f"--resolution {args.resolution} must be a multiple of {pipeline.vae_scale_factor}")
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     for model in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
-        model.requires_grad_(False).to(accelerator.device)
+        model.requires_grad_(False).to(accelerator.device, memory_format=torch.channels_last)
         if model.dtype != dtype:
             model.to(dtype=dtype)
     if dtype == torch.float16:
@@ -424,24 +425,44 @@ def extract_features(
     `keys` stand for the contents of the images.
     """
     cache = open_cache(args, accelerator, embedder)
+    embedder.to(accelerator.device, memory_format=torch.channels_last)
+    read = functools.partial(_fitted, data, embedder.resolution, embedder.fit)
+    fill_cache(args, accelerator, cache, keys, read, embedder.features, data.name, args.extraction_batch_size)
+    return cache
+
+
+@torch.no_grad()
+def fill_cache(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    cache: FeatureCache,
+    keys: Sequence[str],
+    read: Callable[[int], torch.Tensor],
+    compute: Callable[[torch.Tensor], torch.Tensor],
+    name: Callable[[int], str],
+    batch_size: int,
+    what: str = "features",
+) -> None:
+    """Add `compute` of the pictures that `cache` lacks; the processes share them.
+
+    `read` and `name` take a position in `keys`; `compute` takes a batch and returns (B, F), under autocast.
+    """
     missing = cache.missing(keys)
     accelerator.wait_for_everyone()  # nobody adds before all have looked
     if not missing:
-        return cache
-    logger.info(f"{len(set(keys)) - len(missing)} of {len(set(keys))} images have features in {cache.folder}")
+        return
+    logger.info(f"{len(set(keys)) - len(missing)} of {len(set(keys))} images have {what} in {cache.folder}")
     mine = missing[accelerator.process_index :: accelerator.num_processes]
-    pictures = _Fitted(data.select(mine), embedder.resolution, embedder.fit)
-    loader = torch.utils.data.DataLoader(pictures, args.extraction_batch_size, num_workers=args.dataloader_num_workers)
-    embedder.to(accelerator.device, memory_format=torch.channels_last)
+    loader = torch.utils.data.DataLoader(_Pictures(mine, read), batch_size, num_workers=args.dataloader_num_workers)
     found: list[torch.Tensor] = []
     start = 0
-    for batch in tqdm(loader, "Features", unit="batch", disable=None if accelerator.is_main_process else True):
+    for batch in tqdm(loader, what.capitalize(), unit="batch", disable=None if accelerator.is_main_process else True):
         with accelerator.autocast():
             batch = batch.to(accelerator.device, memory_format=torch.channels_last)
-            features = embedder.features(batch).float().cpu()
+            features = compute(batch).float().cpu()
         if bad := (~features.isfinite().all(1)).nonzero().flatten().tolist():
-            name = data.name(mine[start + len(found) + bad[0]])
-            raise InputError(f"the features of {name} overflow: use --mixed_precision bf16 or no")
+            overflowing = name(mine[start + len(found) + bad[0]])
+            raise InputError(f"the {what} of {overflowing} overflow: use --mixed_precision bf16 or no")
         found.extend(features)
         stop = start + len(found)
         if len(found) >= CACHE_FILE or stop == len(mine):
@@ -449,20 +470,23 @@ def extract_features(
             found, start = [], stop
     accelerator.wait_for_everyone()
     cache.refresh()
-    return cache
 
 
-class _Fitted(torch.utils.data.Dataset):
-    """Images as an embedder takes them."""
+def _fitted(data: Images, resolution: int, fit: str, index: int) -> torch.Tensor:
+    return to_tensor(fit_image(data.image(index), resolution, fit, data.background))
 
-    def __init__(self, data: Images, resolution: int, fit: str):
-        self.data, self.resolution, self.fit = data, resolution, fit
+
+class _Pictures(torch.utils.data.Dataset):
+    """What `read` makes of the pictures at some positions."""
+
+    def __init__(self, positions: Sequence[int], read: Callable[[int], torch.Tensor]):
+        self.positions, self.read = positions, read
 
     def __len__(self) -> int:
-        return len(self.data)
+        return len(self.positions)
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        return to_tensor(fit_image(self.data.image(index), self.resolution, self.fit, self.data.background))
+        return self.read(self.positions[index])
 
 
 def describe_split(args: argparse.Namespace, result: Split, keys: Sequence[str]) -> dict:

@@ -16,9 +16,10 @@ from sketch_perceptual.diffusion import (
     PerceptualTerm,
     decode,
     denoising_target,
-    encode,
+    encode_moments,
     min_snr_weights,
     predict_x0,
+    sample_latents,
 )
 from sketch_perceptual.errors import InputError
 from sketch_perceptual.losses import PixelLoss
@@ -164,7 +165,7 @@ def test_a_perfect_prediction_of_a_round_trip_scores_nothing(vae):
     noise_scheduler = scheduler()
     term = PerceptualTerm(PixelLoss(), vae, noise_scheduler, target="reconstruction")
     _, noise, images = batch()
-    latents = encode(vae, images, sample=False)
+    latents = vae.encode(images).latent_dist.mode() * vae.config.scaling_factor
     timesteps = torch.tensor([5, 50, 100, 200])
     noisy = noise_scheduler.add_noise(latents, noise, timesteps)
     assert decode(vae, latents).abs().max() < 1
@@ -217,6 +218,41 @@ def test_checkpointing_keeps_the_gradient_and_halves_what_is_kept(vae):
     assert small < large / 2
 
 
+def test_a_crop_scores_the_same_square_of_both(vae):
+    decoded = []
+
+    class Loss(PixelLoss):
+        def compare(self, images, target):
+            decoded.append((images.detach(), target))
+            return super().compare(images, target)
+
+    timesteps = torch.tensor([0, 999, 0, 0])
+    latents, noise, images = batch(size=48)
+    term = PerceptualTerm(Loss(), vae, scheduler(), crop=16)
+    value = term(noise, latents, timesteps, images, generator=torch.Generator().manual_seed(1))
+    assert (value > 0).tolist() == [True, False, True, True]
+    assert torch.equal(value, term(noise, latents, timesteps, images, generator=torch.Generator().manual_seed(1)))
+    found, target = decoded[0]
+    assert found.shape == target.shape == (3, 3, 16, 16)
+    x0 = predict_x0(noise, latents, timesteps, scheduler())
+    places = set()
+    for row, square, image in zip((0, 2, 3), found, target, strict=True):
+        windows = images[row].unfold(1, 16, 2).unfold(2, 16, 2)
+        ((top, left),) = (windows == image[:, None, None]).flatten(3).all(3).all(0).nonzero().tolist()
+        places.add((top, left))
+        torch.testing.assert_close(square, decode(vae, x0[row : row + 1, :, top : top + 8, left : left + 8])[0])
+    assert len(places) > 1
+
+
+def test_a_crop_that_is_not_smaller_leaves_the_whole(vae):
+    latents, noise, images = batch()
+    timesteps = torch.zeros(4, dtype=torch.long)
+    whole = PerceptualTerm(PixelLoss(), vae, scheduler())(noise, latents, timesteps, images)
+    assert torch.equal(
+        PerceptualTerm(PixelLoss(), vae, scheduler(), crop=32)(noise, latents, timesteps, images), whole
+    )
+
+
 def test_a_tiny_autoencoder_decodes_the_same_scaled_latents(vae):
     tiny = tiny_decoder()
     latents, noise, images = batch()
@@ -229,20 +265,18 @@ def test_a_tiny_autoencoder_decodes_the_same_scaled_latents(vae):
     torch.testing.assert_close(tiny.encode(images).latents, before)
 
 
-def test_encode_knows_the_scaling_factor_and_its_generator(vae):
+def test_latents_are_those_of_diffusers(vae):
     images = batch()[2]
-    mode = vae.encode(images).latent_dist.mode() * vae.config.scaling_factor
-    torch.testing.assert_close(encode(vae, images, sample=False), mode)
-    draws = [encode(vae, images, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
-    assert torch.equal(draws[0], draws[1])
-    assert not torch.equal(draws[0], draws[2])
+    theirs = vae.encode(images).latent_dist.sample(torch.Generator().manual_seed(1)) * vae.config.scaling_factor
+    ours = sample_latents(vae, encode_moments(vae, images), torch.Generator().manual_seed(1))
+    assert torch.equal(ours, theirs)
 
 
 def test_an_encoder_in_half_precision_stands_beside_a_decoder_in_full(vae):
     vae.to(torch.bfloat16)
     term = PerceptualTerm(PixelLoss(), vae, scheduler(), target="reconstruction")
     latents, noise, images = batch()
-    assert encode(vae, images).dtype == torch.bfloat16
+    assert encode_moments(vae, images).dtype == torch.bfloat16
     assert torch.isfinite(term(noise, latents, torch.zeros(4, dtype=torch.long), images)).all()
 
 
@@ -254,6 +288,7 @@ def test_an_encoder_in_half_precision_stands_beside_a_decoder_in_full(vae):
         ({"every": 0}, "every >= 1"),
         ({"start_step": -1}, "start_step >= 0"),
         ({"scale": 0.0}, "scale > 0"),
+        ({"crop": 17}, "at least 16 pixels and a multiple of 2, got 17"),
         ({"min_snr": 1e9}, "never opens: min_snr=1000000000.0"),
         ({"max_timestep": -1}, "never opens"),
     ],

@@ -26,7 +26,7 @@ SMALL = "--output_dir out --train_batch_size 2 --seed 0 --report_to none --mixed
 MEASURED = "--feature_dir features --mixed_precision no"
 WORKS = {
     "train_lora_sketch": f"""{SMALL} --pretrained_model_name_or_path sd --train_data_dir drawings --resolution 32
-        --perceptual_loss pixel --max_train_steps 1""",
+        --perceptual_loss pixel --max_train_steps 1 --feature_dir features""",
     "train_backbone": f"""{SMALL} --train_data_dir drawings --init_weights none --resolution 32 --head linear
         --reduction 2 --pool_after_attention --num_train_epochs 1 --validation_share 0.3""",
     "train_johnson": f"""{SMALL} --train_data_dir drawings --style drawings --backbone net --width 4 --resolution 32

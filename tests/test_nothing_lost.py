@@ -58,6 +58,7 @@ def test_a_disk_that_fills_up_costs_no_checkpoint(tiny_sd, drawings, tmp_path):
     (tmp_path / "driver.py").write_text(FULL)
     options = OPTIONS.format(sd=tiny_sd, drawings=drawings).split()
     options += ["--checkpointing_steps", "1", "--output_dir", tmp_path / "out", "--resume_from_checkpoint", "latest"]
+    options += ["--feature_dir", tmp_path / "features"]
     done = run(tmp_path / "driver.py", "3", *options)
     assert done.returncode == 2, done.stderr
     assert "checkpoint-3 could not be written: " in done.stderr
@@ -74,6 +75,7 @@ def test_a_disk_that_fills_up_costs_no_checkpoint(tiny_sd, drawings, tmp_path):
 def test_two_processes_resume_bit_for_bit(tiny_sd, drawings, tmp_path):
     """From the middle of an epoch: 7 images on 2 processes are 4 batches, 2 optimizer steps."""
     options = [*OPTIONS.format(sd=tiny_sd, drawings=drawings).split(), "--checkpointing_steps", "3"]
+    options += ["--feature_dir", str(tmp_path / "features")]
     for more in ([], ["--resume_from_checkpoint", "latest"]):
         done = torchrun(ROOT / "train_lora_sketch.py", *options, *more, "--output_dir", str(tmp_path / "out"))
         assert done.returncode == 0, done.stderr[-3000:]

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 import train_lora_sketch as script
 from sketch_perceptual import hub, training
 from sketch_perceptual.backbone import fingerprint, load_backbone
+from sketch_perceptual.data import CaptionedImages
 from sketch_perceptual.errors import InputError
 from sketch_perceptual.losses import PixelLoss
 
@@ -60,7 +61,8 @@ def train(tiny_sd, drawings, tmp_path, monkeypatch, signals):
         logs = []
         monkeypatch.setattr(Accelerator, "log", lambda self, values, step: logs.append({"step": step} | values))
         fixed = f"""--pretrained_model_name_or_path {tiny_sd} --output_dir {tmp_path / output} --resolution 32
-            --perceptual_loss pixel --train_batch_size 2 --lr_warmup_steps 0 --learning_rate 1e-2 --report_to none"""
+            --perceptual_loss pixel --train_batch_size 2 --lr_warmup_steps 0 --learning_rate 1e-2 --report_to none
+            --feature_dir {tmp_path / "features"}"""
         fixed += f" --max_train_steps {steps}" if steps is not None else ""
         fixed += f" --seed {seed}" if seed is not None else ""
         script.main(script.parse_args([*fixed.split(), *data, *map(str, options)]))
@@ -115,6 +117,56 @@ def test_weight_zero_is_the_plain_script_bit_for_bit_and_loads_nothing(train):
     assert "perceptual_loss" not in plain.logs[0]
     assert [log["gated_rows"] for log in shut.logs] == [0] * 4
     assert [log["gated_rows"] for log in scored.logs] == [1] * 4
+
+
+WHOLE = ("--fit", "pad", "--random_flip", "--train_batch_size", 1, "--perceptual_min_snr", 0)
+
+
+def test_caches_change_nothing(train, tmp_path, caplog, monkeypatch):
+    plain = train("--no-cache_latents", "--no-cache_prompts", *WHOLE, steps=16)
+    assert not (tmp_path / "features").exists()
+    assert train(*WHOLE, steps=16, output="cached") == plain
+    assert "embedded; the text encoder" in caplog.text
+    assert "0 of 14 images have latents in " in caplog.text
+    caplog.clear()
+    monkeypatch.setattr(script, "encode_moments", None)
+    assert train(*WHOLE, steps=16, output="again") == plain
+    assert "have latents in" not in caplog.text
+
+
+def test_without_a_term_cached_images_are_not_read(train, monkeypatch):
+    plain = train("--no-cache_latents", "--perceptual_weight", 0, *WHOLE, steps=16)
+    cached = ("--perceptual_weight", 0, *WHOLE)
+    assert train(*cached, steps=16, output="cached") == plain
+    monkeypatch.setattr(CaptionedImages, "pixels", None)
+    assert train(*cached, steps=16, output="again") == plain
+
+
+def test_an_edited_image_gets_new_latents(train, tmp_path, caplog):
+    path = tmp_path / "mine"
+    path.mkdir()
+    for name, colour in (("a", "red"), ("b", "blue")):
+        Image.new("RGB", (32, 32), colour).save(path / f"{name}.png")
+        (path / f"{name}.txt").write_text("a house")
+    data = ("--train_data_dir", str(path))
+    first = train(data=data)
+    Image.new("RGB", (32, 32), "green").save(path / "b.png")
+    caplog.clear()
+    assert train(data=data, output="edited") != first
+    assert "1 of 2 images have latents in " in caplog.text
+
+
+@pytest.mark.parametrize("options", [("--center_crop",), ("--fit", "pad"), ("--center_crop", "--max_train_steps", 3)])
+def test_latents_are_cached_where_crops_stay_and_it_pays(train, caplog, options):
+    train(*options)
+    assert ("have latents in" in caplog.text) == ("--max_train_steps" not in options)
+
+
+def test_random_crops_are_not_cached_and_said(train, caplog):
+    train()
+    assert "--no-cache_latents, because images that are not square are cropped at random" in caplog.text
+    with pytest.raises(InputError, match=r"--cache_latents cannot be: images that are not square .* add --fit pad"):
+        train("--cache_latents", output="cached")
 
 
 def test_gradient_checkpointing_changes_nothing_but_memory(train):
@@ -209,6 +261,7 @@ def test_validation_puts_modes_and_random_state_back(tiny_sd):
     )
     accelerator = Accelerator(cpu=True)
     pipeline, _ = script.load_models(args, accelerator)
+    embed = script.PromptEmbedder(args, pipeline, CaptionedImages([], [], []))
     script.add_lora(args, pipeline.unet)
     pipeline.unet.train()
 
@@ -216,11 +269,11 @@ def test_validation_puts_modes_and_random_state_back(tiny_sd):
         return [(n, p.dtype, p.requires_grad, p.device) for n, p in pipeline.unet.named_parameters()]
 
     before, random_state = state(), torch.get_rng_state()
-    first = script.generate(args, accelerator, pipeline)
+    first = script.generate(args, accelerator, pipeline, embed)
     assert pipeline.unet.training
     assert state() == before
     assert torch.equal(torch.get_rng_state(), random_state)
-    assert script.generate(args, accelerator, pipeline)["house"][0].tobytes() == first["house"][0].tobytes()
+    assert script.generate(args, accelerator, pipeline, embed)["house"][0].tobytes() == first["house"][0].tobytes()
 
 
 def test_a_validation_that_fails_does_not_end_the_training(train, monkeypatch, caplog):
@@ -617,7 +670,8 @@ def test_two_processes_draw_apart_and_agree(tiny_sd, drawings, tmp_path):
     (tmp_path / "driver.py").write_text(DRIVER)
     options = f"""--pretrained_model_name_or_path {tiny_sd} --output_dir {tmp_path / "out"} --resolution 32
         --train_data_dir {drawings} --perceptual_loss pixel --train_batch_size 1 --num_train_epochs 3 --seed 0
-        --learning_rate 1e-2 --lr_warmup_steps 2 --lr_scheduler linear --checkpointing_steps 6 --report_to none"""
+        --learning_rate 1e-2 --lr_warmup_steps 2 --lr_scheduler linear --checkpointing_steps 6 --report_to none
+        --center_crop --feature_dir {tmp_path / "features"}"""
     done = torchrun(tmp_path / "driver.py", str(tmp_path), *options.split())
     assert done.returncode == 0, done.stderr[-3000:]
     adapters = [torch.load(tmp_path / f"adapter-{rank}.pt", weights_only=True) for rank in (0, 1)]
