@@ -116,7 +116,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--backbone", help="network of the loss: folder, Hub id, .safetensors of VGG-16; default: the loss's own")
     add("--perceptual_layers", nargs="+", metavar="LAYER", help="taps, e.g. relu1_2 relu3_3")
     add("--perceptual_resolution", type=count, help="larger images are shrunk to this for the loss; default: 224")
-    add("--perceptual_crop", type=count, help="decode and score a random square of so many pixels; default: the whole")
+    add("--perceptual_crop", type=count, help="side of the random square that is decoded and scored; default: half")
     add("--perceptual_min_snr", type=rate, default=1.0, help="rows with less signal are not scored; 0 scores all")
     add("--perceptual_max_timestep", type=natural, help="gate by timestep instead of by SNR")
     add("--perceptual_start_step", type=natural, default=0, help="no term before this step")
@@ -137,6 +137,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     check_caption_options(parser, args)
     if args.lora_alpha is None:
         args.lora_alpha = args.rank
+    if args.perceptual_crop is None:
+        args.perceptual_crop = max(16, args.resolution // 16 * 8)
     if args.perceptual_resolution is None and args.perceptual_loss in LOSSES:
         args.perceptual_resolution = 224
     return args
