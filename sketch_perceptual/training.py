@@ -208,8 +208,10 @@ def start(args: argparse.Namespace) -> Accelerator:
 
     Seeds every process alike; `args.seed` is drawn, and the same on all, where none was given.
     """
-    if args.report_to == "wandb" and args.hub_token is not None:
+    if args.report_to in ("wandb", "all") and args.hub_token is not None:
         raise InputError("--hub_token would be shown to wandb; use `hf auth login` instead")
+    if args.hub_token is not None:  # trackers may keep the command line
+        sys.argv = [argument.replace(args.hub_token, "***") for argument in sys.argv]
     try:
         accelerator = Accelerator(
             gradient_accumulation_steps=args.gradient_accumulation_steps,
@@ -228,6 +230,8 @@ def start(args: argparse.Namespace) -> Accelerator:
             " accelerate launch --multi_gpu"
         )
     start_logging(accelerator)
+    if args.hub_token is not None:
+        logger.warning("--hub_token stands in the list of processes while this runs; use `hf auth login` instead")
     check_writable(Path(args.output_dir))
     if args.seed is None:
         checkpoint = _choose_checkpoint(args)

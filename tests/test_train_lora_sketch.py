@@ -460,11 +460,15 @@ def test_an_adapter_that_was_not_trained_is_not_exported_as_one(train):
         train("--learning_rate", 0)
 
 
-def test_trackers_get_options_without_the_token(train, monkeypatch):
+def test_the_token_stays_out_of_trackers_and_log(train, monkeypatch, caplog):
     monkeypatch.setattr(Accelerator, "trackers", [], raising=False)
     seen = {}
     monkeypatch.setattr(Accelerator, "init_trackers", lambda self, name, config: seen.update(config))
+    monkeypatch.setattr(sys, "argv", ["train", "--hub_token=hf_secret"])
     train("--hub_token", "hf_secret", "--validation_prompt", "a", "b", "--num_validation_images", 0)
+    assert sys.argv == ["train", "--hub_token=***"]
+    assert "--hub_token stands in the list of processes" in caplog.text
+    assert "hf_secret" not in caplog.text
     assert seen["rank"] == 4
     assert seen["validation_prompt"] == "['a', 'b']"
     assert "hf_secret" not in str(seen)
