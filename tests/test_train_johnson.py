@@ -145,7 +145,9 @@ def test_the_mean_style_is_the_mean_over_all_drawings(options, network, sketches
     assert float(draw(4)["relu1_2"].sum()) == float(draw(4)["relu1_2"].sum())
 
 
-@pytest.mark.parametrize("more", [[], ["--style_target", "random", "--random_flip", "--norm", "batch"]])
+@pytest.mark.parametrize(
+    "more", [["--dataloader_num_workers", "2"], ["--style_target", "random", "--random_flip", "--norm", "batch"]]
+)
 def test_an_interrupted_run_resumes_to_the_same_network(train, monkeypatch, more):
     straight = train(*more, output="straight")
     seen, check = [], training.NonFiniteGuard.is_finite
