@@ -431,7 +431,12 @@ def extract_features(
     cache = open_cache(args, accelerator, embedder)
     embedder.to(accelerator.device, memory_format=torch.channels_last)
     read = functools.partial(_fitted, data, embedder.resolution, embedder.fit)
-    fill_cache(args, accelerator, cache, keys, read, embedder.features, data.name, args.extraction_batch_size)
+
+    def compute(images: torch.Tensor) -> torch.Tensor:
+        with accelerator.autocast():
+            return embedder.features(images)
+
+    fill_cache(args, accelerator, cache, keys, read, compute, data.name, args.extraction_batch_size)
     return cache
 
 
@@ -449,7 +454,7 @@ def fill_cache(
 ) -> None:
     """Add `compute` of the pictures that `cache` lacks; the processes share them.
 
-    `read` and `name` take a position in `keys`; `compute` takes a batch and returns (B, F), under autocast.
+    `read` and `name` take a position in `keys`; `compute` takes a batch and returns (B, F).
     """
     missing = cache.missing(keys)
     accelerator.wait_for_everyone()  # nobody adds before all have looked
@@ -461,9 +466,7 @@ def fill_cache(
     found: list[torch.Tensor] = []
     start = 0
     for batch in tqdm(loader, what.capitalize(), unit="batch", disable=None if accelerator.is_main_process else True):
-        with accelerator.autocast():
-            batch = batch.to(accelerator.device, memory_format=torch.channels_last)
-            features = compute(batch).float().cpu()
+        features = compute(batch.to(accelerator.device, memory_format=torch.channels_last)).float().cpu()
         if bad := (~features.isfinite().all(1)).nonzero().flatten().tolist():
             overflowing = name(mine[start + len(found) + bad[0]])
             raise InputError(f"the {what} of {overflowing} overflow: use --mixed_precision bf16 or no")
