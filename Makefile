@@ -14,7 +14,7 @@ $(INSTALLED): setup.cfg pyproject.toml
 	touch $@
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 quality: $(INSTALLED)
 	$(BIN)/ruff check $(PATHS)

@@ -626,6 +626,7 @@ OFFICIAL = {
 def test_options_and_defaults_are_the_official_scripts():
     args = vars(script.parse_args(["--pretrained_model_name_or_path", "x", "--train_data_dir", "y"]))
     assert {name: args[name] for name in OFFICIAL} == OFFICIAL
+    assert args["perceptual_crop"] == 256
 
 
 def test_the_official_readmes_command_line_is_understood():
