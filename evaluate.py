@@ -31,13 +31,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
-from diffusers import StableDiffusionPipeline
 from PIL import Image
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -104,6 +104,9 @@ from sketch_perceptual.training import (
     start_logging,
     versions,
 )
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
 
 logger = get_logger(__name__, log_level="INFO")
 
@@ -524,7 +527,7 @@ def draw_models(
 def draw_missing(
     args: argparse.Namespace,
     accelerator: Accelerator,
-    pipeline: StableDiffusionPipeline,
+    pipeline: "StableDiffusionPipeline",
     folder: Path,
     prompts: list[tuple[str, int]],
 ) -> tuple[list[Path], dict[str, str]]:
@@ -552,7 +555,7 @@ def is_pictures(source: str) -> bool:
     return Path(source).is_dir() and not any(Path(source).glob("*.safetensors"))
 
 
-def load_generator(args: argparse.Namespace, accelerator: Accelerator) -> StableDiffusionPipeline:
+def load_generator(args: argparse.Namespace, accelerator: Accelerator) -> "StableDiffusionPipeline":
     if args.pretrained_model_name_or_path is None:
         raise InputError("--models: a LoRA and none need --pretrained_model_name_or_path")
     check_writable(Path(args.output_dir))
@@ -564,7 +567,7 @@ def load_generator(args: argparse.Namespace, accelerator: Accelerator) -> Stable
     return pipeline
 
 
-def load_adapter(pipeline: StableDiffusionPipeline, source: str) -> None:
+def load_adapter(pipeline: "StableDiffusionPipeline", source: str) -> None:
     try:
         pipeline.load_lora_weights(source, use_safetensors=True)
     except (OSError, ValueError, RuntimeError, KeyError) as error:

@@ -19,8 +19,9 @@ import tempfile
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
 
-import diffusers
 import numpy as np
 import torch
 import transformers
@@ -33,8 +34,6 @@ from accelerate.utils import (
     broadcast_object_list,
     set_seed,
 )
-from diffusers import StableDiffusionPipeline
-from diffusers.optimization import get_scheduler
 from PIL import Image
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
@@ -58,6 +57,9 @@ from .images import fit_image, to_tensor
 from .labelled import LabelledImages, labelled_dataset, labelled_folder
 from .retrieval import SketchEmbedder
 from .splits import Split, content_key, find_copies, thumbnail
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
 
 logger = get_logger(__name__, log_level="INFO")
 
@@ -251,9 +253,13 @@ def start_logging(accelerator: Accelerator) -> None:
     logging.getLogger().setLevel(logging.INFO if accelerator.is_main_process else logging.WARNING)
     logging.captureWarnings(True)
     logging.getLogger("accelerate").setLevel(logging.WARNING)
-    for library in (diffusers, transformers):  # what matters of their advice is checked by the scripts
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
+    silence(transformers)
+
+
+def silence(library: ModuleType) -> None:
+    """Diffusers or transformers: what matters of their advice is checked by the scripts."""
+    library.utils.logging.set_verbosity_error()
+    library.utils.logging.disable_progress_bar()
 
 
 def start_trackers(accelerator: Accelerator, name: str, args: argparse.Namespace) -> None:
@@ -323,11 +329,15 @@ def scan_images(accelerator: Accelerator, data: Images, visit: Callable | None =
     return broadcast_object_list([scan(data, visit) if accelerator.is_main_process else None])[0]
 
 
-def load_pipeline(args: argparse.Namespace, accelerator: Accelerator, **options) -> StableDiffusionPipeline:
+def load_pipeline(args: argparse.Namespace, accelerator: Accelerator, **options) -> "StableDiffusionPipeline":
     """The pipeline that the options of `add_pipeline_options` name: frozen, on its device, in the run's precision.
 
     `options` are keywords of its `from_pretrained`. InputError.
     """
+    import diffusers  # takes 6 seconds
+    from diffusers import StableDiffusionPipeline
+
+    silence(diffusers)
     source = args.pretrained_model_name_or_path
     place = {"revision": args.revision, "cache_dir": args.cache_dir}
     try:
@@ -556,6 +566,8 @@ def make_optimizer(
 
 def make_lr_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer):
     """The schedule in optimizer steps: step it once for each; accelerate would count processes as well."""
+    from diffusers.optimization import get_scheduler
+
     return get_scheduler(
         args.lr_scheduler,
         optimizer,
