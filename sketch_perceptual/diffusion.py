@@ -156,11 +156,12 @@ class PerceptualTerm:
         if every < 1 or start_step < 0 or min_snr < 0 or scale <= 0:
             raise InputError("the perceptual term needs every >= 1, start_step >= 0, min_snr >= 0 and scale > 0")
         check_prediction_type(noise_scheduler.config.prediction_type)
-        self.pixels = 2 ** (len(vae.config.block_out_channels) - 1)  # of a latent's side
-        if crop is not None and (crop < 16 or crop % self.pixels):
-            raise InputError(
-                f"the perceptual term's crop must be at least 16 pixels and a multiple of {self.pixels}, got {crop}"
-            )
+        if crop is not None:
+            self.pixels = 2 ** (len(vae.config.block_out_channels) - 1)  # of a latent's side
+            if crop < 16 or crop % self.pixels:
+                raise InputError(
+                    f"the perceptual term's crop must be 16 pixels or more and a multiple of {self.pixels}, got {crop}"
+                )
         self.loss, self.vae, self.noise_scheduler = loss, vae, noise_scheduler
         self.start_step, self.every, self.target, self.dtype = start_step, every, target, dtype
         self.scale, self.crop = scale, crop

@@ -487,6 +487,8 @@ def fill_cache(
             found, start = [], stop
     accelerator.wait_for_everyone()
     cache.refresh()
+    if cache.missing(keys):
+        raise InputError(f"--feature_dir {cache.folder} must be a folder that all machines share")
 
 
 def _fitted(data: Images, resolution: int, fit: str, index: int) -> torch.Tensor:

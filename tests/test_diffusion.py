@@ -288,7 +288,7 @@ def test_an_encoder_in_half_precision_stands_beside_a_decoder_in_full(vae):
         ({"every": 0}, "every >= 1"),
         ({"start_step": -1}, "start_step >= 0"),
         ({"scale": 0.0}, "scale > 0"),
-        ({"crop": 17}, "at least 16 pixels and a multiple of 2, got 17"),
+        ({"crop": 17}, "16 pixels or more and a multiple of 2, got 17"),
         ({"min_snr": 1e9}, "never opens: min_snr=1000000000.0"),
         ({"max_timestep": -1}, "never opens"),
     ],

@@ -145,6 +145,12 @@ add(
     ("--perceptual_loss vgg --backbone net", "score it with --perceptual_loss attention_vgg"),
     ("--perceptual_layers relu1_2", "pixel does not take these options, layers"),
     ("--perceptual_resolution 8", "at least 16 pixels"),
+    ("--perceptual_crop 17", "crop must be 16 pixels or more and a multiple of 4, got 17"),
+    ("--cache_latents", "--cache_latents cannot be: images that are not square are cropped at random"),
+    (
+        "--cache_latents --center_crop --feature_dir /proc/nothing",
+        "--feature_dir: /proc/nothing.* cannot be written to",
+    ),
     ("--perceptual_min_snr 1e9", "the gate never opens"),
     ("--perceptual_decoder nowhere/taesd", "--perceptual_decoder nowhere/taesd cannot be loaded"),
     ("--use_8bit_adam", "pip install bitsandbytes"),
