@@ -69,6 +69,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="measured steps of a turn")
     parser.add_argument("--arms", nargs="+", help="only these, and the official script")
     args, options = parser.parse_known_args()
+    cache = ["--cache_latents"]  # as a run does by itself that sees its pictures more than once
     no_cache = ["--no-cache_latents", "--no-cache_prompts"]
     side = str(args.resolution)
     whole = ["--perceptual_crop", side]
@@ -76,11 +77,11 @@ def main() -> None:
     arms = {
         "official": None,
         "plain": ["--perceptual_weight", "0", *no_cache],
-        "plain, cached": ["--perceptual_weight", "0"],
+        "plain, cached": ["--perceptual_weight", "0", *cache],
         "naive": [*naive, *no_cache],
         "gated, whole": [*whole, *no_cache],
-        "gated, whole, cached": whole,
-        "defaults": [],
+        "gated, whole, cached": [*whole, *cache],
+        "defaults": cache,
     }
     chosen = {name: arms[name] for name in ["official", *(args.arms or list(arms)[1:])]}
     with tempfile.TemporaryDirectory() as folder:
