@@ -18,14 +18,13 @@ import sys
 import tempfile
 from pathlib import Path
 
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from sketch_perceptual.backbone import BUNDLED
+from benchmarks.tiny_decoder import TINY_SD, make_decoder
 from sketch_perceptual.drawings import write_folder
 
 ROOT = Path(__file__).parent.parent
-TINY_SD = BUNDLED.parent / "tiny-sd"
 WARM_UP = 2
 # Runs a script and leaves behind when its optimizer stepped, since the start, its peak memory, and its operations.
 MEASURED = """
@@ -74,20 +73,22 @@ def main() -> None:
     side = str(args.resolution)
     whole = ["--perceptual_crop", side]
     naive = [*whole, "--perceptual_min_snr", "0", "--perceptual_resolution", side]
-    arms = {
-        "official": None,
-        "plain": ["--perceptual_weight", "0", *no_cache],
-        "plain, cached": ["--perceptual_weight", "0", *cache],
-        "naive": [*naive, *no_cache],
-        "gated, whole": [*whole, *no_cache],
-        "gated, whole, cached": [*whole, *cache],
-        "defaults": cache,
-    }
-    chosen = {name: arms[name] for name in ["official", *(args.arms or list(arms)[1:])]}
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
+        arms = {
+            "official": None,
+            "plain": ["--perceptual_weight", "0", *no_cache],
+            "plain, cached": ["--perceptual_weight", "0", *cache],
+            "naive": [*naive, *no_cache],
+            "gated, whole": [*whole, *no_cache],
+            "gated, whole, cached": [*whole, *cache],
+            "defaults": cache,
+            "AutoencoderTiny": [*cache, "--perceptual_decoder", str(root / "tiny-decoder")],
+        }
+        chosen = {name: arms[name] for name in ["official", *(args.arms or list(arms)[1:])]}
         write_folder(root / "data", per_class=2, size=args.resolution)
         model = make_sd15(root / "sd15") if args.sd15 else TINY_SD
+        (AutoencoderTiny() if args.sd15 else make_decoder()).save_pretrained(root / "tiny-decoder")
         common = f"""--pretrained_model_name_or_path {model} --train_data_dir {root}/data --output_dir {root}/out
             --resolution {args.resolution} --train_batch_size {args.batch_size}
             --checkpointing_steps 100000 --dataloader_num_workers 1""".split()

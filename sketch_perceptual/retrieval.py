@@ -19,6 +19,7 @@ from .images import Source, check_choice, fit_image, load_image, to_tensor
 EMBEDDINGS = ("pooled", "flat", "logits", "head")
 MINING = ("batch_hard", "batch_all")
 CELLS = 2**22  # similarities in memory at a time
+PART = 2**10  # embeddings in float64 at a time, which stay in the processor's cache
 DECIMALS = 9  # beyond them a sum differs with the size of the matrix that it is part of
 
 
@@ -247,15 +248,21 @@ def most_alike(queries: Tensor, gallery: Tensor) -> list[int]:
 
 def _similarities(queries: Tensor, gallery: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Cosines of a few queries after the other with the whole gallery, float64."""
-    for name, embeddings in (("queries", queries), ("gallery", gallery)):
-        if embeddings.ndim != 2 or not len(embeddings) or not embeddings.isfinite().all():
-            raise InputError(f"the {name} must be finite embeddings (N, D), got {tuple(embeddings.shape)}")
+    own, lengths = _lengths(queries, "queries"), _lengths(gallery, "gallery")
     step = max(1, CELLS // len(gallery))
     for start in range(0, len(queries), step):
         rows = slice(start, start + step)
-        few = F.normalize(queries[rows].double())
-        parts = [few @ F.normalize(part.double()).T for part in gallery.split(2**16)]
-        yield rows, torch.cat(parts, 1).round(decimals=DECIMALS)
+        few = queries[rows].double() / own[rows, None]
+        products = torch.cat([few @ part.double().T for part in gallery.split(PART)], 1)
+        yield rows, (products / lengths).round(decimals=DECIMALS)
+
+
+def _lengths(embeddings: Tensor, name: str) -> Tensor:
+    if embeddings.ndim == 2 and len(embeddings):
+        lengths = torch.cat([part.double().norm(dim=1) for part in embeddings.split(PART)])
+        if lengths.isfinite().all():
+            return lengths.clamp(min=1e-12)
+    raise InputError(f"the {name} must be finite embeddings (N, D), got {tuple(embeddings.shape)}")
 
 
 def _config(source: str | Path) -> dict:

@@ -1,0 +1,117 @@
+"""Features and rankings beside what one would write first, in turns in one run.
+
+    python -m sketch_perceptual.drawings --output_dir drawings --per_class 32 --size 256
+    python -m benchmarks.retrieval --train_data_dir drawings
+
+Features: what `evaluate.py` fills its cache with, against a loop over torchvision's ImageFolder through the same
+network. Ranking: `rank` against a loop over queries with `argsort`, and against torchmetrics' average precision. One
+query: `search` against FAISS's flat index, which was filled before.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+
+import faiss
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor
+from torchmetrics.functional.retrieval import retrieval_average_precision
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
+
+from sketch_perceptual.backbone import AttentionVGG16
+from sketch_perceptual.labelled import labelled_folder
+from sketch_perceptual.retrieval import make_embedder, rank, search
+from sketch_perceptual.training import extract_features
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--train_data_dir", required=True, help="one folder a class")
+    parser.add_argument("--resolution", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each")
+    parser.add_argument("--dataloader_num_workers", type=int, default=0)
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    args.extraction_batch_size = 32
+    network = AttentionVGG16("none", num_classes=0).eval()
+    plain = lambda: image_folder_loop(args, network)  # noqa: E731
+    ours = lambda: cached(args, network)  # noqa: E731
+    beside("features: ImageFolder loop, extract_features", plain, ours, args.rounds)
+
+    labels, embeddings = torch.arange(7445) % 163, torch.randn(163, 512)
+    drawings = embeddings[labels] + 3 * torch.randn(7445, 512)
+    queries, gallery, own, other = drawings[:830], drawings[830:], labels[:830], labels[830:]
+    ranked = lambda: rank(queries, gallery, own, other).scores["map"]  # noqa: E731
+    beside("830 x 6615: loop over queries, rank", lambda: loop(queries, gallery, own, other), ranked, args.rounds)
+    metric = lambda: torchmetrics_loop(queries, gallery, own, other)  # noqa: E731
+    beside("830 x 6615: torchmetrics, rank", metric, ranked, args.rounds)
+
+    gallery = torch.randn(50_889, 512)
+    index = faiss.IndexFlatIP(512)
+    index.add(F.normalize(gallery).numpy())
+    one = F.normalize(gallery[:1])
+    flat = lambda: index.search(one.numpy(), 5)[1][0].tolist()  # noqa: E731
+    beside("one query in 50,889: FAISS, search", flat, lambda: search(one[0], gallery, 5)[1], args.rounds)
+    start = time.perf_counter()
+    rank(gallery[:5_089], gallery[5_089:], torch.arange(5_089) % 1000, torch.arange(45_800) % 1000)
+    print(f"rank, 5,089 x 45,800: {time.perf_counter() - start:.1f} s, {torch.get_num_threads()} CPU threads")
+
+
+def beside(name: str, theirs: Callable, ours: Callable, rounds: int) -> None:
+    ratios, seconds = [], []
+    for _ in range(rounds):
+        times, values = [], []
+        for function in (theirs, ours):
+            start = time.perf_counter()
+            values.append(function())
+            times.append(time.perf_counter() - start)
+        ratios.append(times[0] / times[1])
+        seconds.append(times)
+        torch.testing.assert_close(torch.as_tensor(values[1]).float(), torch.as_tensor(values[0]).float())
+    medians = " and ".join(f"{statistics.median(side):.3f} s" for side in zip(*seconds, strict=True))
+    print(f"{name}: {medians}, {statistics.median(ratios):.2f} x ({min(ratios):.2f} to {max(ratios):.2f})", flush=True)
+
+
+@torch.inference_mode()
+def image_folder_loop(args: argparse.Namespace, network: AttentionVGG16) -> Tensor:
+    steps = [
+        transforms.Resize(args.resolution, transforms.InterpolationMode.LANCZOS),
+        transforms.CenterCrop(args.resolution),
+        transforms.ToTensor(),
+    ]
+    data = ImageFolder(args.train_data_dir, transforms.Compose([*steps, transforms.Normalize([0.5] * 3, [0.5] * 3)]))
+    loader = torch.utils.data.DataLoader(data, args.extraction_batch_size, num_workers=args.dataloader_num_workers)
+    return torch.cat([network.last_map(images).mean((2, 3)) for images, _ in loader]).mean(0)
+
+
+def cached(args: argparse.Namespace, network: AttentionVGG16) -> Tensor:
+    data = labelled_folder(args.train_data_dir)
+    with tempfile.TemporaryDirectory() as args.feature_dir:
+        embedder = make_embedder(network, resolution=args.resolution, fit="crop")
+        keys = list(map(str, range(len(data))))
+        features = extract_features(args, Accelerator(), embedder, data, keys)
+        return torch.cat([rows for _, rows in features.parts(keys)]).mean(0)
+
+
+def loop(queries: Tensor, gallery: Tensor, own: Tensor, other: Tensor) -> float:
+    queries, gallery, precisions = F.normalize(queries), F.normalize(gallery), []
+    for query, label in zip(queries, own, strict=True):
+        hits = (other == label)[(gallery @ query).argsort(descending=True)]
+        places = hits.nonzero().flatten() + 1
+        precisions.append((torch.arange(1, len(places) + 1) / places).mean())
+    return float(torch.stack(precisions).mean())
+
+
+def torchmetrics_loop(queries: Tensor, gallery: Tensor, own: Tensor, other: Tensor) -> float:
+    similarities = F.normalize(queries) @ F.normalize(gallery).T + 2  # it leaves out what is negative
+    rows = zip(similarities, own, strict=True)
+    return float(torch.stack([retrieval_average_precision(row, other == label) for row, label in rows]).mean())
+
+
+if __name__ == "__main__":
+    main()
