@@ -1,0 +1,67 @@
+"""What bfloat16 does to the perceptual term: its value and its gradient beside those of float32.
+
+    python -m benchmarks.precision
+
+The demo's pipeline, a drawing of each class, timesteps within the gate, and a prediction that is off by a third of the
+noise. "autocast" is float32 weights under it, "input" float32 throughout with the decoded picture rounded to bfloat16.
+"""
+
+import copy
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler
+from torch import Tensor
+
+from benchmarks.tiny_decoder import TINY_SD
+from sketch_perceptual import PerceptualLoss
+from sketch_perceptual.diffusion import cast_decoder, decode, encode_moments, predict_x0, sample_latents
+from sketch_perceptual.drawings import CLASSES, STYLES, draw
+from sketch_perceptual.images import to_tensor
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    scheduler = DDPMScheduler.from_pretrained(TINY_SD, subfolder="scheduler")
+    vae = AutoencoderKL.from_pretrained(TINY_SD, subfolder="vae", torch_dtype=torch.float32)
+    drawings = [draw(name, 10_000, style=STYLES[n % 3], size=64) for n, name in enumerate(CLASSES)]
+    target = torch.stack(list(map(to_tensor, drawings)))
+    with torch.no_grad():
+        latents = sample_latents(vae, encode_moments(vae, target))
+    noise, timesteps = torch.randn_like(latents), torch.randint(354, (len(latents),))
+    noisy_latents = scheduler.add_noise(latents, noise, timesteps)
+    model_pred = noise + 0.3 * torch.randn_like(noise)
+    loss = PerceptualLoss(resolution=224).requires_grad_(False).eval()
+    half_vae, half_loss = copy.deepcopy(vae), copy.deepcopy(loss).bfloat16()
+    cast_decoder(half_vae, torch.bfloat16)
+
+    def term(vae, loss, between: torch.dtype | None = None, autocast: bool = False) -> tuple[Tensor, Tensor]:
+        prediction = model_pred.clone().requires_grad_()
+        x0 = predict_x0(prediction, noisy_latents, timesteps, scheduler)
+        if autocast:
+            with torch.autocast("cpu", torch.bfloat16):
+                values = loss(vae.decode(x0 / vae.config.scaling_factor).sample, target)
+        else:
+            images = decode(vae, x0)
+            images = images if between is None else images.to(between)
+            dtype = next(loss.parameters()).dtype
+            values = loss(images.to(dtype), target.to(dtype))
+        values.float().sum().backward()
+        return values.detach().float(), prediction.grad.flatten(1)
+
+    value, gradient = term(vae, loss)
+    arms = {
+        "decoder and loss": term(half_vae, half_loss),
+        "decoder": term(half_vae, loss),
+        "loss": term(vae, half_loss),
+        "input": term(vae, loss, torch.bfloat16),
+        "autocast": term(vae, loss, autocast=True),
+    }
+    print("| in bfloat16 | value, off by | cosine of the gradients, mean (least) |\n|---|---|---|")
+    for name, (values, gradients) in arms.items():
+        cosine = torch.cosine_similarity(gradient, gradients)
+        off = ((values - value).abs() / value).mean()
+        print(f"| {name} | {off:.1%} | {cosine.mean():.2f} ({cosine.min():.2f}) |")
+
+
+if __name__ == "__main__":
+    main()
