@@ -91,8 +91,7 @@ class PerceptualLoss(ImageLoss):
         if len(weights) != len(self.layers):
             raise InputError(f"{len(weights)} layer_weights for {len(self.layers)} layers")
         self.layer_weights = dict(zip(self.layers, weights, strict=True))
-        self.backbone = backbone if isinstance(backbone, nn.Module) else load_backbone(backbone)
-        self.backbone.find_taps(self.layers)
+        self.backbone = _cut(backbone, self.layers)
         self._freeze()
 
     def compare(self, images: Tensor, target: Tensor) -> Tensor:
@@ -120,8 +119,7 @@ class StyleLoss(ImageLoss):
     ):
         super().__init__(resolution)
         self.layers = check_layers(layers)
-        self.backbone = backbone if isinstance(backbone, nn.Module) else load_backbone(backbone)
-        self.backbone.find_taps(self.layers)
+        self.backbone = _cut(backbone, self.layers)
         self._freeze()
 
     def compare(self, images: Tensor, target: Tensor) -> Tensor:
@@ -199,7 +197,7 @@ def attention_vgg(backbone: AttentionVGG16 | str | Path = BUNDLED, **options) ->
 
 def vgg(backbone: str | Path = "imagenet", **options) -> PerceptualLoss:
     """`PerceptualLoss` on plain VGG-16: ImageNet weights, a `.safetensors`, or a folder tuned without attention."""
-    loss = PerceptualLoss(load_backbone(backbone, attention="none"), **options)
+    loss = PerceptualLoss(_cut(backbone, options.get("layers", DEFAULT_LAYERS), "none"), **options)
     _expect_attention(loss, "none", "attention_vgg")
     return loss
 
@@ -303,6 +301,16 @@ def check_images(images: Tensor, target: Tensor) -> None:
         raise InputError(f"target must lie in [-1, 1], got {low:.4g} to {high:.4g}: use sketch_perceptual.to_tensor")
     if low >= 0 and images.detach().amin() >= 0:
         warnings.warn("images and target both lie in [0, 1]; the range here is [-1, 1]", stacklevel=3)
+
+
+def _cut(backbone: AttentionVGG16 | str | Path, layers: Sequence[str], attention: str = "cbam") -> AttentionVGG16:
+    """A network as it is, or one that is loaded here and ends at the deepest of the layers: 30 MB of 550."""
+    if isinstance(backbone, nn.Module):
+        backbone.find_taps(layers)
+        return backbone
+    network = load_backbone(backbone, attention)
+    taps = network.find_taps(layers)
+    return network.truncate(taps[max(taps)])
 
 
 def _expect_attention(loss: PerceptualLoss, attention: str, other: str) -> None:

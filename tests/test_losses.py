@@ -277,3 +277,15 @@ def test_style_is_finite_on_blank_pages(sources, value):
     loss(page, target).sum().backward()
     assert page.grad.isfinite().all()
     assert loss(page, page).item() == 0
+
+
+@pytest.mark.parametrize("name", ["attention_vgg", "vgg"])
+def test_a_network_that_is_loaded_keeps_only_what_the_loss_reads(tmp_path, name):
+    network = AttentionVGG16("cbam" if name == "attention_vgg" else "none", True, num_classes=3, head="linear")
+    network.save_pretrained(tmp_path)
+    loss = build_loss(name, backbone=str(tmp_path), layers=["relu2_2", "relu1_2"])
+    assert loss.backbone.last_layer == "relu2_2"
+    assert not list(loss.backbone.classifier.parameters())
+    whole = PerceptualLoss(network, ["relu2_2", "relu1_2"])
+    assert whole.backbone is network
+    torch.testing.assert_close(loss(images(0), images(1)), whole(images(0), images(1)), rtol=0, atol=0)
