@@ -13,6 +13,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 
 import faiss
 import torch
@@ -39,24 +40,19 @@ def main() -> None:
     torch.manual_seed(0)
     args.extraction_batch_size = 32
     network = AttentionVGG16("none", num_classes=0).eval()
-    plain = lambda: image_folder_loop(args, network)  # noqa: E731
-    ours = lambda: cached(args, network)  # noqa: E731
+    plain, ours = partial(image_folder_loop, args, network), partial(cached, args, network)
     beside("features: ImageFolder loop, extract_features", plain, ours, args.rounds)
 
     labels, embeddings = torch.arange(7445) % 163, torch.randn(163, 512)
     drawings = embeddings[labels] + 3 * torch.randn(7445, 512)
-    queries, gallery, own, other = drawings[:830], drawings[830:], labels[:830], labels[830:]
-    ranked = lambda: rank(queries, gallery, own, other).scores["map"]  # noqa: E731
-    beside("830 x 6615: loop over queries, rank", lambda: loop(queries, gallery, own, other), ranked, args.rounds)
-    metric = lambda: torchmetrics_loop(queries, gallery, own, other)  # noqa: E731
-    beside("830 x 6615: torchmetrics, rank", metric, ranked, args.rounds)
+    sets = drawings[:830], drawings[830:], labels[:830], labels[830:]
+    beside("830 x 6615: loop over queries, rank", partial(loop, *sets), partial(ranked, *sets), args.rounds)
+    beside("830 x 6615: torchmetrics, rank", partial(torchmetrics_loop, *sets), partial(ranked, *sets), args.rounds)
 
-    gallery = torch.randn(50_889, 512)
+    gallery = F.normalize(torch.randn(50_889, 512))
     index = faiss.IndexFlatIP(512)
-    index.add(F.normalize(gallery).numpy())
-    one = F.normalize(gallery[:1])
-    flat = lambda: index.search(one.numpy(), 5)[1][0].tolist()  # noqa: E731
-    beside("one query in 50,889: FAISS, search", flat, lambda: search(one[0], gallery, 5)[1], args.rounds)
+    index.add(gallery.numpy())
+    beside("one query in 50,889: FAISS, search", partial(flat, index, gallery), partial(found, gallery), args.rounds)
     start = time.perf_counter()
     rank(gallery[:5_089], gallery[5_089:], torch.arange(5_089) % 1000, torch.arange(45_800) % 1000)
     print(f"rank, 5,089 x 45,800: {time.perf_counter() - start:.1f} s, {torch.get_num_threads()} CPU threads")
@@ -107,10 +103,22 @@ def loop(queries: Tensor, gallery: Tensor, own: Tensor, other: Tensor) -> float:
     return float(torch.stack(precisions).mean())
 
 
+def ranked(queries: Tensor, gallery: Tensor, own: Tensor, other: Tensor) -> float:
+    return rank(queries, gallery, own, other).scores["map"]
+
+
 def torchmetrics_loop(queries: Tensor, gallery: Tensor, own: Tensor, other: Tensor) -> float:
     similarities = F.normalize(queries) @ F.normalize(gallery).T + 2  # it leaves out what is negative
     rows = zip(similarities, own, strict=True)
     return float(torch.stack([retrieval_average_precision(row, other == label) for row, label in rows]).mean())
+
+
+def flat(index: faiss.IndexFlatIP, gallery: Tensor) -> list[int]:
+    return index.search(gallery[:1].numpy(), 5)[1][0].tolist()
+
+
+def found(gallery: Tensor) -> list[int]:
+    return search(gallery[0], gallery, 5)[1]
 
 
 if __name__ == "__main__":

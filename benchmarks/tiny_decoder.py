@@ -25,6 +25,7 @@ from sketch_perceptual.diffusion import decode
 from sketch_perceptual.drawings import CLASSES, STYLES
 
 TINY_SD = BUNDLED.parent / "tiny-sd"
+STEPS, BATCH_SIZE, LEARNING_RATE = 4000, 16, 2e-3
 WIDTHS = (0.5, 1, 1.5, 2, 3, 4)
 HELD_OUT = 10_000  # the number of the first drawing of a class that no training has seen
 
@@ -38,24 +39,24 @@ def make_decoder() -> AutoencoderTiny:
     )
 
 
-def fit(tiny: AutoencoderTiny, drawings: Tensor, mean: Tensor, std: Tensor, args) -> None:
-    parameters = tiny.decoder.parameters()
-    optimizer = torch.optim.AdamW(parameters, args.learning_rate)
-    schedule = get_cosine_schedule_with_warmup(optimizer, 100, args.steps)
+def fit(tiny: AutoencoderTiny, drawings: Tensor, mean: Tensor, std: Tensor) -> None:
+    parameters = list(tiny.decoder.parameters())
+    optimizer = torch.optim.AdamW(parameters, LEARNING_RATE)
+    schedule = get_cosine_schedule_with_warmup(optimizer, 100, STEPS)
     start = time.time()
-    for step in range(1, args.steps + 1):
-        rows = torch.randint(len(drawings), (args.batch_size,))
+    for step in range(1, STEPS + 1):
+        rows = torch.randint(len(drawings), (BATCH_SIZE,))
         images, latents = images_of(drawings[rows]), mean[rows] + std[rows] * torch.randn_like(mean[rows])
         error = tiny.decode(latents).sample - images
         edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
         loss = error.abs().mean() + 0.5 * edges + F.avg_pool2d(error, 8).abs().mean()  # as the VAE's own
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(tiny.decoder.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
         if step % 200 == 0:
-            print(f"step {step}/{args.steps} loss {loss:.4f} {step / (time.time() - start):.2f} steps/s", flush=True)
+            print(f"step {step}/{STEPS} loss {loss:.4f} {step / (time.time() - start):.2f} steps/s", flush=True)
 
 
 def strokes(width: float, count: int = 64) -> Tensor:
@@ -73,9 +74,8 @@ def strokes(width: float, count: int = 64) -> Tensor:
 
 def held_out(style: str) -> Tensor:
     """(128, 3, 64, 64) uint8 drawings."""
-    return torch.from_numpy(
-        np.stack([render((name, HELD_OUT + n, style)) for name in CLASSES for n in range(8)])
-    ).permute(0, 3, 1, 2)
+    drawings = np.stack([render((name, HELD_OUT + n, style)) for name in CLASSES for n in range(8)])
+    return torch.from_numpy(drawings).permute(0, 3, 1, 2)
 
 
 @torch.no_grad()
@@ -98,9 +98,6 @@ def compare(vae: AutoencoderKL, tiny: AutoencoderTiny) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--learning_rate", type=float, default=2e-3)
     args = parser.parse_args()
     torch.manual_seed(0)
     vae = AutoencoderKL.from_pretrained(TINY_SD, subfolder="vae", torch_dtype=torch.float32)
@@ -110,7 +107,7 @@ def main() -> None:
         drawings = torch.cat([photos, load_drawings(STYLES, 96, args.output_dir / "sketches.npy")])
         mean, std = (part * vae.config.scaling_factor for part in encode(vae, drawings))
         tiny = make_decoder()
-        fit(tiny, drawings, mean, std, args)
+        fit(tiny, drawings, mean, std)
         tiny.save_pretrained(args.output_dir)
     compare(vae, AutoencoderTiny.from_pretrained(args.output_dir))
 
