@@ -26,6 +26,15 @@ from sketch_perceptual.drawings import write_folder
 
 ROOT = Path(__file__).parent.parent
 WARM_UP = 2
+# SD-1.5's published configuration.
+UNET = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
+VAE = {
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "block_out_channels": [128, 256, 512, 512],
+    "layers_per_block": 2,
+    "sample_size": 512,
+}
 # Runs a script and leaves behind when its optimizer stepped, since the start, its peak memory, and its operations.
 MEASURED = """
 import time
@@ -142,14 +151,7 @@ def measure(file: Path, kind: str, command: list[str]) -> dict[str, float]:
 
 def make_sd15(folder: Path) -> Path:
     """The parts of stable-diffusion-v1-5 by their published configurations, with random weights."""
-    unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
-    vae = AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * 4,
-        up_block_types=["UpDecoderBlock2D"] * 4,
-        block_out_channels=[128, 256, 512, 512],
-        layers_per_block=2,
-        sample_size=512,
-    )
+    unet, vae = UNet2DConditionModel(**UNET), AutoencoderKL(**VAE)
     text = CLIPTextConfig(
         vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12
     )
