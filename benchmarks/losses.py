@@ -9,6 +9,8 @@ paper's network without the two max-pools. A loss reads the target once, the pre
 import argparse
 import statistics
 import time
+from collections.abc import Callable
+from functools import partial
 
 import lpips
 import torch
@@ -37,19 +39,19 @@ def seconds(loss: nn.Module, images: torch.Tensor, target: torch.Tensor) -> floa
     return time.perf_counter() - start
 
 
-def kept(loss: nn.Module, images: torch.Tensor, target: torch.Tensor) -> int:
-    """Bytes that a forward pass keeps for the backward one, each tensor once."""
-    found = {}
+def kept(forward: Callable[[], object], module: nn.Module) -> int:
+    """Bytes that a forward pass keeps for the backward one, each tensor once, weights left out."""
+    storages = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        storage = tensor.untyped_storage()
+        storages[storage._cdata] = storage  # held, so that no other takes its address
         return tensor
 
-    weights = {parameter.untyped_storage().data_ptr() for parameter in loss.parameters()}
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        value = loss(images, target)
-    del value
-    return sum(size for pointer, size in found.items() if pointer not in weights)
+        forward()
+    weights = {parameter.untyped_storage()._cdata for parameter in module.parameters()}
+    return sum(storage.nbytes() for address, storage in storages.items() if address not in weights)
 
 
 def main() -> None:
@@ -70,7 +72,7 @@ def main() -> None:
     for name in losses:
         ratios = [own / other for own, other in zip(times[name][1:], times["lpips"][1:], strict=True)]
         ratio = f"{statistics.median(ratios):.2f} x lpips ({min(ratios):.2f} to {max(ratios):.2f})"
-        memory = kept(losses[name], images, target) / 1e6
+        memory = kept(partial(losses[name], images, target), losses[name]) / 1e6
         print(
             f"{name}: {statistics.median(times[name][1:]):.3f} s, {ratio}, {memory:.0f} MB kept for the backward pass"
         )

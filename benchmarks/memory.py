@@ -7,7 +7,6 @@ backbone for the scored square of one row, in float32. The VAE's encoder and the
 leave it.
 """
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -16,6 +15,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from peft import LoraConfig
 from torch import Tensor, nn
 
+from benchmarks.losses import kept
 from benchmarks.step import UNET, VAE
 from sketch_perceptual import PerceptualLoss
 from sketch_perceptual.backbone import AttentionVGG16
@@ -61,21 +61,6 @@ def main() -> None:
     for name, pools in {"pools kept": True, "the paper's": False}.items():
         loss = PerceptualLoss(AttentionVGG16(pool_after_attention=pools, num_classes=0, last_layer="relu4_3"))
         show(f"attention-VGG, {name}, 224 px", loss, kept(partial(loss.compare, images, images), loss))
-
-
-def kept(forward: Callable[[], Tensor], module: nn.Module) -> int:
-    """Bytes that a forward pass keeps for the backward one, each tensor once, weights left out."""
-    storages = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        storages[storage._cdata] = storage  # held, so that no other takes its address
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        forward()
-    weights = {parameter.untyped_storage()._cdata for parameter in module.parameters()}
-    return sum(storage.nbytes() for address, storage in storages.items() if address not in weights)
 
 
 def show(name: str, module: nn.Module, found: int) -> None:

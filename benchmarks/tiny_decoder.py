@@ -13,13 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL, AutoencoderTiny
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from benchmarks.make_tiny_sd import SIZE, encode, images_of, load_drawings, render
+from benchmarks.make_tiny_sd import SIZE, encode, images_of, load_drawings, picture_loss, render
 from sketch_perceptual.backbone import BUNDLED
 from sketch_perceptual.diffusion import decode
 from sketch_perceptual.drawings import CLASSES, STYLES
@@ -47,9 +46,7 @@ def fit(tiny: AutoencoderTiny, drawings: Tensor, mean: Tensor, std: Tensor) -> N
     for step in range(1, STEPS + 1):
         rows = torch.randint(len(drawings), (BATCH_SIZE,))
         images, latents = images_of(drawings[rows]), mean[rows] + std[rows] * torch.randn_like(mean[rows])
-        error = tiny.decode(latents).sample - images
-        edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
-        loss = error.abs().mean() + 0.5 * edges + F.avg_pool2d(error, 8).abs().mean()  # as the VAE's own
+        loss = picture_loss(tiny.decode(latents).sample - images)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
