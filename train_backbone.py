@@ -34,6 +34,7 @@ from sketch_perceptual.data import generator
 from sketch_perceptual.errors import InputError
 from sketch_perceptual.figures import learning_curve
 from sketch_perceptual.labelled import LabelledImages, are_imagenets, class_names
+from sketch_perceptual.losses import calibrate
 from sketch_perceptual.splits import split
 from sketch_perceptual.training import (
     NonFiniteGuard,
@@ -465,7 +466,9 @@ def best_epoch(state: dict) -> dict:
 
 
 def save_network(network: AttentionVGG16, folder: Path) -> None:
-    """Write the network aside, then move its files into `folder`, so that none is ever half there."""
+    """Write the network, calibrated, aside, then move its files into `folder`, so that none is ever half there."""
+    network.calibration = {}
+    calibrate(network, network.tap_index)
     partial = folder.with_name(f".{folder.name}.partial")
     network.save_pretrained(partial)
     folder.mkdir(exist_ok=True)

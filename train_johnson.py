@@ -41,7 +41,7 @@ from sketch_perceptual.errors import InputError
 from sketch_perceptual.figures import sheet
 from sketch_perceptual.images import fit_image, to_pil, to_tensor
 from sketch_perceptual.johnson import NORMS, UPSAMPLING, JohnsonNet, load_johnson
-from sketch_perceptual.losses import DEFAULT_LAYERS, StyleLoss, gram_matrix, style_distance, total_variation
+from sketch_perceptual.losses import DEFAULT_LAYERS, StyleLoss, gram_matrix, total_variation
 from sketch_perceptual.paired import find_pairs
 from sketch_perceptual.training import (
     NonFiniteGuard,
@@ -316,7 +316,7 @@ def transfer_losses(
         grams = {name: gram_matrix(taps[name]) for name in args.style_layers}
         return {
             "content": (taps[args.content_layer] - kept).square().flatten(1).mean(1),
-            "style": style_distance(grams, wanted),
+            "style": style_loss.distance(grams, wanted),
             "total_variation": total_variation(images),
         }
 

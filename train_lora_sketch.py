@@ -47,7 +47,7 @@ from sketch_perceptual.errors import InputError
 from sketch_perceptual.features import FeatureCache
 from sketch_perceptual.figures import sheet
 from sketch_perceptual.images import INTERPOLATIONS, to_pil
-from sketch_perceptual.losses import LOSSES, build_loss, typical_distance
+from sketch_perceptual.losses import LOSSES, build_loss
 from sketch_perceptual.training import (
     CACHE,
     NonFiniteGuard,
@@ -150,10 +150,6 @@ def main(args: argparse.Namespace) -> None:
     perceptual_term = build_term(args, pipeline.vae, noise_scheduler)
     data, keys = load_data(args, accelerator, pipeline.tokenizer)
     embed = PromptEmbedder(args, pipeline, data)
-    if perceptual_term is not None:
-        few = [data.pixels(index) for index in range(0, len(data), max(1, len(data) // 8))][:8]
-        few = [image.to(accelerator.device, perceptual_term.dtype) for image in few]
-        perceptual_term.scale = typical_distance(perceptual_term.loss, few)
     repo_id = None
     if args.push_to_hub and accelerator.is_main_process:
         repo_id = hub.create_repo(hub.model_name(args.hub_model_id, args.output_dir), args.hub_token)
@@ -404,8 +400,11 @@ def build_term(args, vae, noise_scheduler) -> PerceptualTerm | None:
     """The perceptual term; None at weight 0, for which nothing is loaded."""
     if args.perceptual_weight == 0:
         return None
+    dtype = getattr(torch, args.perceptual_dtype)
     loss = build_loss(
         args.perceptual_loss,
+        size=min(args.perceptual_crop, args.resolution),
+        dtype=dtype,
         backbone=args.backbone,
         layers=args.perceptual_layers,
         resolution=args.perceptual_resolution,
@@ -426,7 +425,7 @@ def build_term(args, vae, noise_scheduler) -> PerceptualTerm | None:
         every=args.perceptual_every,
         target=args.perceptual_target,
         decoder=decoder,
-        dtype=getattr(torch, args.perceptual_dtype),
+        dtype=dtype,
         crop=args.perceptual_crop,
         checkpoint=args.gradient_checkpointing,
     )
@@ -524,9 +523,8 @@ def run_summary(args, accelerator, loader, perceptual_term, lora_parameters) -> 
     else:
         open_timesteps = perceptual_term.open
         lines.append(
-            f"perceptual term: {args.perceptual_weight:g} x {args.perceptual_loss} / {perceptual_term.scale:.4g},"
-            f" its value for unrelated drawings; open at {open_timesteps.float().mean():.0%} of the timesteps, up to"
-            f" {int(open_timesteps.nonzero().max())}"
+            f"perceptual term: {args.perceptual_weight:g} x {args.perceptual_loss}; open at"
+            f" {open_timesteps.float().mean():.0%} of the timesteps, up to {int(open_timesteps.nonzero().max())}"
         )
     return "\n".join(lines)
 

@@ -2,8 +2,9 @@
 
     python -m benchmarks.losses --resolution 224 --batch_size 1
 
-Random weights, which cost what trained ones cost: VGG-16 for `lpips` and `vgg`, the bundled backbone's shape, and the
-paper's network without the two max-pools. A loss reads the target once, the prediction with a gradient.
+Random weights, which cost what trained ones cost: VGG-16 for `lpips` and `vgg`, at lpips' five layers and at our four,
+the bundled backbone's shape, and the paper's network without the two max-pools. A loss reads the target once, the
+prediction with a gradient.
 """
 
 import argparse
@@ -18,9 +19,13 @@ from torch import nn
 
 from sketch_perceptual import PerceptualLoss
 from sketch_perceptual.backbone import AttentionVGG16
+from sketch_perceptual.losses import DEFAULT_LAYERS
 
 LOSSES = {
     "lpips": lambda: lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False).requires_grad_(False).eval(),
+    "vgg, lpips' layers": lambda: PerceptualLoss(
+        AttentionVGG16("none", num_classes=0, last_layer="relu5_3"), [*DEFAULT_LAYERS, "relu5_3"]
+    ),
     "vgg": lambda: PerceptualLoss(AttentionVGG16("none", num_classes=0, last_layer="relu4_3")),
     "attention_vgg, pools kept": lambda: PerceptualLoss(
         AttentionVGG16(pool_after_attention=True, num_classes=0, last_layer="relu4_3")

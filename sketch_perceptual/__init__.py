@@ -4,7 +4,7 @@ from .backbone import AttentionVGG16, load_backbone
 from .diffusion import PerceptualTerm, predict_x0
 from .errors import InputError
 from .images import load_image, to_pil, to_tensor
-from .losses import LOSSES, ImageLoss, PerceptualLoss, StyleLoss, build_loss, check_loss, typical_distance
+from .losses import LOSSES, ImageLoss, PerceptualLoss, StyleLoss, build_loss, calibrate, check_loss
 from .metrics import class_distances
 from .retrieval import SketchEmbedder, load_embedder
 
@@ -20,6 +20,7 @@ __all__ = [
     "SketchEmbedder",
     "StyleLoss",
     "build_loss",
+    "calibrate",
     "check_loss",
     "class_distances",
     "load_backbone",
@@ -28,5 +29,4 @@ __all__ = [
     "predict_x0",
     "to_pil",
     "to_tensor",
-    "typical_distance",
 ]

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice, pairwise
 from pathlib import Path
 
@@ -46,6 +46,7 @@ class AttentionVGG16(
         classes: what each output stands for: folder names or labels, as many as `num_classes`.
         last_layer: the deepest layer that is kept, e.g. "relu4_3"; the classifier takes what comes out there. None
             keeps all.
+        calibration: what the losses divide by at each layer, as `losses.calibrate` measures it; see there.
 
     Images are RGB in [-1, 1], (B, 3, H, W); ImageNet's normalisation happens inside.
     """
@@ -62,6 +63,7 @@ class AttentionVGG16(
         head: str = "vgg",
         classes: Sequence[str] | None = None,
         last_layer: str | None = None,
+        calibration: dict[str, dict] | None = None,
     ):
         super().__init__()
         if attention not in ("cbam", "none"):
@@ -74,6 +76,8 @@ class AttentionVGG16(
             raise InputError(f"{len(classes)} classes for num_classes={num_classes}")
         if last_layer is not None:
             check_layers([last_layer])
+        if calibration is not None:
+            check_calibration(calibration)
         self.attention, self.pool_after_attention, self.num_classes = attention, pool_after_attention, num_classes
         self.head, self.classes, self.last_layer = head, classes, last_layer
         self.gradient_checkpointing = False
@@ -103,6 +107,15 @@ class AttentionVGG16(
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
 
+    @property
+    def calibration(self) -> dict[str, dict]:
+        """Layer -> what `losses.calibrate` measured there; saved with the network, empty until then."""
+        return self._hub_mixin_config.get("calibration") or {}
+
+    @calibration.setter
+    def calibration(self, measured: dict[str, dict]) -> None:
+        self._hub_mixin_config["calibration"] = measured
+
     def normalize(self, images: Tensor) -> Tensor:
         """[-1, 1] to ImageNet's normalisation."""
         return ((images + 1) / 2 - self.mean) / self.std
@@ -122,13 +135,16 @@ class AttentionVGG16(
 
     def taps(self, images: Tensor, layers: Iterable[str]) -> dict[str, Tensor]:
         """Activations (B, C, h, w) at the named layers, e.g. "relu3_3"; stops at the deepest one asked for."""
-        wanted, found = self.find_taps(layers), {}
+        return dict(self.walk(images, layers))
+
+    def walk(self, images: Tensor, layers: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """The same one after the other, for a caller that does not keep them all."""
+        wanted = self.find_taps(layers)
         x = self.normalize(images)
         for index, layer in enumerate(islice(self.features, max(wanted) + 1)):
             x = layer(x)
             if index in wanted:
-                found[wanted[index]] = x
-        return found
+                yield wanted[index], x
 
     def find_taps(self, layers: Iterable[str]) -> dict[int, str]:
         """Position in `features` -> name of the layer; a name that is unknown or cut off is an `InputError`."""
@@ -173,6 +189,7 @@ class AttentionVGG16(
                 " network saved by this package, its folder."
             )
         self.load_state_dict({name: own[name] for name in new} | weights)
+        self.calibration = {}
         return new
 
     def truncate(self, last_layer: str) -> "AttentionVGG16":
@@ -182,6 +199,7 @@ class AttentionVGG16(
         """
         config = self._hub_mixin_config | {"num_classes": 0, "classes": None, "last_layer": last_layer}
         copy = type(self)(**config)
+        copy.calibration = {name: values for name, values in self.calibration.items() if name in copy.tap_index}
         copy.load_state_dict({name: weight for name, weight in self.state_dict().items() if name in copy.state_dict()})
         return copy.train(self.training)
 
@@ -221,6 +239,21 @@ def check_layers(layers: Iterable[str]) -> tuple[str, ...]:
     if unknown or not layers or len(set(layers)) < len(layers):
         raise InputError(f"layers must be distinct names out of {', '.join(LAYERS)}; got {' '.join(layers) or 'none'}")
     return layers
+
+
+def check_calibration(calibration: dict[str, dict]) -> None:
+    """A file may hold anything: what is no calibration is an `InputError`."""
+    units = ("softening", "distance", "gram")
+    try:
+        good = all(name in LAYERS and all(values[unit] > 0 for unit in units) for name, values in calibration.items())
+        good &= all(values.get("weight", 1) >= 0 for values in calibration.values())
+    except (AttributeError, KeyError, TypeError, ValueError):
+        good = False
+    if not good:
+        raise InputError(
+            f"calibration must give each layer a positive {', '.join(units)}, and perhaps a weight that is not"
+            " negative; without one, the network is calibrated when a loss is built"
+        )
 
 
 def fingerprint(module: nn.Module) -> str:

@@ -129,7 +129,6 @@ class PerceptualTerm:
         crop: decode and compare a random square of this many pixels a side, another for each row, where the image is
             larger. At the square's edges the decoder sees less than it would in the whole.
         checkpoint: recompute the decoder's activations in the backward pass instead of keeping them.
-        scale: what the loss is divided by, e.g. its `typical_distance`, so that weights compare between losses.
     """
 
     def __init__(
@@ -147,14 +146,13 @@ class PerceptualTerm:
         dtype: torch.dtype = torch.float32,
         crop: int | None = None,
         checkpoint: bool = False,
-        scale: float = 1.0,
     ):
         if dtype not in (torch.float32, torch.bfloat16):
             raise InputError(f"the perceptual term runs in float32 or bfloat16, not {dtype}")
         if target not in ("image", "reconstruction"):
             raise InputError(f'the perceptual target must be "image" or "reconstruction", got {target!r}')
-        if every < 1 or start_step < 0 or min_snr < 0 or scale <= 0:
-            raise InputError("the perceptual term needs every >= 1, start_step >= 0, min_snr >= 0 and scale > 0")
+        if every < 1 or start_step < 0 or min_snr < 0:
+            raise InputError("the perceptual term needs every >= 1, start_step >= 0 and min_snr >= 0")
         check_prediction_type(noise_scheduler.config.prediction_type)
         if crop is not None:
             self.pixels = 2 ** (len(vae.config.block_out_channels) - 1)  # of a latent's side
@@ -164,7 +162,7 @@ class PerceptualTerm:
                 )
         self.loss, self.vae, self.noise_scheduler = loss, vae, noise_scheduler
         self.start_step, self.every, self.target, self.dtype = start_step, every, target, dtype
-        self.scale, self.crop = scale, crop
+        self.crop = crop
         self.decoder = _frozen_decoder(vae if decoder is None else decoder, dtype, checkpoint)
         if isinstance(loss, nn.Module):
             loss.to(next(vae.parameters()).device, dtype).requires_grad_(False).eval()
@@ -218,7 +216,7 @@ class PerceptualTerm:
             latents, images = self._random_squares(latents, images, generator)
         with torch.autocast(model_pred.device.type, enabled=False):
             target = self._target(images).to(self.dtype)
-            value = self.loss(decode(self.decoder, latents), target).float() / self.scale
+            value = self.loss(decode(self.decoder, latents), target).float()
             return per_row.index_put((rows,), value)
 
     def _random_squares(self, latents: Tensor, images: Tensor, generator) -> tuple[Tensor, Tensor]:

@@ -616,8 +616,9 @@ def _hatch(image, outline, darkness, width, rng):
     image.paste(INK, mask=ImageChops.multiply(lines, region))
 
 
-def _sketch(scene, style, size, rng):
-    stroke, side = STROKES[style], size * OVERSAMPLING
+def sketch(scene, stroke, size, rng):
+    """A scene on paper, as an RGB image of size x size pixels: `rng`, a random.Random, moves the hand."""
+    side = size * OVERSAMPLING
     base = max(stroke.width * side, stroke.thinnest * OVERSAMPLING)
     image = Image.new("L", (side, side), 255)
     pen = ImageDraw.Draw(image)
@@ -678,15 +679,20 @@ def draw(name, index, seed=0, style="pen", size=256):
     same pixels. Raises InputError for an unknown name or style and for a size below 16.
     """
     _check([name], [style], size)
-    key = f"{seed}/{name}/{index}"
-    compose, backdrops, flip, lean = SCENES[name]
-    scene = Scene(key)
-    backdrop(scene, scene.pick(*backdrops))
-    scene.pose(flip, lean)
-    compose(scene)
+    scene = compose(name, index, seed)
     if style == "photo":
         return _photo(scene, size)
-    return _sketch(scene, style, size, random.Random(f"{key}/{style}"))
+    return sketch(scene, STROKES[style], size, random.Random(f"{seed}/{name}/{index}/{style}"))
+
+
+def compose(name, index, seed=0):
+    """The scene that (seed, name, index) stands for."""
+    add_object, backdrops, flip, lean = SCENES[name]
+    scene = Scene(f"{seed}/{name}/{index}")
+    backdrop(scene, scene.pick(*backdrops))
+    scene.pose(flip, lean)
+    add_object(scene)
+    return scene
 
 
 def write_folder(output_dir, per_class=16, seed=0, size=256, styles=("pen",), classes=CLASSES):

@@ -299,7 +299,7 @@ class Poisoned(PixelLoss):
 
     def __init__(self):
         super().__init__()
-        self.calls = -10  # the contract and the scale come first
+        self.calls = -3  # the contract comes first
 
     def compare(self, images, target):
         self.calls += 1

@@ -1,0 +1,25 @@
+"""Perceptual losses: callables `(images, target) -> (B,)` on images in [-1, 1], by name in `LOSSES`."""
+
+from .base import ImageLoss, check_images
+from .calibration import calibrate, gram_matrix, soft_distance
+from .controls import LPIPSLoss, PixelLoss
+from .distance import DEFAULT_LAYERS, PerceptualLoss
+from .registry import LOSSES, build_loss, check_loss
+from .style import StyleLoss, total_variation
+
+__all__ = [
+    "DEFAULT_LAYERS",
+    "LOSSES",
+    "ImageLoss",
+    "LPIPSLoss",
+    "PerceptualLoss",
+    "PixelLoss",
+    "StyleLoss",
+    "build_loss",
+    "calibrate",
+    "check_images",
+    "check_loss",
+    "gram_matrix",
+    "soft_distance",
+    "total_variation",
+]

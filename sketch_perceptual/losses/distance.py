@@ -1,0 +1,110 @@
+"""The perceptual distance of two drawings, as a network that knows drawings sees them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..backbone import BUNDLED, AttentionVGG16, check_layers, load_backbone
+from ..errors import InputError
+from .base import ImageLoss
+from .calibration import calibrate, soft_distance
+
+DEFAULT_LAYERS = ("relu1_2", "relu2_2", "relu3_3", "relu4_3")  # Johnson et al. 2016, the style layers
+
+
+class PerceptualLoss(ImageLoss):
+    """How differently a backbone sees two drawings: 0 for equal ones, about 1 for unrelated ones.
+
+    At each layer the squared distance of soft unit vectors, over its value for unrelated drawings; then the mean over
+    layers. So weights mean the same for every backbone, and no layer drowns the others: taken literally (L1 between
+    activations, summed), relu1_2 makes up three quarters of the paper's loss.
+
+    Args:
+        backbone: an `AttentionVGG16`, or where to load one (see `load_backbone`): a folder, a Hub id, a `.safetensors`
+            with VGG-16 weights, or "imagenet"; by default the sketch-tuned network that comes with the package.
+            Without a calibration it is calibrated here, see `calibrate`.
+        layers: taps, "relu1_1" to "relu5_3" ("relu4_3" for the default backbone).
+        layer_weights: one factor a layer; None is 1 for each, or what the backbone's calibration has learned.
+        resolution: see `ImageLoss`.
+        normalization: "soft", or "none" for plain activations, summed over layers without a unit: with distance="l1"
+            the paper's words (Seo 2025, section 4.1).
+        distance: "l2", the squared distance, or "l1"; soft unit vectors are compared by "l2" alone.
+    """
+
+    def __init__(
+        self,
+        backbone: AttentionVGG16 | str | Path = BUNDLED,
+        layers: Sequence[str] = DEFAULT_LAYERS,
+        layer_weights: Sequence[float] | None = None,
+        resolution: int | None = None,
+        normalization: str = "soft",
+        distance: str = "l2",
+    ):
+        super().__init__(resolution)
+        if normalization not in ("soft", "none"):
+            raise InputError(f'normalization must be "soft" or "none", got {normalization!r}')
+        if distance not in ("l1", "l2"):
+            raise InputError(f'distance must be "l1" or "l2", got {distance!r}')
+        if (normalization, distance) == ("soft", "l1"):
+            raise InputError('distance="l1" needs normalization="none": soft unit vectors are compared by "l2"')
+        self.layers = check_layers(layers)
+        self.backbone = load_to(backbone, self.layers)
+        self._freeze()
+        self.normalization, self.distance = normalization, distance
+        self.calibration = calibrate(self.backbone, self.layers) if normalization == "soft" else {}
+        weights = [self.calibration.get(name, {}).get("weight", 1.0) for name in self.layers]
+        if layer_weights is not None:
+            weights = list(layer_weights)
+        if len(weights) != len(self.layers):
+            raise InputError(f"{len(weights)} layer_weights for {len(self.layers)} layers")
+        if min(weights) < 0 or sum(weights) == 0:
+            raise InputError(f"layer_weights must not be negative, nor all 0; got {weights}")
+        total = sum(weights) if normalization == "soft" else 1
+        self.layer_weights = {name: weight / total for name, weight in zip(self.layers, weights, strict=True)}
+
+    def forward(self, images: Tensor, target: Tensor, *, per_layer: bool = False, spatial: bool = False):
+        """The distance (B,); or, before they are weighted and added, that of each layer; or where it lies.
+
+        Args:
+            images, target: (B, 3, H, W), or (B, 1, H, W) if grey, in [-1, 1].
+            per_layer: return a dictionary of layers, (B,) each.
+            spatial: return maps (B, H, W), bilinear between the places of each layer; a map's mean is about the loss.
+                With `per_layer`, one for each layer.
+        """
+        found = super().forward(images, target, spatial=images.shape[-2:] if spatial else None)
+        if per_layer:
+            return found
+        return sum(self.layer_weights[name] * value for name, value in found.items())
+
+    def compare(self, images: Tensor, target: Tensor, spatial: torch.Size | None) -> dict[str, Tensor]:
+        with torch.no_grad():
+            wanted = self.backbone.taps(target, self.layers)
+        found = {}
+        for name, features in self.backbone.walk(images, self.layers):
+            places = self._places(name, features, wanted.pop(name))
+            if spatial is None:
+                found[name] = places.mean((1, 2))
+            else:
+                found[name] = F.interpolate(places[:, None], spatial, mode="bilinear")[:, 0]
+        return {name: found[name] for name in self.layers}
+
+    def _places(self, name: str, features: Tensor, target: Tensor) -> Tensor:
+        """(B, h, w) in float32."""
+        if self.normalization == "none":
+            difference = features - target
+            return (difference.abs() if self.distance == "l1" else difference.square()).float().mean(1)
+        values = self.calibration[name]
+        return soft_distance(features, target, values["softening"]) / values["distance"]
+
+
+def load_to(backbone: AttentionVGG16 | str | Path, layers: Sequence[str], attention: str = "cbam") -> AttentionVGG16:
+    """A network as it is, or one that is loaded here and ends at the deepest of the layers: 30 MB of 550."""
+    if isinstance(backbone, nn.Module):
+        backbone.find_taps(layers)
+        return backbone
+    network = load_backbone(backbone, attention)
+    taps = network.find_taps(layers)
+    return network.truncate(taps[max(taps)])

@@ -1,0 +1,157 @@
+"""Losses by name, built-in and plugged in, and the contract that they keep."""
+
+import importlib
+import warnings
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..backbone import BUNDLED, AttentionVGG16, is_vgg16_weights
+from ..errors import InputError, first_line
+from .controls import LPIPSLoss, PixelLoss
+from .distance import DEFAULT_LAYERS, PerceptualLoss, load_to
+
+ENTRY_POINTS = "sketch_perceptual.losses"
+
+
+def attention_vgg(backbone: AttentionVGG16 | str | Path = BUNDLED, **options) -> PerceptualLoss:
+    """`PerceptualLoss` on a sketch-tuned attention-VGG: the one that comes with the package, or `backbone`."""
+    loss = PerceptualLoss(backbone, **options)
+    _expect_attention(loss, "cbam", "vgg")
+    if is_vgg16_weights(backbone):
+        warnings.warn(
+            f"{backbone} holds plain VGG-16 weights, so the attention is untrained and random: the arm that fails in"
+            " the paper. Tune it, or choose --perceptual_loss vgg.",
+            stacklevel=2,
+        )
+    return loss
+
+
+def vgg(backbone: str | Path = "imagenet", **options) -> PerceptualLoss:
+    """`PerceptualLoss` on plain VGG-16: ImageNet weights, a `.safetensors`, or a folder tuned without attention."""
+    loss = PerceptualLoss(load_to(backbone, options.get("layers", DEFAULT_LAYERS), "none"), **options)
+    _expect_attention(loss, "none", "attention_vgg")
+    return loss
+
+
+LOSSES: dict[str, Callable] = {
+    "attention_vgg": attention_vgg,
+    "vgg": vgg,
+    "pixel": PixelLoss,
+    "lpips": LPIPSLoss,
+}
+
+
+def build_loss(
+    name: str, *, size: int = 64, dtype: torch.dtype = torch.float32, **options
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """Build a loss by name; one that is plugged in must keep the contract, see `check_loss`.
+
+    Args:
+        name: a key of `LOSSES`, an entry point of the group "sketch_perceptual.losses", or "module:Class".
+        size, dtype: of the images that it will be given.
+        options: keywords of the loss; those that are None are left to its own defaults.
+    """
+    plugins = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
+    options = {option: value for option, value in options.items() if value is not None}
+    if name in LOSSES:
+        builder = LOSSES[name]
+    elif name in plugins:
+        builder = _load(name, plugins[name].load)
+    elif ":" in name:
+        builder = _load(name, lambda: _import(name))
+    else:
+        raise InputError(
+            f"there is no perceptual loss {name!r}: choose {', '.join([*LOSSES, *plugins])}, or write module:Class"
+        )
+    try:
+        loss = builder(**options)
+    except InputError:
+        raise
+    except TypeError as error:
+        raise InputError(f"the loss {name} does not take these options, {', '.join(options)}: {error}") from error
+    except Exception as error:
+        if name in LOSSES:
+            raise
+        raise InputError(f"the perceptual loss {name} cannot be built: {_what(error)}") from error
+    if name not in LOSSES:
+        check_loss(loss, name, size, dtype)
+    return loss
+
+
+def check_loss(
+    loss: Callable[[Tensor, Tensor], Tensor], name: str = "loss", size: int = 64, dtype: torch.dtype = torch.float32
+) -> None:
+    """The contract of a perceptual loss, for anyone's plug-in; what is broken is an `InputError` that says so.
+
+    `(images, target)`, both (B, 3, H, W), the target in [-1, 1] and the images about that, as a decoder leaves them
+    -> (B,) in float32, finite, 0 on equal images, positive on different ones, each row on its own, with a gradient to
+    the images and to no weight. It is tried as training will: on squares of `size` pixels in `dtype`, to which a
+    module is brought.
+    """
+    if isinstance(loss, nn.Module):
+        loss.to(dtype)
+    weight = next(loss.parameters(), torch.empty(0)) if isinstance(loss, nn.Module) else torch.empty(0)
+    draw = torch.Generator().manual_seed(0)
+    images, target = (torch.rand(2, 2, 3, size, size, generator=draw) * 2 - 1).to(weight.device, dtype)
+    images = (1.3 * images).requires_grad_()
+
+    def call(images: Tensor, target: Tensor) -> Tensor:
+        try:
+            return loss(images, target)
+        except Exception as error:
+            low, high = (float(x) for x in images.detach().aminmax())
+            raise InputError(
+                f"the perceptual loss {name} fails on images of {tuple(images.shape)} in {dtype}, from {low:.2g} to"
+                f" {high:.2g}: {_what(error)}"
+            ) from error
+
+    def require(kept: bool, rule: str) -> None:
+        if not kept:
+            raise InputError(f"the perceptual loss {name} {rule}")
+
+    value = call(images, target)
+    require(isinstance(value, Tensor) and value.shape == (2,), "must return one number an image, shape (B,)")
+    require(value.dtype == torch.float32, f"must return float32, not {value.dtype}")
+    require(
+        bool(torch.isfinite(value).all() and (value > 0).all()),
+        "must be finite and positive on different images",
+    )
+    require(bool((call(target, target).abs() < 1e-6).all()), "must be 0 on equal images")
+    alone = call(images[:1], target[:1])
+    exactness = 1e-3 if dtype == torch.float32 else 0.05
+    require(torch.allclose(alone, value[:1], rtol=exactness), "must score each image on its own, whatever the batch")
+    require(value.requires_grad, "must carry a gradient to the images")
+    value.sum().backward()
+    require(bool(images.grad.abs().sum() > 0), "must carry a gradient to the images")
+    weights = loss.parameters() if isinstance(loss, nn.Module) else ()
+    require(not any(w.requires_grad for w in weights), "must be frozen: requires_grad_(False) on its weights")
+
+
+def _expect_attention(loss: PerceptualLoss, attention: str, other: str) -> None:
+    if loss.backbone.attention != attention:
+        raise InputError(
+            f"the backbone has attention={loss.backbone.attention!r}: score it with --perceptual_loss {other}"
+        )
+
+
+def _load(name: str, load: Callable[[], Callable]) -> Callable:
+    try:
+        return load()
+    except Exception as error:
+        raise InputError(
+            f"the perceptual loss {name} cannot be imported ({_what(error)}); is it installed, or its folder on"
+            " PYTHONPATH?"
+        ) from error
+
+
+def _import(name: str) -> Callable:
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def _what(error: Exception) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"
