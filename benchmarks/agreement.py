@@ -19,6 +19,7 @@ import functools
 import json
 import random
 import warnings
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +33,7 @@ from tqdm import tqdm
 
 from benchmarks.learned import FITTED_CLASSES, soft_units
 from benchmarks.triplets import Triplets, by_hands, colour_pairs, load_labelled, redraws, synonyms
-from sketch_perceptual import AttentionVGG16, drawings, load_backbone, to_tensor
+from sketch_perceptual import AttentionVGG16, PerceptualLoss, drawings, load_backbone, to_tensor
 from sketch_perceptual.backbone import BUNDLED
 from sketch_perceptual.losses import DEFAULT_LAYERS, LPIPSLoss, calibrate, gram_matrix, soft_distance
 from sketch_perceptual.losses.calibration import gram_distance, reference_drawings, unrelated
@@ -54,7 +55,7 @@ def main() -> None:
     add("--triplets", type=int, default=1000, help="of each set")
     add("--side", type=int, default=64, help="drawings are scored at this size")
     add("--output", type=Path, help="write the figures as JSON")
-    add("--figure", type=Path, help="draw the tolerance curves")
+    add("--figure", type=Path, help="measure and draw the tolerance curves")
     args = parser.parse_args()
     channels = json.loads(args.channels.read_text()) if args.channels else None
     judges = [
@@ -70,10 +71,11 @@ def main() -> None:
     print(table(found))
     if args.output:
         args.output.write_text(json.dumps(found, indent=2))
-    curves = tolerance(judges, args.side)
-    print(curves_table(curves))
     if args.figure:
+        curves = tolerance(judges, args.side)
+        print(curves_table(curves))
         plot(curves).savefig(args.figure)
+        print(drift(args))
 
 
 def build_sets(args) -> dict[str, Triplets]:
@@ -104,8 +106,7 @@ def network_rows(
 ) -> dict[str, Tensor]:
     """One pass through the network for all of its rows."""
     calibration = calibrate(network, DEFAULT_LAYERS)
-    rows = dict.fromkeys(("raw L1, summed: the paper's words", "raw L1, balanced", "Gram, summed"), 0)
-    rows |= dict.fromkeys(("Gram, balanced", "soft, balanced", LAYERS_LEARNED), 0)
+    rows: dict[str, Tensor] = defaultdict(int)
     for layer, features in network.walk(images, DEFAULT_LAYERS):
         values, (a, b) = calibration[layer], features[pairs]
         raw = (a - b).abs().mean((1, 2, 3))
@@ -118,10 +119,8 @@ def network_rows(
         rows["soft, balanced"] += soft / values["distance"]
         rows[f"{layer}, raw L1"], rows[f"{layer}, soft"] = raw, soft
         if "weight" in values:
-            rows.setdefault(LAYERS_LEARNED, 0)
             rows[LAYERS_LEARNED] += values["weight"] * soft / values["distance"]
         if channels is not None:
-            rows.setdefault(CHANNELS_LEARNED, 0)
             parts = (soft_units(a, values["softening"]) - soft_units(b, values["softening"])).square().mean((2, 3))
             rows[CHANNELS_LEARNED] += parts @ torch.tensor(channels[layer]) / values["distance"]
     return {f"{name}, {row}": value for row, value in rows.items()}
@@ -262,6 +261,17 @@ def steadiness(curve: dict[tuple[str, float], Tensor]) -> tuple[float, float]:
     return float(torch.cat(steps).double().mean()), float(torch.cat(order).double().mean())
 
 
+@torch.inference_mode()
+def drift(args, sides: tuple[int, ...] = (32, 48, 64, 96, 128, 224, 512)) -> str:
+    """What the loss says of unrelated drawings at other sizes than that of the calibration."""
+    lines = ["| pixels a side | " + " | ".join(map(str, sides)) + " |", "|---" * (len(sides) + 1) + "|"]
+    for name, source in {"bundled": args.backbone, "vgg": args.trunk}.items():
+        loss = PerceptualLoss(load_backbone(source, "none"))
+        values = (float(unrelated(loss, reference_drawings(side))) for side in sides)
+        lines.append(f"| {name} | " + " | ".join(f"{value:.2f}" for value in values) + " |")
+    return "\n".join(lines)
+
+
 def table(found: dict[str, dict[str, list[float]]]) -> str:
     rows = list(next(iter(found.values())))
     lines = ["| distance | " + " | ".join(found) + " |", "|---" * (len(found) + 1) + "|"]
@@ -286,7 +296,7 @@ def plot(curves: dict[str, dict[tuple[str, float], Tensor]]) -> Figure:
     for axes, (kind, levels) in zip(panels, CHANGES.items(), strict=True):
         for row in (row for row in SHOWN if row in curves):
             means = [float(curves[row][kind, level].mean()) for level in levels]
-            axes.plot([0, *levels], [0, *means], ".-", label=row)
+            axes.plot([float("times" in kind), *levels], [0, *means], ".-", label=row)
         axes.axhline(1, color="grey", linestyle=":")
         axes.set(title=kind, ylim=(0, 1.6))
     panels[0].set_ylabel("distance, in units of another scene's")
