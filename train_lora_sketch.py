@@ -111,7 +111,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--feature_dir", default=CACHE, help="latents are kept here, by content, VAE, resolution, fit and precision")
 
     add = parser.add_argument_group("perceptual term").add_argument
-    add("--perceptual_weight", type=rate, default=0.1, help="1 weighs unrelated drawings as 1; 0 is the plain script")
+    add("--perceptual_weight", type=rate, default=0.03, help="1 weighs unrelated drawings as 1; 0 is the plain script")
     add("--perceptual_loss", default="attention_vgg", help=f"{', '.join(LOSSES)}, an entry point, or module:Class")
     add("--backbone", help="network of the loss: folder, Hub id, .safetensors of VGG-16; default: the loss's own")
     add("--perceptual_layers", nargs="+", metavar="LAYER", help="taps, e.g. relu1_2 relu3_3")

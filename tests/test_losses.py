@@ -128,6 +128,7 @@ def test_the_distance_has_a_known_answer(sources):
     torch.testing.assert_close(loss(x, y, per_layer=True), {"relu1_2": first, "relu2_1": second})
     even = PerceptualLoss(backbone, ["relu1_2", "relu2_1"], [1, 1])
     torch.testing.assert_close(even(x, y), (first + second) / 2)
+    torch.testing.assert_close(PerceptualLoss(backbone, ["relu1_2"])(x, y), first)  # learned for two layers
 
 
 def test_a_map_says_where_two_drawings_differ(sources):

@@ -27,7 +27,8 @@ class PerceptualLoss(ImageLoss):
             with VGG-16 weights, or "imagenet"; by default the sketch-tuned network that comes with the package.
             Without a calibration it is calibrated here, see `calibrate`.
         layers: taps, "relu1_1" to "relu5_3" ("relu4_3" for the default backbone).
-        layer_weights: one factor a layer; None is 1 for each, or what the backbone's calibration has learned.
+        layer_weights: one factor a layer; None is what the backbone's calibration has learned for just these layers,
+            or else 1 for each.
         resolution: see `ImageLoss`.
         normalization: "soft", or "none" for plain activations, summed over layers without a unit: with distance="l1"
             the paper's words (Seo 2025, section 4.1).
@@ -55,7 +56,8 @@ class PerceptualLoss(ImageLoss):
         self._freeze()
         self.normalization, self.distance = normalization, distance
         self.calibration = calibrate(self.backbone, self.layers) if normalization == "soft" else {}
-        weights = [self.calibration.get(name, {}).get("weight", 1.0) for name in self.layers]
+        learned = {name: values["weight"] for name, values in self.calibration.items() if "weight" in values}
+        weights = [learned[name] if set(learned) == set(self.layers) else 1.0 for name in self.layers]
         if layer_weights is not None:
             weights = list(layer_weights)
         if len(weights) != len(self.layers):
