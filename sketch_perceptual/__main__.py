@@ -22,6 +22,7 @@ from .images import load_image, to_pil, to_tensor
 from .losses import DEFAULT_LAYERS, PerceptualLoss
 
 TUNED_AT = 64  # pixels a side: what the bundled backbone was tuned at, and reads best
+SHOWN = 256  # pixels a side in the figure
 FULL_RED = 1.5  # what a map shows as plain red; 1 is what unrelated drawings have on average
 
 
@@ -39,9 +40,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--fit",
         choices=("refuse", "pad"),
         default="refuse",
-        help="two sizes: refuse them, or put the smaller on paper",
+        help="images of different sizes: refuse them, or pad the smaller",
     )
-    add("--background", default="white", help="colour of that paper, and of what is transparent")
+    add("--background", default="white", help="colour of the padding and behind transparent images")
     add("--figure", type=Path, help="write both images and the map of their differences")
     add("--json", action="store_true", help="print JSON")
     args = parser.parse_args(argv)
@@ -72,7 +73,9 @@ def compare(args: argparse.Namespace) -> dict:
         distance = sum(loss.layer_weights[name] * value for name, value in layers.items())
         pairs.append({"first": str(first), "second": str(second), "distance": distance, "layers": layers})
         if args.figure is not None:
-            rows[f"{distance:.3f}  {first.name}"] = [*images, difference_map(a, b, loss(a, b, spatial=True))]
+            name = first.relative_to(args.first) if args.first.is_dir() else first.name
+            shown = [*images, difference_map(a, b, loss(a, b, spatial=True))]
+            rows[f"{distance:.3f}  {name}"] = [ImageOps.pad(image, (SHOWN, SHOWN), color="white") for image in shown]
     if args.figure is not None:
         save_figure(args.figure, rows)
     return {
@@ -91,15 +94,23 @@ def find_pairs(first: Path, second: Path) -> list[tuple[Path, Path]]:
     """The two images, or those of two folders that have the same name, whatever its ending; says what is left over."""
     if not first.is_dir():
         return [(first, second)]
-    one, other = (
-        {PurePosixPath(name).with_suffix(""): folder / name for name in find_images(folder, str(folder))[1]}
-        for folder in (first, second)
-    )
+    one, other = by_name(first), by_name(second)
     if not (names := [name for name in one if name in other]):
         raise InputError(f"no image of {first} has the name of an image of {second}")
     if lone := [str(side[name]) for side in (one, other) for name in side if name not in names]:
         print(f"not compared, without a pair: {', '.join(lone)}", file=sys.stderr)
     return [(one[name], other[name]) for name in names]
+
+
+def by_name(folder: Path) -> dict[PurePosixPath, Path]:
+    """The images of a folder by their paths without the ending."""
+    found = {}
+    for name in find_images(folder, str(folder))[1]:
+        stem = PurePosixPath(name).with_suffix("")
+        if stem in found:
+            raise InputError(f"{found[stem]} and {folder / name} have one name: rename one, so that pairs are clear")
+        found[stem] = folder / name
+    return found
 
 
 def same_size(args: argparse.Namespace, first: Path, second: Path) -> list[Image.Image]:
@@ -108,7 +119,7 @@ def same_size(args: argparse.Namespace, first: Path, second: Path) -> list[Image
         return images
     if args.fit == "refuse":
         sizes = " and ".join(f"{image.width} x {image.height}" for image in images)
-        raise InputError(f"{first} and {second} have two sizes, {sizes}: resize one, or pass --fit pad")
+        raise InputError(f"{first} and {second} have different sizes, {sizes}: resize one, or pass --fit pad")
     size = tuple(map(max, *(image.size for image in images)))
     papers = [Image.new("RGB", size, args.background) for _ in images]
     for paper, image in zip(papers, images, strict=True):
@@ -126,12 +137,8 @@ def difference_map(a: Tensor, b: Tensor, places: Tensor) -> Image.Image:
 def save_figure(path: Path, rows: dict[str, list[Image.Image]]) -> None:
     from .figures import sheet  # matplotlib takes a second to import
 
-    side = max(max(image.size) for images in rows.values() for image in images)
-    rows = {
-        name: [ImageOps.pad(image, (side, side), color="white") for image in images] for name, images in rows.items()
-    }
     try:
-        sheet(rows, ["A", "B", "where they differ"], size=max(160, min(side, 512))).save(path)
+        sheet(rows, ["A", "B", "where they differ"], SHOWN).save(path)
     except (OSError, ValueError) as error:
         raise InputError(f"--figure {path} cannot be written: {error}") from error
 

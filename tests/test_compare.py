@@ -49,7 +49,7 @@ def test_folders_are_paired_by_name(folders, capsys):
     assert "without a pair" in err
     assert "owl.png" in err
     figure = Image.open(folders / "difference.png")
-    assert figure.width > 3 * 160
+    assert figure.width > 3 * 256
     reds = [pixel for _, pixel in figure.getcolors(10**7) if pixel[0] > pixel[1] + 20]
     assert reds
 
@@ -61,10 +61,10 @@ def test_the_map_is_red_where_a_part_is_missing(tmp_path):
     whole.save(tmp_path / "b.png")
     main([str(tmp_path / "a.png"), str(tmp_path / "b.png"), "--figure", str(tmp_path / "f.png")])
     figure = Image.open(tmp_path / "f.png")
-    shown = figure.crop((figure.width - 164, figure.height - 164, figure.width - 4, figure.height - 4))
+    shown = figure.crop((figure.width - 260, figure.height - 260, figure.width - 4, figure.height - 4))
     red, green, _ = shown.split()
     redness = ImageChops.subtract(red, green)
-    above, below = (ImageStat.Stat(redness.crop((0, top, 160, top + 50))).mean[0] for top in (10, 110))
+    above, below = (ImageStat.Stat(redness.crop((0, top, 256, top + 80))).mean[0] for top in (16, 176))
     assert above > 3 * below
 
 
@@ -85,6 +85,7 @@ def test_two_sizes_are_refused_or_padded(folders, capsys):
         (["a", "b/cat.webp"], "must be two images or two folders"),
         (["a/none.png", "b/cat.webp"], "Cannot read the image .*none.png"),
         (["a", "empty"], "there are no images in"),
+        (["a", "twice"], "x.png and .*x.webp have one name|x.webp and .*x.png have one name"),
         (["a", "other"], "no image of .* has the name"),
         (["a/cat.png", "b/cat.webp", "--layers", "relu5_1"], "ends at relu4_3"),
         (["a/cat.png", "b/cat.webp", "--resolution", "8"], "at least 16"),
@@ -95,7 +96,9 @@ def test_mistakes_are_sentences(folders, capsys, monkeypatch, arguments, message
     monkeypatch.chdir(folders)
     (folders / "empty").mkdir()
     (folders / "other").mkdir()
-    draw("owl", 0, 0, "pen", 32).save(folders / "other" / "else.png")
+    (folders / "twice").mkdir()
+    for name in ("other/else.png", "twice/x.png", "twice/x.webp"):
+        draw("owl", 0, 0, "pen", 32).save(folders / name)
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     assert stop.value.code == 2
