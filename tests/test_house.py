@@ -17,6 +17,7 @@ import train_backbone
 import train_johnson
 import train_lora_sketch
 import train_retrieval
+from sketch_perceptual import __main__ as compare
 
 ROOT = Path(train_lora_sketch.__file__).parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -77,6 +78,7 @@ def test_options_and_files_in_the_readme_exist():
         ["search", "--query", "x", "--gallery", "y"],
     ):
         known |= vars(evaluate.parse_args(task))
+    known |= vars(compare.parse_args(["a.png", "b.png"]))
     assert {option[2:] for option in options} <= set(known)
     for path in re.findall(r"\]\((?!http|#)([^)]+)\)", README):
         assert (ROOT / path).is_file(), path
