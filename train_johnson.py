@@ -86,7 +86,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--content_layer", default="relu2_2")
     add("--style_layers", nargs="+", metavar="LAYER", default=list(DEFAULT_LAYERS))
     add("--content_weight", type=rate, default=1.0)
-    add("--style_weight", type=rate, default=3.0)
+    add("--style_weight", type=rate, default=0.3)
     add("--tv_weight", type=rate, default=1e-2, help="of the total variation")
     add(
         "--normalize_losses",

@@ -119,12 +119,12 @@ def test_the_loss_falls(train):
 def test_losses_are_counted_in_those_of_the_untrained_network(train):
     """Whatever the scale of the backbone: louder features leave the first step's loss as it was."""
     first = train("--max_train_steps", 1, "--tv_weight", 0)
-    assert first.logs[0]["train_loss"] == pytest.approx(1 + 3, rel=0.5)
+    assert first.logs[0]["train_loss"] == pytest.approx(1 + 0.3, rel=0.5)
     scales = first.metrics["scales"]
     plain = train("--max_train_steps", 1, "--tv_weight", 0, "--no-normalize_losses", output="plain")
     log = plain.logs[0]
-    assert log["train_loss"] == pytest.approx(log["content_loss"] + 3 * log["style_loss"], rel=1e-5)
-    expected = log["content_loss"] / scales["content"] + 3 * log["style_loss"] / scales["style"]
+    assert log["train_loss"] == pytest.approx(log["content_loss"] + 0.3 * log["style_loss"], rel=1e-5)
+    expected = log["content_loss"] / scales["content"] + 0.3 * log["style_loss"] / scales["style"]
     assert first.logs[0]["train_loss"] == pytest.approx(expected, rel=1e-5)
 
 
@@ -172,7 +172,7 @@ def test_another_setting_cannot_resume_and_a_checkpoint_is_a_network(train):
     names = [path.name for path in training.find_checkpoints(run.folder)]
     assert names == ["checkpoint-4", "checkpoint-8"]
     assert fingerprint(load_johnson(run.folder / "checkpoint-8")) == fingerprint(load_johnson(run.folder))
-    with pytest.raises(InputError, match=r"was trained with style_weight=3\.0, this run has style_weight=5\.0"):
+    with pytest.raises(InputError, match=r"was trained with style_weight=0\.3, this run has style_weight=5\.0"):
         train("--resume_from_checkpoint", "latest", "--style_weight", 5)
 
 
