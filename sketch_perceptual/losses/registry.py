@@ -76,7 +76,7 @@ def build_loss(
     except Exception as error:
         if name in LOSSES:
             raise
-        raise InputError(f"the perceptual loss {name} cannot be built: {_what(error)}") from error
+        raise InputError(f"the loss {name} cannot be built: {_what(error)}") from error
     if name not in LOSSES:
         check_loss(loss, name, size, dtype)
     return loss
@@ -143,8 +143,7 @@ def _load(name: str, load: Callable[[], Callable]) -> Callable:
         return load()
     except Exception as error:
         raise InputError(
-            f"the perceptual loss {name} cannot be imported ({_what(error)}); is it installed, or its folder on"
-            " PYTHONPATH?"
+            f"the loss {name} cannot be imported ({_what(error)}); is it installed, or its folder on PYTHONPATH?"
         ) from error
 
 
