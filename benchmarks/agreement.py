@@ -262,7 +262,7 @@ def steadiness(curve: dict[tuple[str, float], Tensor]) -> tuple[float, float]:
 
 
 @torch.inference_mode()
-def drift(args, sides: tuple[int, ...] = (32, 48, 64, 96, 128, 224, 512)) -> str:
+def drift(args, sides: tuple[int, ...] = (32, 48, 64, 96, 128, 224)) -> str:
     """What the loss says of unrelated drawings at other sizes than that of the calibration."""
     lines = ["| pixels a side | " + " | ".join(map(str, sides)) + " |", "|---" * (len(sides) + 1) + "|"]
     for name, source in {"bundled": args.backbone, "vgg": args.trunk}.items():
