@@ -164,10 +164,8 @@ def measure(judges: list[Distances], triplets: Triplets, side: int, name: str, c
     """How much farther the other is than the same, for each row of the table and each triplet."""
     found: dict[str, list[Tensor]] = {}
     for start in tqdm(range(0, len(triplets.rows), chunk), name):
-        images, (anchor, same, other) = (
-            x if n == 0 else x.T
-            for n, x in enumerate(triplets.tensors(range(start, min(start + chunk, len(triplets.rows))), side))
-        )
+        images, places = triplets.tensors(range(start, min(start + chunk, len(triplets.rows))), side)
+        anchor, same, other = places.T
         pairs = torch.stack([anchor.repeat(2), torch.cat([same, other])])
         for judge in judges:
             for row, values in judge(images, pairs).items():

@@ -17,10 +17,9 @@ from pathlib import Path
 
 import cairosvg
 import datasets
-import numpy as np
 from PIL import Image
 
-from sketch_perceptual.splits import content_key, find_copies, split, thumbnail
+from benchmarks.triplets import load_labelled
 
 SIDE = 160
 VARIANT = re.compile(r"-(outline|line|solid|filled|fill|regular|linear|bold|round|alt|\d+)$")
@@ -34,11 +33,11 @@ def main() -> None:
     parser.add_argument("--dataset_name", required=True, help="the data set that the backbone was tuned on")
     parser.add_argument("--output_dir", type=Path, required=True)
     args = parser.parse_args()
-    tuned_on = datasets.load_dataset(args.dataset_name, split="train")
-    words = {stem(word) for name in tuned_on.features["label"].names for word in name.split("-")}
+    tuned_on = load_labelled(args.dataset_name)
+    words = {stem(word) for name in set(tuned_on.things) for word in name.split("-")}
     brands = {VARIANT.sub("", name) for logos in ("simple-icons", "logos") for name in read_set(args.iconify, logos)}
     icons: dict[str, dict[str, str]] = defaultdict(dict)  # thing -> hand -> SVG
-    for hand in hands_apart(tuned_on):
+    for hand in sorted(set(tuned_on.select(tuned_on.sides()[1]).hands)):
         for name, svg in sorted(read_set(args.iconify, hand).items()):
             thing = VARIANT.sub("", name)
             if thing not in brands and not {stem(word) for word in thing.split("-")} & (words | DIRECTED):
@@ -60,14 +59,6 @@ def main() -> None:
 
 def stem(word: str) -> str:
     return word if len(word) < 4 else word.removesuffix("s").removesuffix("ed")
-
-
-def hands_apart(dataset: datasets.Dataset) -> list[str]:
-    images = [row["image"].convert("RGB") for row in dataset]
-    keys = [content_key(image) for image in images]
-    copies = find_copies(keys, np.stack([thumbnail(image) for image in images]))
-    sides = split(dataset["label"][:], keys, copies, dataset["set"][:])
-    return sorted({dataset["set"][index] for index in sides.validation})
 
 
 def read_set(folder: Path, name: str) -> dict[str, str]:
