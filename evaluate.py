@@ -42,22 +42,28 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from sketch_perceptual.backbone import BUNDLED, fingerprint, load_backbone
-from sketch_perceptual.data import CaptionedImages, Images, Scan, captioned_folder, drop_bad, find_images, generator
-from sketch_perceptual.errors import InputError, first_line
-from sketch_perceptual.features import FeatureCache
-from sketch_perceptual.figures import mark, ratio_bars, sheet
-from sketch_perceptual.generation import (
-    chroma,
-    cycle_prompts,
-    draw_prompts,
-    find_classes,
-    ink,
-    is_black,
-    open_folder,
-    read_prompts,
+from sketch_perceptual.data.captions import captioned_folder
+from sketch_perceptual.data.checks import Scan, drop_bad, read_keys, read_once, scan_images
+from sketch_perceptual.data.class_names import class_names
+from sketch_perceptual.data.folders import find_images
+from sketch_perceptual.data.image_sets import CaptionedImages, Images, LabelledImages
+from sketch_perceptual.data.images import fit_image, load_image, to_pil, to_tensor
+from sketch_perceptual.data.options import (
+    add_caption_options,
+    add_class_options,
+    check_caption_options,
+    check_class_options,
+    load_captioned,
+    load_labelled,
 )
-from sketch_perceptual.image_metrics import (
+from sketch_perceptual.data.paired import Pairs, find_pairs
+from sketch_perceptual.data.splits import describe_split, split, split_hash
+from sketch_perceptual.errors import InputError, first_line
+from sketch_perceptual.evaluation.pipelines import add_pipeline_options, load_pipeline
+from sketch_perceptual.evaluation.prompts import cycle_prompts, draw_prompts, find_classes, open_folder, read_prompts
+from sketch_perceptual.figures import mark, ratio_bars, sheet
+from sketch_perceptual.measures.class_distances import ClassDistances
+from sketch_perceptual.measures.image_quality import (
     ClipFeatures,
     InceptionFeatures,
     check_installed,
@@ -65,45 +71,16 @@ from sketch_perceptual.image_metrics import (
     kernel_distance,
     ssim,
 )
-from sketch_perceptual.images import fit_image, load_image, to_pil, to_tensor
-from sketch_perceptual.johnson import JohnsonNet, load_johnson
-from sketch_perceptual.labelled import LabelledImages, class_names
-from sketch_perceptual.metrics import ClassDistances
-from sketch_perceptual.paired import Pairs, find_pairs
-from sketch_perceptual.retrieval import (
-    EMBEDDINGS,
-    SketchEmbedder,
-    load_embedder,
-    make_embedder,
-    most_alike,
-    rank,
-    search,
-)
-from sketch_perceptual.splits import split
-from sketch_perceptual.training import (
-    PATIENCE,
-    add_caption_options,
-    add_class_options,
-    add_feature_options,
-    add_pipeline_options,
-    at_least,
-    check_caption_options,
-    check_class_options,
-    check_writable,
-    describe_split,
-    extract_features,
-    load_captioned,
-    load_labelled,
-    load_pipeline,
-    open_cache,
-    read_keys,
-    read_once,
-    run,
-    scan_images,
-    split_hash,
-    start_logging,
-    versions,
-)
+from sketch_perceptual.measures.ink import chroma, ink, is_black
+from sketch_perceptual.measures.ranking import most_alike, rank, search
+from sketch_perceptual.networks.backbone import BUNDLED, load_backbone
+from sketch_perceptual.networks.embedder import EMBEDDINGS, SketchEmbedder, load_embedder, make_embedder
+from sketch_perceptual.networks.hub_model import fingerprint
+from sketch_perceptual.networks.johnson import JohnsonNet, load_johnson
+from sketch_perceptual.running.feature_cache import FeatureCache, extract_features, open_cache
+from sketch_perceptual.running.options import add_feature_options, at_least
+from sketch_perceptual.running.startup import PATIENCE, check_writable, run, start_logging, versions
+from sketch_perceptual.seeds import generator
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline

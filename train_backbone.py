@@ -28,37 +28,26 @@ from accelerate.utils import set_seed
 from huggingface_hub import ModelCardData
 from tqdm.auto import tqdm
 
-from sketch_perceptual import hub
-from sketch_perceptual.backbone import AttentionVGG16, fingerprint, is_vgg16_weights, load_backbone
-from sketch_perceptual.data import generator
+from sketch_perceptual.data.batches import make_loader
+from sketch_perceptual.data.checks import read_once
+from sketch_perceptual.data.class_names import are_imagenets, class_names
+from sketch_perceptual.data.image_sets import LabelledImages
+from sketch_perceptual.data.options import add_class_options, check_class_options, load_labelled
+from sketch_perceptual.data.splits import describe_split, split, split_hash
 from sketch_perceptual.errors import InputError
 from sketch_perceptual.figures import learning_curve
-from sketch_perceptual.labelled import LabelledImages, are_imagenets, class_names
 from sketch_perceptual.losses import calibrate
-from sketch_perceptual.splits import split
-from sketch_perceptual.training import (
-    NonFiniteGuard,
-    add_class_options,
-    add_training_options,
-    at_least,
-    catch_signals,
-    check_class_options,
-    check_space,
-    describe_split,
-    keep_whole,
-    load_checkpoint,
-    load_labelled,
-    make_loader,
-    make_lr_scheduler,
-    make_optimizer,
-    plan_steps,
-    read_once,
-    run,
-    save_checkpoint,
-    split_hash,
-    start,
-    start_trackers,
-)
+from sketch_perceptual.networks.backbone import AttentionVGG16, is_vgg16_weights, load_backbone
+from sketch_perceptual.networks.hub_model import fingerprint
+from sketch_perceptual.running import cards
+from sketch_perceptual.running.checkpoints import keep_whole, load_checkpoint, save_checkpoint
+from sketch_perceptual.running.interruption import catch_signals
+from sketch_perceptual.running.optimizers import make_lr_scheduler, make_optimizer, plan_steps
+from sketch_perceptual.running.options import add_training_options, at_least
+from sketch_perceptual.running.startup import check_space, run, start
+from sketch_perceptual.running.steps import NonFiniteGuard
+from sketch_perceptual.running.trackers import start_trackers
+from sketch_perceptual.seeds import generator
 
 logger = get_logger(__name__, log_level="INFO")
 
@@ -121,7 +110,7 @@ def main(args: argparse.Namespace) -> None:
     network, untouched, origin = build_network(args, data.classes)
     repo_id = None
     if args.push_to_hub and accelerator.is_main_process:
-        repo_id = hub.create_repo(hub.model_name(args.hub_model_id, args.output_dir), args.hub_token)
+        repo_id = cards.create_repo(cards.model_name(args.hub_model_id, args.output_dir), args.hub_token)
     train_data, validation_data, split_record = split_data(args, accelerator, data)
 
     network.to(memory_format=torch.channels_last)
@@ -231,7 +220,7 @@ def main(args: argparse.Namespace) -> None:
     if accelerator.is_main_process:
         finish(args, accelerator.unwrap_model(model), state, guard)
         if repo_id:
-            hub.push(Path(args.output_dir, "best"), repo_id, FILES, args.hub_token)
+            cards.push(Path(args.output_dir, "best"), repo_id, FILES, args.hub_token)
     accelerator.end_training()
 
 
@@ -494,7 +483,7 @@ def finish(args, network: AttentionVGG16, state: dict, guard: NonFiniteGuard) ->
 def write_card(args, folder: Path, network: AttentionVGG16, state: dict, split_record: dict) -> None:
     best, settings = best_epoch(state), dict(state["settings"])
     where = args.hub_model_id or "path/to/this/folder"
-    on_hub = hub.dataset_id(args.dataset_name)
+    on_hub = cards.dataset_id(args.dataset_name)
     settings = {k: v for k, v in settings.items() if k not in ("dataset_name", "train_data_dir")}
     kind = "VGG-16" if args.attention == "none" else "VGG-16 with attention in place of its first two max-pools"
     if args.pool_after_attention:
@@ -508,7 +497,7 @@ network = AttentionVGG16.from_pretrained("{where}").eval()
 images, target = torch.rand(2, 1, 3, {args.resolution}, {args.resolution}) * 2 - 1  # RGB in [-1, 1]
 print(network.classes[network(images).argmax()])
 print(PerceptualLoss(network)(images, target))"""
-    hub.write_card(
+    cards.write_card(
         folder,
         data=ModelCardData(
             license="apache-2.0",
@@ -517,7 +506,7 @@ print(PerceptualLoss(network)(images, target))"""
             datasets=on_hub and [on_hub],
             tags=["sketch", "perceptual-loss", "vgg16", "attention"],
         ),
-        title=f"Sketch backbone - {hub.model_name(args.hub_model_id, args.output_dir)}",
+        title=f"Sketch backbone - {cards.model_name(args.hub_model_id, args.output_dir)}",
         description=f"{kind} (Seo 2025), tuned to tell {len(network.classes)} classes of drawings apart, on"
         f" {on_hub or 'a data set of its own'}. On {split_record['validation_images']} drawings kept apart{apart},"
         f" which share no copy with the {split_record['train_images']} trained on: {accuracies(best)} after epoch"

@@ -25,46 +25,29 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sketch_perceptual import hub
-from sketch_perceptual.backbone import BUNDLED, fingerprint, load_backbone
-from sketch_perceptual.data import (
-    CaptionedImages,
-    Images,
-    Scan,
-    drop_bad,
-    find_images,
-    generator,
-    image_column_of,
-    load_rows,
-)
+from sketch_perceptual.data.batches import make_loader
+from sketch_perceptual.data.checks import Scan, drop_bad, scan_images
+from sketch_perceptual.data.folders import find_images
+from sketch_perceptual.data.image_sets import CaptionedImages, Images
+from sketch_perceptual.data.images import fit_image, to_pil, to_tensor
+from sketch_perceptual.data.options import add_data_options, choose_samples
+from sketch_perceptual.data.paired import find_pairs
+from sketch_perceptual.data.rows import image_column_of, load_rows
 from sketch_perceptual.errors import InputError
 from sketch_perceptual.figures import sheet
-from sketch_perceptual.images import fit_image, to_pil, to_tensor
-from sketch_perceptual.johnson import NORMS, UPSAMPLING, JohnsonNet, load_johnson
 from sketch_perceptual.losses import DEFAULT_LAYERS, StyleLoss, gram_matrix, total_variation
-from sketch_perceptual.paired import find_pairs
-from sketch_perceptual.training import (
-    NonFiniteGuard,
-    add_data_options,
-    add_training_options,
-    at_least,
-    catch_signals,
-    check_space,
-    choose_samples,
-    keep_whole,
-    load_checkpoint,
-    make_loader,
-    make_lr_scheduler,
-    make_optimizer,
-    plan_steps,
-    run,
-    save_checkpoint,
-    scan_images,
-    start,
-    start_trackers,
-    track_images,
-    versions,
-)
+from sketch_perceptual.networks.backbone import BUNDLED, load_backbone
+from sketch_perceptual.networks.hub_model import fingerprint
+from sketch_perceptual.networks.johnson import NORMS, UPSAMPLING, JohnsonNet, load_johnson
+from sketch_perceptual.running import cards
+from sketch_perceptual.running.checkpoints import keep_whole, load_checkpoint, save_checkpoint
+from sketch_perceptual.running.interruption import catch_signals
+from sketch_perceptual.running.optimizers import make_lr_scheduler, make_optimizer, plan_steps
+from sketch_perceptual.running.options import add_training_options, at_least
+from sketch_perceptual.running.startup import check_space, run, start, versions
+from sketch_perceptual.running.steps import NonFiniteGuard
+from sketch_perceptual.running.trackers import start_trackers, track_images
+from sketch_perceptual.seeds import generator
 
 logger = get_logger(__name__, log_level="INFO")
 
@@ -138,7 +121,7 @@ def main(args: argparse.Namespace) -> None:
     content, style = load_content(args, accelerator, pairs), load_style(args, accelerator, pairs)
     repo_id = None
     if args.push_to_hub and accelerator.is_main_process:
-        repo_id = hub.create_repo(hub.model_name(args.hub_model_id, args.output_dir), args.hub_token)
+        repo_id = cards.create_repo(cards.model_name(args.hub_model_id, args.output_dir), args.hub_token)
 
     set_seed(args.seed)  # new weights depend on the seed alone
     network = JohnsonNet(args.norm, args.upsampling, args.width).to(accelerator.device)
@@ -223,7 +206,7 @@ def main(args: argparse.Namespace) -> None:
         accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # takes accelerate's autocast off the network
         finish(args, network, photos, state, guard)
         if repo_id:
-            hub.push(args.output_dir, repo_id, FILES, args.hub_token)
+            cards.push(args.output_dir, repo_id, FILES, args.hub_token)
     accelerator.end_training()
 
 
@@ -427,7 +410,7 @@ def finish(args, network: JohnsonNet, photos: list[Image.Image], state: dict, gu
 
 def write_card(args, settings: dict) -> None:
     where = args.hub_model_id or "path/to/this/folder"
-    on_hub = hub.dataset_id(args.dataset_name)
+    on_hub = cards.dataset_id(args.dataset_name)
     attention = "without" if settings["attention"] == "none" else "with"
     private = ("train_data_dir", "dataset_name", "style", "paired_data_dir")
     snippet = f"""from PIL import Image
@@ -436,7 +419,7 @@ from sketch_perceptual.johnson import load_johnson, stylize
 network = load_johnson("{where}")
 photo = Image.new("RGB", (300, 200), "skyblue")  # any picture, any size
 stylize(network, [photo])[0].save("sketch.png")"""
-    hub.write_card(
+    cards.write_card(
         args.output_dir,
         data=ModelCardData(
             license="apache-2.0",
@@ -445,7 +428,7 @@ stylize(network, [photo])[0].save("sketch.png")"""
             datasets=on_hub and [on_hub],
             tags=["sketch", "style-transfer", "image-to-image"],
         ),
-        title=f"Sketch style - {hub.model_name(args.hub_model_id, args.output_dir)}",
+        title=f"Sketch style - {cards.model_name(args.hub_model_id, args.output_dir)}",
         description="Johnson's image transformation network (Johnson et al. 2016), which redraws photos in the style"
         f" of {settings['drawings']} drawings, as a VGG-16 {attention} attention sees it (Seo 2025). Trained on"
         f" {settings['photos']} photos for {args.max_train_steps} steps.",

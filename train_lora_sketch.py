@@ -31,9 +31,11 @@ from PIL import Image
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from sketch_perceptual import hub
-from sketch_perceptual.backbone import fingerprint
-from sketch_perceptual.data import CaptionedImages, generator
+from sketch_perceptual.data.batches import make_loader
+from sketch_perceptual.data.checks import read_keys
+from sketch_perceptual.data.image_sets import CaptionedImages
+from sketch_perceptual.data.images import INTERPOLATIONS, to_pil
+from sketch_perceptual.data.options import add_caption_options, check_caption_options, load_captioned
 from sketch_perceptual.diffusion import (
     PREDICTION_TYPES,
     PerceptualTerm,
@@ -44,35 +46,20 @@ from sketch_perceptual.diffusion import (
     sample_latents,
 )
 from sketch_perceptual.errors import InputError
-from sketch_perceptual.features import FeatureCache
+from sketch_perceptual.evaluation.pipelines import add_pipeline_options, load_pipeline
 from sketch_perceptual.figures import sheet
-from sketch_perceptual.images import INTERPOLATIONS, to_pil
 from sketch_perceptual.losses import LOSSES, build_loss
-from sketch_perceptual.training import (
-    CACHE,
-    NonFiniteGuard,
-    add_caption_options,
-    add_pipeline_options,
-    add_training_options,
-    at_least,
-    catch_signals,
-    check_caption_options,
-    check_space,
-    fill_cache,
-    load_captioned,
-    load_checkpoint,
-    load_pipeline,
-    make_loader,
-    make_lr_scheduler,
-    make_optimizer,
-    plan_steps,
-    read_keys,
-    run,
-    save_checkpoint,
-    start,
-    start_trackers,
-    track_images,
-)
+from sketch_perceptual.networks.hub_model import fingerprint
+from sketch_perceptual.running import cards
+from sketch_perceptual.running.checkpoints import load_checkpoint, save_checkpoint
+from sketch_perceptual.running.feature_cache import FeatureCache, fill_cache
+from sketch_perceptual.running.interruption import catch_signals
+from sketch_perceptual.running.optimizers import make_lr_scheduler, make_optimizer, plan_steps
+from sketch_perceptual.running.options import CACHE, add_training_options, at_least
+from sketch_perceptual.running.startup import check_space, run, start
+from sketch_perceptual.running.steps import NonFiniteGuard
+from sketch_perceptual.running.trackers import start_trackers, track_images
+from sketch_perceptual.seeds import generator
 
 logger = get_logger(__name__, log_level="INFO")
 
@@ -152,7 +139,7 @@ def main(args: argparse.Namespace) -> None:
     embed = PromptEmbedder(args, pipeline, data)
     repo_id = None
     if args.push_to_hub and accelerator.is_main_process:
-        repo_id = hub.create_repo(hub.model_name(args.hub_model_id, args.output_dir), args.hub_token)
+        repo_id = cards.create_repo(cards.model_name(args.hub_model_id, args.output_dir), args.hub_token)
 
     lora_parameters = add_lora(args, pipeline.unet)
     sampler, loader = make_loader(args, data, collate)
@@ -225,7 +212,7 @@ def main(args: argparse.Namespace) -> None:
         accelerator.unwrap_model(unet, keep_fp32_wrapper=False)  # takes accelerate's autocast off pipeline.unet
         files = finish(args, accelerator, pipeline, embed, settings, guard)
         if repo_id:
-            hub.push(args.output_dir, repo_id, files, args.hub_token)
+            cards.push(args.output_dir, repo_id, files, args.hub_token)
     accelerator.end_training()
 
 
@@ -656,8 +643,8 @@ def write_card(args, settings: dict, pictures: list[str]) -> None:
 pipeline = StableDiffusionPipeline.from_pretrained("{"path/to/stable-diffusion-v1-5" if is_local else base_model}")
 pipeline.load_lora_weights("{args.hub_model_id or "path/to/this/folder"}")
 pipeline({prompt!r}).images[0].save("sketch.png")"""
-    dataset = hub.dataset_id(args.dataset_name)
-    hub.write_card(
+    dataset = cards.dataset_id(args.dataset_name)
+    cards.write_card(
         args.output_dir,
         data=ModelCardData(
             license="creativeml-openrail-m",
@@ -667,7 +654,7 @@ pipeline({prompt!r}).images[0].save("sketch.png")"""
             tags=tags.split(),
             inference=True,
         ),
-        title=f"Sketch LoRA - {hub.model_name(args.hub_model_id, args.output_dir)}",
+        title=f"Sketch LoRA - {cards.model_name(args.hub_model_id, args.output_dir)}",
         description=f"LoRA weights for Stable Diffusion 1.5, fine-tuned on drawings {term} of sketch-perceptual."
         f" Images of a class were captioned {args.caption_template!r}.",
         snippet=snippet,

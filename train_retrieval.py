@@ -26,32 +26,24 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from sketch_perceptual import hub
-from sketch_perceptual.backbone import BUNDLED, fingerprint, load_backbone
-from sketch_perceptual.data import generator
-from sketch_perceptual.retrieval import MINING, SketchEmbedder, pk_batches, rank, triplet_loss
-from sketch_perceptual.splits import split
-from sketch_perceptual.training import (
-    NonFiniteGuard,
-    add_class_options,
-    add_feature_options,
-    add_run_options,
-    at_least,
-    catch_signals,
-    check_class_options,
-    check_space,
-    describe_split,
-    extract_features,
-    load_checkpoint,
-    load_labelled,
-    read_once,
-    run,
-    save_checkpoint,
-    split_hash,
-    start,
-    start_trackers,
-    versions,
-)
+from sketch_perceptual.data.batches import pk_batches
+from sketch_perceptual.data.checks import read_once
+from sketch_perceptual.data.options import add_class_options, check_class_options, load_labelled
+from sketch_perceptual.data.splits import describe_split, split, split_hash
+from sketch_perceptual.losses.triplet import MINING, triplet_loss
+from sketch_perceptual.measures.ranking import rank
+from sketch_perceptual.networks.backbone import BUNDLED, load_backbone
+from sketch_perceptual.networks.embedder import SketchEmbedder
+from sketch_perceptual.networks.hub_model import fingerprint
+from sketch_perceptual.running import cards
+from sketch_perceptual.running.checkpoints import load_checkpoint, save_checkpoint
+from sketch_perceptual.running.feature_cache import extract_features
+from sketch_perceptual.running.interruption import catch_signals
+from sketch_perceptual.running.options import add_feature_options, add_run_options, at_least
+from sketch_perceptual.running.startup import check_space, run, start, versions
+from sketch_perceptual.running.steps import NonFiniteGuard
+from sketch_perceptual.running.trackers import start_trackers
+from sketch_perceptual.seeds import generator
 
 logger = get_logger(__name__, log_level="INFO")
 
@@ -99,7 +91,7 @@ def main(args: argparse.Namespace) -> None:
     data = load_labelled(args, accelerator)
     repo_id = None
     if args.push_to_hub and accelerator.is_main_process:
-        repo_id = hub.create_repo(hub.model_name(args.hub_model_id, args.output_dir), args.hub_token)
+        repo_id = cards.create_repo(cards.model_name(args.hub_model_id, args.output_dir), args.hub_token)
     data, keys, copies = read_once(args, accelerator, data)
     sides = split(data.labels, keys, copies, data.groups, args.validation_share)
     logger.info(sides.summary)
@@ -194,7 +186,7 @@ def main(args: argparse.Namespace) -> None:
     if accelerator.is_main_process:
         finish(args, state, guard)
         if repo_id:
-            hub.push(Path(args.output_dir, f"seed-{args.seed}"), repo_id, FILES, args.hub_token)
+            cards.push(Path(args.output_dir, f"seed-{args.seed}"), repo_id, FILES, args.hub_token)
     accelerator.end_training()
 
 
@@ -332,7 +324,7 @@ def finish(args, state: dict, guard: NonFiniteGuard) -> None:
 
 def write_card(args, folder: Path, settings: dict, found: dict, record: dict) -> None:
     where = args.hub_model_id or "path/to/this/folder"
-    on_hub = hub.dataset_id(args.dataset_name)
+    on_hub = cards.dataset_id(args.dataset_name)
     settings = {k: v for k, v in settings.items() if k not in ("dataset_name", "train_data_dir")}
     apart = f" by {args.group_column}" if args.group_column else ""
     snippet = f"""from PIL import Image
@@ -341,7 +333,7 @@ from sketch_perceptual import SketchEmbedder
 embedder = SketchEmbedder.from_pretrained("{where}")
 vectors = embedder.embed([Image.new("RGB", (64, 64), colour) for colour in ("black", "white")])
 print(vectors @ vectors.T)  # cosine similarities"""
-    hub.write_card(
+    cards.write_card(
         folder,
         data=ModelCardData(
             license="apache-2.0",
@@ -350,7 +342,7 @@ print(vectors @ vectors.T)  # cosine similarities"""
             datasets=on_hub and [on_hub],
             tags=["sketch", "image-retrieval", "vgg16", "attention"],
         ),
-        title=f"Sketch embedder - {hub.model_name(args.hub_model_id, args.output_dir)}",
+        title=f"Sketch embedder - {cards.model_name(args.hub_model_id, args.output_dir)}",
         description=f"Drawings to vectors of {args.embedding_dim} numbers and length 1 (Seo 2025, section 4.2), from"
         f" {on_hub or 'a data set of its own'}. Of {found['queries']} drawings kept apart{apart}, which share no copy"
         f" with the {record['train_images']} trained on, {found['top1']:.1%} find one of their class first among"

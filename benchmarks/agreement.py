@@ -34,9 +34,9 @@ from tqdm import tqdm
 from benchmarks.learned import FITTED_CLASSES, soft_units
 from benchmarks.triplets import Triplets, by_hands, colour_pairs, load_labelled, redraws, synonyms
 from sketch_perceptual import AttentionVGG16, PerceptualLoss, drawings, load_backbone, to_tensor
-from sketch_perceptual.backbone import BUNDLED
 from sketch_perceptual.losses import DEFAULT_LAYERS, LPIPSLoss, calibrate, gram_matrix, soft_distance
 from sketch_perceptual.losses.calibration import gram_distance, reference_drawings, unrelated
+from sketch_perceptual.networks.backbone import BUNDLED
 
 LAYERS_LEARNED = "soft, weights of layers learned: the default"
 CHANNELS_LEARNED = "soft, weights of channels learned"

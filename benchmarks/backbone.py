@@ -23,7 +23,7 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 import train_backbone
-from sketch_perceptual.backbone import AttentionVGG16
+from sketch_perceptual.networks.backbone import AttentionVGG16
 
 WARM_UP = 10  # steps that allocate and compile
 

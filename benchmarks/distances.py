@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sketch_perceptual.metrics import class_distances
+from sketch_perceptual.measures.class_distances import class_distances
 
 
 def main() -> None:

@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from sketch_perceptual.backbone import AttentionVGG16
-from sketch_perceptual.johnson import UPSAMPLING, JohnsonNet
+from sketch_perceptual.networks.backbone import AttentionVGG16
+from sketch_perceptual.networks.johnson import UPSAMPLING, JohnsonNet
 
 ROOT = Path(__file__).parent.parent
 BATCH, WARM_UP = 4, 3

@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from sketch_perceptual.backbone import BUNDLED
 from sketch_perceptual.drawings import write_folder
+from sketch_perceptual.networks.backbone import BUNDLED
 
 COMMON = """--seed 0 --report_to none --mixed_precision no --dataloader_num_workers 0 --output_dir out
     --resume_from_checkpoint latest"""

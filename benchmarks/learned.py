@@ -20,10 +20,10 @@ from torch import Tensor
 
 from benchmarks.triplets import Triplets, by_hands, load_labelled, redraws, synonyms
 from sketch_perceptual import load_backbone
-from sketch_perceptual.backbone import BUNDLED
 from sketch_perceptual.drawings import CLASSES
 from sketch_perceptual.losses import DEFAULT_LAYERS, calibrate
 from sketch_perceptual.losses.calibration import SIDE
+from sketch_perceptual.networks.backbone import BUNDLED
 
 FITTED_CLASSES = CLASSES[::2]  # the others are for benchmarks.agreement
 

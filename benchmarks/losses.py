@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from sketch_perceptual import PerceptualLoss
-from sketch_perceptual.backbone import AttentionVGG16
 from sketch_perceptual.losses import DEFAULT_LAYERS
+from sketch_perceptual.networks.backbone import AttentionVGG16
 
 LOSSES = {
     "lpips": lambda: lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False).requires_grad_(False).eval(),

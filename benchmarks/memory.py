@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from benchmarks.losses import kept
 from benchmarks.step import UNET, VAE
 from sketch_perceptual import PerceptualLoss
-from sketch_perceptual.backbone import AttentionVGG16
+from sketch_perceptual.networks.backbone import AttentionVGG16
 from train_lora_sketch import TARGET_MODULES
 
 SIDE, RANK = 512, 4

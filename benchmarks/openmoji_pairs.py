@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from sketch_perceptual.data import load_rows
-from sketch_perceptual.images import load_image
-from sketch_perceptual.splits import content_key, find_copies, split, thumbnail
+from sketch_perceptual.data.images import load_image
+from sketch_perceptual.data.rows import load_rows
+from sketch_perceptual.data.splits import content_key, find_copies, split, thumbnail
 
 
 def main() -> None:

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from benchmarks.tiny_decoder import TINY_SD
 from sketch_perceptual import PerceptualLoss
+from sketch_perceptual.data.images import to_tensor
 from sketch_perceptual.diffusion import cast_decoder, decode, encode_moments, predict_x0, sample_latents
 from sketch_perceptual.drawings import CLASSES, STYLES, draw
-from sketch_perceptual.images import to_tensor
 
 
 def main() -> None:

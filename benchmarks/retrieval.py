@@ -24,10 +24,11 @@ from torchmetrics.functional.retrieval import retrieval_average_precision
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from sketch_perceptual.backbone import AttentionVGG16
-from sketch_perceptual.labelled import labelled_folder
-from sketch_perceptual.retrieval import make_embedder, rank, search
-from sketch_perceptual.training import extract_features
+from sketch_perceptual.data.folders import labelled_folder
+from sketch_perceptual.measures.ranking import rank, search
+from sketch_perceptual.networks.backbone import AttentionVGG16
+from sketch_perceptual.networks.embedder import make_embedder
+from sketch_perceptual.running.feature_cache import extract_features
 
 
 def main() -> None:

@@ -19,9 +19,9 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from benchmarks.make_tiny_sd import SIZE, encode, images_of, load_drawings, picture_loss, render
-from sketch_perceptual.backbone import BUNDLED
 from sketch_perceptual.diffusion import decode
 from sketch_perceptual.drawings import CLASSES, STYLES
+from sketch_perceptual.networks.backbone import BUNDLED
 
 TINY_SD = BUNDLED.parent / "tiny-sd"
 STEPS, BATCH_SIZE, LEARNING_RATE = 4000, 16, 2e-3

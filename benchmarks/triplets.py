@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from sketch_perceptual import drawings, to_tensor
-from sketch_perceptual.splits import content_key, find_copies, split, thumbnail
+from sketch_perceptual.data.splits import content_key, find_copies, split, thumbnail
 
 
 @dataclass

@@ -1,12 +1,12 @@
 """Perceptual losses that understand drawings (Seo 2025), and what it takes to train with them."""
 
-from .backbone import AttentionVGG16, load_backbone
+from .data.images import load_image, to_pil, to_tensor
 from .diffusion import PerceptualTerm, predict_x0
 from .errors import InputError
-from .images import load_image, to_pil, to_tensor
 from .losses import LOSSES, ImageLoss, PerceptualLoss, StyleLoss, build_loss, calibrate, check_loss
-from .metrics import class_distances
-from .retrieval import SketchEmbedder, load_embedder
+from .measures.class_distances import class_distances
+from .networks.backbone import AttentionVGG16, load_backbone
+from .networks.embedder import SketchEmbedder, load_embedder
 
 __version__ = "0.1.0"
 

@@ -15,11 +15,12 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from .backbone import BUNDLED, fingerprint
-from .data import find_images
+from .data.folders import find_images
+from .data.images import load_image, to_pil, to_tensor
 from .errors import InputError
-from .images import load_image, to_pil, to_tensor
 from .losses import DEFAULT_LAYERS, PerceptualLoss
+from .networks.backbone import BUNDLED
+from .networks.hub_model import fingerprint
 
 TUNED_AT = 64  # pixels a side: what the bundled backbone was tuned at, and reads best
 SHOWN = 256  # pixels a side in the figure

@@ -11,90 +11,13 @@ from itertools import groupby, islice
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor, nn
 from tqdm import tqdm
 
-from .data import find_images
-from .errors import InputError, first_line
-from .hub import HubModel
-from .images import check_choice, load_extras, load_image, to_pil, to_tensor
-
-NORMS = {"instance": lambda channels: nn.InstanceNorm2d(channels, affine=True), "batch": nn.BatchNorm2d}
-UPSAMPLING = ("transposed", "resize")
-STRIDE = 4  # of the middle of the network
-SMALLEST = 8  # pixels a side; the widest kernel mirrors four
-TANH = 150 / 127.5  # the authors' code: 0-255 and some more, so that black and white are not at its flat ends
-
-
-class JohnsonNet(
-    nn.Module,
-    HubModel,
-    library_name="sketch-perceptual",
-    tags=["sketch", "style-transfer", "image-to-image"],
-    license="apache-2.0",
-):
-    """Photos (B, 3, H, W) in [-1, 1] to pictures of the same size, in [-1.18, 1.18].
-
-    9x9 convolution to 32 channels, two of 3x3 and stride 2 to 64 and 128, five residual blocks, two steps up, 9x9 to
-    RGB, scaled tanh; reflection padding (Johnson et al. 2016, supplement, table 1).
-
-    Args:
-        norm: "instance" (the authors' code) or "batch" (their paper), which sees what else is in a batch.
-        upsampling: "transposed" convolutions, or "resize", nearest neighbours and a convolution: no checkerboard.
-        width: channels of the first layer.
-    """
-
-    noun = "style network"
-
-    def __init__(self, norm: str = "instance", upsampling: str = "transposed", width: int = 32):
-        super().__init__()
-        check_choice("--norm", norm, NORMS)
-        check_choice("--upsampling", upsampling, UPSAMPLING)
-
-        def layer(convolution: nn.Module, channels: int) -> list[nn.Module]:
-            return [convolution, NORMS[norm](channels), nn.ReLU(inplace=True)]
-
-        def up(channels: int, width: int) -> list[nn.Module]:
-            if upsampling == "resize":
-                return [nn.Upsample(scale_factor=2), *layer(_conv(channels, width, 3), width)]
-            return layer(nn.ConvTranspose2d(channels, width, 3, 2, padding=1, output_padding=1), width)
-
-        self.layers = nn.Sequential(
-            *layer(_conv(3, width, 9), width),
-            *layer(_conv(width, 2 * width, 3, 2), 2 * width),
-            *layer(_conv(2 * width, 4 * width, 3, 2), 4 * width),
-            *(_Residual(4 * width, NORMS[norm]) for _ in range(5)),
-            *up(4 * width, 2 * width),
-            *up(2 * width, width),
-            _conv(width, 3, 9),
-        )
-
-    def forward(self, images: Tensor) -> Tensor:
-        height, width = images.shape[-2:]
-        bottom, right = (max(SMALLEST, -(-side // STRIDE) * STRIDE) - side for side in (height, width))
-        x = F.pad(images, (0, right, 0, bottom), mode="replicate")
-        return torch.tanh(self.layers(x)[..., :height, :width]) * TANH
-
-
-class _Residual(nn.Module):
-    def __init__(self, channels: int, norm):
-        super().__init__()
-        self.layers = nn.Sequential(
-            _conv(channels, channels, 3),
-            norm(channels),
-            nn.ReLU(inplace=True),
-            _conv(channels, channels, 3),
-            norm(channels),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.layers(x)
-
-
-def _conv(channels: int, width: int, kernel: int, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(channels, width, kernel, stride, padding=kernel // 2, padding_mode="reflect")
+from .data.folders import find_images
+from .data.images import load_extras, load_image, to_pil, to_tensor
+from .errors import InputError
+from .networks.johnson import JohnsonNet, load_johnson
 
 
 @torch.inference_mode()
@@ -158,18 +81,6 @@ def save(picture: Image.Image, path: Path, alpha: Image.Image | None, exif: byte
         picture.save(path, quality=95, lossless=True, **({"exif": exif} if exif else {}))
     except (OSError, ValueError) as error:
         raise InputError(f"--output {path} cannot be written: {error}") from error
-
-
-def load_johnson(source: str | Path) -> JohnsonNet:
-    """A network from a folder or Hub id written by `save_pretrained`; InputError."""
-    try:
-        return JohnsonNet.from_pretrained(str(source))
-    except InputError:
-        raise
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"no style network at {source}: it must be a folder or a Hub id ({first_line(error)})"
-        ) from error
 
 
 if __name__ == "__main__":

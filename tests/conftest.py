@@ -18,8 +18,8 @@ from huggingface_hub.utils import filter_repo_objects
 from PIL import Image, ImageDraw
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from sketch_perceptual import backbone as backbone_module
-from sketch_perceptual.backbone import AttentionVGG16
+from sketch_perceptual.networks import backbone as backbone_module
+from sketch_perceptual.networks.backbone import AttentionVGG16
 
 ROOT = Path(__file__).parent.parent
 

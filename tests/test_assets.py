@@ -4,10 +4,10 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
 
-from sketch_perceptual.backbone import BUNDLED, load_backbone
+from sketch_perceptual.data.images import to_tensor
 from sketch_perceptual.drawings import CLASSES, draw
-from sketch_perceptual.images import to_tensor
 from sketch_perceptual.losses import PerceptualLoss, build_loss, check_loss
+from sketch_perceptual.networks.backbone import BUNDLED, load_backbone
 
 TINY_SD = BUNDLED.parent / "tiny-sd"
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from timm.layers.cbam import CbamModule
 
-from sketch_perceptual.attention import CBAM, ChannelAttention, SpatialAttention
+from sketch_perceptual.networks.attention import CBAM, ChannelAttention, SpatialAttention
 
 
 def test_agrees_with_timm_where_both_describe_cbam():

@@ -6,8 +6,9 @@ import torchvision
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
-from sketch_perceptual.backbone import LAYERS, AttentionVGG16, fingerprint, load_backbone
 from sketch_perceptual.errors import InputError
+from sketch_perceptual.networks.backbone import LAYERS, AttentionVGG16, load_backbone
+from sketch_perceptual.networks.hub_model import fingerprint
 
 ATTENTION_KEYS = {
     f"features.{index}.attention.{name}.weight"

@@ -11,9 +11,11 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from sketch_perceptual.data import CaptionedImages, Scan, captioned_dataset, captioned_folder, drop_bad
+from sketch_perceptual.data.captions import captioned_dataset, captioned_folder
+from sketch_perceptual.data.checks import Scan, drop_bad
+from sketch_perceptual.data.image_sets import CaptionedImages
+from sketch_perceptual.data.images import fit_image, load_image
 from sketch_perceptual.errors import InputError
-from sketch_perceptual.images import fit_image, load_image
 
 
 def noise(kind="PNG", size=(64, 64)):

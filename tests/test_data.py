@@ -16,17 +16,13 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
-from sketch_perceptual.data import (
-    CaptionedImages,
-    captioned_dataset,
-    captioned_folder,
-    drop_bad,
-    generator,
-    readable_class,
-    scan,
-)
+from sketch_perceptual.data.captions import captioned_dataset, captioned_folder
+from sketch_perceptual.data.checks import drop_bad, scan
+from sketch_perceptual.data.class_names import readable_class
+from sketch_perceptual.data.image_sets import CaptionedImages
+from sketch_perceptual.data.images import INTERPOLATIONS, fit_image, load_extras, load_image, to_pil, to_tensor
 from sketch_perceptual.errors import InputError
-from sketch_perceptual.images import INTERPOLATIONS, fit_image, load_extras, load_image, to_pil, to_tensor
+from sketch_perceptual.seeds import generator
 
 WHITE, BLACK, RED = (255, 255, 255), (0, 0, 0), (255, 0, 0)
 

@@ -7,13 +7,13 @@ from conftest import NARROW, draw_class, reset_accelerate, torchrun
 from PIL import Image
 
 import evaluate as script
-from sketch_perceptual.backbone import AttentionVGG16
+from sketch_perceptual.data.images import fit_image, to_tensor
 from sketch_perceptual.errors import InputError
-from sketch_perceptual.image_metrics import frechet_distance, ssim
-from sketch_perceptual.images import fit_image, to_tensor
-from sketch_perceptual.johnson import JohnsonNet, load_johnson
-from sketch_perceptual.metrics import class_distances
-from sketch_perceptual.retrieval import SketchEmbedder, load_embedder
+from sketch_perceptual.measures.class_distances import class_distances
+from sketch_perceptual.measures.image_quality import frechet_distance, ssim
+from sketch_perceptual.networks.backbone import AttentionVGG16
+from sketch_perceptual.networks.embedder import SketchEmbedder, load_embedder
+from sketch_perceptual.networks.johnson import JohnsonNet, load_johnson
 
 pytestmark = pytest.mark.usefixtures("narrow")
 
@@ -191,7 +191,7 @@ def test_a_damaged_picture_in_the_gallery_is_named_or_left_out(evaluate, models,
 DRIVER = f"""
 import sys
 import evaluate as script
-from sketch_perceptual import backbone
+from sketch_perceptual.networks import backbone
 
 backbone.STAGES = {NARROW}
 script.run(script.main, script.parse_args(sys.argv[1:]))

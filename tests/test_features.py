@@ -3,7 +3,7 @@ import torch
 from safetensors.torch import load_file
 
 from sketch_perceptual.errors import InputError
-from sketch_perceptual.features import FeatureCache
+from sketch_perceptual.running.feature_cache import FeatureCache
 
 
 def test_features_are_found_again_by_key_in_any_order(tmp_path):
@@ -37,7 +37,7 @@ def test_a_write_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
         path.write_bytes(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("sketch_perceptual.features.save_file", full)
+    monkeypatch.setattr("sketch_perceptual.running.feature_cache.save_file", full)
     with pytest.raises(InputError, match=r"--feature_dir: .* cannot be written: No space left"):
         cache.add(["a"], torch.zeros(1, 2))
     assert list(tmp_path.iterdir()) == []

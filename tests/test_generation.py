@@ -18,22 +18,14 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
 import evaluate as script
-from sketch_perceptual import generation
-from sketch_perceptual.backbone import AttentionVGG16
+from sketch_perceptual.data.images import fit_image, to_tensor
 from sketch_perceptual.errors import InputError
-from sketch_perceptual.generation import (
-    chroma,
-    cycle_prompts,
-    draw_prompts,
-    find_classes,
-    ink,
-    is_black,
-    open_folder,
-    read_prompts,
-)
-from sketch_perceptual.image_metrics import ClipFeatures, frechet_distance
-from sketch_perceptual.images import fit_image, to_tensor
-from sketch_perceptual.retrieval import load_embedder
+from sketch_perceptual.evaluation import prompts as generation
+from sketch_perceptual.evaluation.prompts import cycle_prompts, draw_prompts, find_classes, open_folder, read_prompts
+from sketch_perceptual.measures.image_quality import ClipFeatures, frechet_distance
+from sketch_perceptual.measures.ink import chroma, ink, is_black
+from sketch_perceptual.networks.backbone import AttentionVGG16
+from sketch_perceptual.networks.embedder import load_embedder
 
 LOOKS = {"seed": 3, "resolution": 32, "num_inference_steps": 2, "guidance_scale": 2.0}
 
@@ -309,7 +301,7 @@ def test_black_squares_are_counted_and_not_scored(evaluate, drawings, tmp_path, 
 DRIVER = f"""
 import sys
 import evaluate as script
-from sketch_perceptual import backbone
+from sketch_perceptual.networks import backbone
 
 backbone.STAGES = {NARROW}
 script.run(script.main, script.parse_args(sys.argv[1:]))

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sketch_perceptual.errors import InputError
-from sketch_perceptual.image_metrics import InceptionFeatures, frechet_distance, kernel_distance, ssim
+from sketch_perceptual.measures.image_quality import InceptionFeatures, frechet_distance, kernel_distance, ssim
 
 
 def draw(*shape, seed=0):

@@ -8,7 +8,8 @@ from conftest import ROOT
 from PIL import Image
 
 from sketch_perceptual.errors import InputError
-from sketch_perceptual.johnson import JohnsonNet, load_johnson, main, stylize
+from sketch_perceptual.johnson import main, stylize
+from sketch_perceptual.networks.johnson import JohnsonNet, load_johnson
 
 
 @pytest.fixture(scope="module")

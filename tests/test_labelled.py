@@ -9,10 +9,12 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from sketch_perceptual.data import imagenet_classes
+from sketch_perceptual.data.class_names import are_imagenets, class_names, imagenet_classes
+from sketch_perceptual.data.folders import labelled_folder
+from sketch_perceptual.data.image_sets import LabelledImages
+from sketch_perceptual.data.images import to_tensor
+from sketch_perceptual.data.rows import labelled_dataset
 from sketch_perceptual.errors import InputError
-from sketch_perceptual.images import to_tensor
-from sketch_perceptual.labelled import LabelledImages, are_imagenets, class_names, labelled_dataset, labelled_folder
 
 CRANES = ["n02012849", "n03126707"]
 IDS = list(imagenet_classes())

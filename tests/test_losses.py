@@ -7,9 +7,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from sketch_perceptual.backbone import AttentionVGG16
+from sketch_perceptual.data.images import to_tensor
 from sketch_perceptual.errors import InputError
-from sketch_perceptual.images import to_tensor
 from sketch_perceptual.losses import (
     LOSSES,
     ImageLoss,
@@ -24,6 +23,7 @@ from sketch_perceptual.losses import (
     soft_distance,
     total_variation,
 )
+from sketch_perceptual.networks.backbone import AttentionVGG16
 
 
 @pytest.fixture(scope="module")

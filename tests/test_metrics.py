@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sketch_perceptual.errors import InputError
-from sketch_perceptual.metrics import ClassDistances, class_distances
+from sketch_perceptual.measures.class_distances import ClassDistances, class_distances
 
 
 def by_pairs(embeddings, labels):

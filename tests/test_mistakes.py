@@ -18,9 +18,10 @@ import train_backbone
 import train_johnson
 import train_lora_sketch
 import train_retrieval
-from sketch_perceptual import johnson, training
-from sketch_perceptual.backbone import AttentionVGG16
-from sketch_perceptual.johnson import JohnsonNet
+from sketch_perceptual import johnson
+from sketch_perceptual.networks.backbone import AttentionVGG16
+from sketch_perceptual.networks.johnson import JohnsonNet
+from sketch_perceptual.running import startup
 
 SMALL = "--output_dir out --train_batch_size 2 --seed 0 --report_to none --mixed_precision no"
 MEASURED = "--feature_dir features --mixed_precision no"
@@ -316,7 +317,7 @@ def run(name, options, workplace, monkeypatch):
         if name == "johnson":
             script.main(arguments)
         else:
-            training.run(script.main, script.parse_args(arguments))
+            startup.run(script.main, script.parse_args(arguments))
     return exit.value.code
 
 

@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from sketch_perceptual import training
 from sketch_perceptual.errors import InputError
+from sketch_perceptual.running import checkpoints, options, startup
 
 OPTIONS = """--pretrained_model_name_or_path {sd} --train_data_dir {drawings} --resolution 32 --perceptual_loss pixel
     --train_batch_size 1 --gradient_accumulation_steps 2 --seed 0 --report_to none --mixed_precision no --random_flip
@@ -35,22 +35,24 @@ def weights(folder):
 FULL = """
 import resource, sys
 import train_lora_sketch as script
-from sketch_perceptual import training
+from sketch_perceptual.running import checkpoints
+from sketch_perceptual.running import options
+from sketch_perceptual.running import startup
 
-save, files = training.Accelerator.save_state, []
+save, files = startup.Accelerator.save_state, []
 def full(self, folder):
     files.append(folder)
     if str(len(files)) == sys.argv[1]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
     save(self, folder)
-training.Accelerator.save_state = full
+startup.Accelerator.save_state = full
 if sys.argv[1] == "export":
     finish = script.finish
     def full_finish(*args):
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
         return finish(*args)
     script.finish = full_finish
-training.run(script.main, script.parse_args(sys.argv[2:]))
+startup.run(script.main, script.parse_args(sys.argv[2:]))
 """
 
 
@@ -64,12 +66,12 @@ def test_a_disk_that_fills_up_costs_no_checkpoint(tiny_sd, drawings, tmp_path):
     assert "checkpoint-3 could not be written: " in done.stderr
     assert "make room and go on with --resume_from_checkpoint latest" in done.stderr
     assert "Traceback" not in done.stderr
-    assert [path.name for path in training.find_checkpoints(tmp_path / "out")] == ["checkpoint-1", "checkpoint-2"]
+    assert [path.name for path in checkpoints.find_checkpoints(tmp_path / "out")] == ["checkpoint-1", "checkpoint-2"]
     done = run(tmp_path / "driver.py", "export", *options)
     assert done.returncode == 2, done.stderr
     assert os.strerror(27) in done.stderr
     assert "Traceback" not in done.stderr
-    assert len(training.find_checkpoints(tmp_path / "out")) == 4
+    assert len(checkpoints.find_checkpoints(tmp_path / "out")) == 4
 
 
 def test_two_processes_resume_bit_for_bit(tiny_sd, drawings, tmp_path):
@@ -82,7 +84,7 @@ def test_two_processes_resume_bit_for_bit(tiny_sd, drawings, tmp_path):
         if not more:
             straight = weights(tmp_path / "out")
             (tmp_path / "out" / WEIGHTS).unlink()
-            assert [path.name for path in training.find_checkpoints(tmp_path / "out")] == ["checkpoint-3"]
+            assert [path.name for path in checkpoints.find_checkpoints(tmp_path / "out")] == ["checkpoint-3"]
     resumed = weights(tmp_path / "out")
     assert resumed.keys() == straight.keys()
     assert all(torch.equal(resumed[name], straight[name]) for name in straight)
@@ -91,22 +93,22 @@ def test_two_processes_resume_bit_for_bit(tiny_sd, drawings, tmp_path):
 @pytest.mark.parametrize("kind", [DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM])
 def test_strategies_that_shard_are_refused_at_the_start(kind, monkeypatch, tmp_path):
     reset_accelerate()
-    monkeypatch.setattr(training, "Accelerator", lambda **options: SimpleNamespace(distributed_type=kind))
+    monkeypatch.setattr(startup, "Accelerator", lambda **options: SimpleNamespace(distributed_type=kind))
     args = argparse.Namespace(report_to="none", hub_token=None, output_dir=str(tmp_path), logging_dir="logs")
     args.gradient_accumulation_steps, args.mixed_precision = 1, None
     with pytest.raises(InputError, match=f"{kind.value} shards .* accelerate launch --multi_gpu"):
-        training.start(args)
+        startup.start(args)
 
 
 @pytest.mark.parametrize(("limit", "fits"), [(None, False), (3, True)])
 def test_space_for_all_that_stays_is_asked_for(limit, fits, monkeypatch, tmp_path):
-    monkeypatch.setattr(training.shutil, "disk_usage", lambda path: SimpleNamespace(free=5e9))
+    monkeypatch.setattr(startup.shutil, "disk_usage", lambda path: SimpleNamespace(free=5e9))
     args = argparse.Namespace(checkpoints_total_limit=limit, output_dir=tmp_path)
     if fits:
-        assert training.check_space(args, 10, 1e9, 1e9) == "5.0 GB will be written, 5 are free"
+        assert startup.check_space(args, 10, 1e9, 1e9) == "5.0 GB will be written, 5 are free"
     else:
         with pytest.raises(InputError, match=r"has 5\.0 GB left and this run will write 11\.0; lower --checkpoints"):
-            training.check_space(args, 10, 1e9, 1e9)
+            startup.check_space(args, 10, 1e9, 1e9)
 
 
 @given(st.integers(-5, 5), st.one_of(st.integers(), st.floats(), st.text()))
@@ -117,7 +119,7 @@ def test_numbers_are_taken_if_they_are_finite_and_large_enough(minimum, value):
         except ValueError:
             continue  # argparse says so
         if expected - expected == 0 and expected >= minimum:
-            assert training.at_least(minimum, kind)(str(value)) == expected
+            assert options.at_least(minimum, kind)(str(value)) == expected
         else:
             with pytest.raises(argparse.ArgumentTypeError, match=f"must be a number of at least {minimum}"):
-                training.at_least(minimum, kind)(str(value))
+                options.at_least(minimum, kind)(str(value))

@@ -4,8 +4,8 @@ import re
 
 import pytest
 
+from sketch_perceptual.data.paired import find_pairs
 from sketch_perceptual.errors import InputError
-from sketch_perceptual.paired import find_pairs
 
 
 def tree(root, *files):

@@ -10,20 +10,15 @@ from PIL import Image
 from safetensors.torch import save_file
 from torchmetrics.functional.retrieval import retrieval_average_precision, retrieval_hit_rate, retrieval_recall
 
-from sketch_perceptual import retrieval
-from sketch_perceptual.backbone import AttentionVGG16
-from sketch_perceptual.data import generator
+from sketch_perceptual.data.batches import pk_batches
+from sketch_perceptual.data.images import fit_image, to_tensor
 from sketch_perceptual.errors import InputError
-from sketch_perceptual.images import fit_image, to_tensor
-from sketch_perceptual.retrieval import (
-    SketchEmbedder,
-    load_embedder,
-    make_embedder,
-    pk_batches,
-    rank,
-    search,
-    triplet_loss,
-)
+from sketch_perceptual.losses.triplet import triplet_loss
+from sketch_perceptual.measures import ranking
+from sketch_perceptual.measures.ranking import rank, search
+from sketch_perceptual.networks.backbone import AttentionVGG16
+from sketch_perceptual.networks.embedder import SketchEmbedder, load_embedder, make_embedder
+from sketch_perceptual.seeds import generator
 
 pytestmark = pytest.mark.usefixtures("narrow")
 CONFIG = {"attention": "cbam", "pool_after_attention": True, "reduction": 2}
@@ -246,7 +241,7 @@ def test_equals_come_in_the_gallerys_order_whatever_the_chunk(monkeypatch):
     queries, gallery = unit(9, 64), unit(4, 64, seed=1).repeat(50, 1)
     whole = rank(queries, gallery, [0] * 9, [0, 1] * 100)
     for cells in (1, 3 * 200, 7 * 200):
-        monkeypatch.setattr(retrieval, "CELLS", cells)
+        monkeypatch.setattr(ranking, "CELLS", cells)
         parts = rank(queries, gallery, [0] * 9, [0, 1] * 100)
         assert torch.equal(parts.nearest, whole.nearest)
         assert parts.scores == pytest.approx(whole.scores)

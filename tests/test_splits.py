@@ -9,9 +9,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
+from sketch_perceptual.data.images import load_image
+from sketch_perceptual.data.splits import content_key, find_copies, split, thumbnail
 from sketch_perceptual.errors import InputError
-from sketch_perceptual.images import load_image
-from sketch_perceptual.splits import content_key, find_copies, split, thumbnail
 
 
 def saved(image, kind="PNG", **options):

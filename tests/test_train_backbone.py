@@ -11,12 +11,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import train_backbone as script
-from sketch_perceptual import backbone, hub, training
-from sketch_perceptual.backbone import AttentionVGG16, fingerprint, load_backbone
-from sketch_perceptual.data import imagenet_classes
+from sketch_perceptual.data.class_names import imagenet_classes
+from sketch_perceptual.data.splits import content_key
 from sketch_perceptual.errors import InputError
 from sketch_perceptual.losses import PerceptualLoss, build_loss, check_loss
-from sketch_perceptual.splits import content_key
+from sketch_perceptual.networks import backbone
+from sketch_perceptual.networks.backbone import AttentionVGG16, load_backbone
+from sketch_perceptual.networks.hub_model import fingerprint
+from sketch_perceptual.running import cards, checkpoints
 
 pytestmark = pytest.mark.usefixtures("narrow")
 SMALL = (
@@ -184,9 +186,9 @@ def test_a_resumed_run_is_the_straight_run_bit_for_bit(train, monkeypatch, optio
         )
     options = (*options, "--logging_steps", 3, "--checkpoints_total_limit", 9)
     straight, stopped = train(*options, epochs=3), train(*options, output="resumed", epochs=3)
-    first, *later = training.find_checkpoints(stopped.folder)
+    first, *later = checkpoints.find_checkpoints(stopped.folder)
     for path in later:
-        (path / training.STATE_FILE).unlink()  # as if the run had been killed while writing it
+        (path / checkpoints.STATE_FILE).unlink()  # as if the run had been killed while writing it
     (stopped.folder / "last" / "model.safetensors").unlink()
     resumed = train(*options, "--resume_from_checkpoint", "latest", output="resumed", epochs=3)
     assert min(log["step"] for log in resumed.logs) > int(first.name.split("-")[1]) or "epoch" in resumed.logs[0]
@@ -230,7 +232,7 @@ def test_a_signal_saves_and_the_run_goes_on(train, monkeypatch, tmp_path):
         with pytest.raises(SystemExit) as exit:
             train("--logging_steps", 100)
     assert exit.value.code == 128 + signal.SIGTERM
-    assert [path.name for path in training.find_checkpoints(tmp_path / "out")] == ["checkpoint-6", "checkpoint-8"]
+    assert [path.name for path in checkpoints.find_checkpoints(tmp_path / "out")] == ["checkpoint-6", "checkpoint-8"]
     assert train("--resume_from_checkpoint", "latest") == train(output="straight")
 
 
@@ -373,7 +375,7 @@ def test_groups_stay_whole(train, pictures, tmp_path):
 
 
 def test_the_hub_gets_the_model_its_card_and_reports_and_nothing_else(train, monkeypatch):
-    monkeypatch.setattr(hub, "HfApi", FakeHub)
+    monkeypatch.setattr(cards, "HfApi", FakeHub)
     run = train("--push_to_hub", "--hub_token", "hf_secret", "--checkpointing_steps", 2)
     assert FakeHub.sent == {"someone/out": sorted(script.FILES)}
     assert sorted(path.name for path in (run.folder / "best").iterdir()) == sorted(script.FILES)
@@ -440,7 +442,7 @@ DRIVER = f"""
 import os, signal, sys
 import torch
 import train_backbone as script
-from sketch_perceptual import backbone
+from sketch_perceptual.networks import backbone
 
 backbone.STAGES = {NARROW}
 networks, build, add, seen = [], script.build_network, script.Ledger.add, []
@@ -468,7 +470,7 @@ def test_a_run_killed_in_its_second_epoch_resumes_to_the_same_network(train, dri
         --seed 0 --num_train_epochs 2 --output_dir {tmp_path / "out"}"""
     command = [driver, tmp_path, "9", *options.split()]
     run_killed(*command)
-    assert [path.name for path in training.find_checkpoints(tmp_path / "out")] == ["checkpoint-6"]
+    assert [path.name for path in checkpoints.find_checkpoints(tmp_path / "out")] == ["checkpoint-6"]
     assert train("--resume_from_checkpoint", "latest") == train(output="straight")
 
 

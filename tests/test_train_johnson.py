@@ -10,12 +10,13 @@ from conftest import NARROW, FakeHub, draw_class, reset_accelerate, run_killed, 
 from PIL import Image
 
 import train_johnson as script
-from sketch_perceptual import hub, training
-from sketch_perceptual.backbone import AttentionVGG16, fingerprint
+from sketch_perceptual.data.images import to_tensor
 from sketch_perceptual.errors import InputError
-from sketch_perceptual.images import to_tensor
-from sketch_perceptual.johnson import load_johnson
 from sketch_perceptual.losses import StyleLoss
+from sketch_perceptual.networks.backbone import AttentionVGG16
+from sketch_perceptual.networks.hub_model import fingerprint
+from sketch_perceptual.networks.johnson import load_johnson
+from sketch_perceptual.running import cards, checkpoints, steps
 
 pytestmark = pytest.mark.usefixtures("narrow")
 SMALL = """--width 4 --resolution 32 --train_batch_size 2 --num_train_epochs 2 --seed 0 --report_to none
@@ -150,7 +151,7 @@ def test_the_mean_style_is_the_mean_over_all_drawings(options, network, sketches
 )
 def test_an_interrupted_run_resumes_to_the_same_network(train, monkeypatch, more):
     straight = train(*more, output="straight")
-    seen, check = [], training.NonFiniteGuard.is_finite
+    seen, check = [], steps.NonFiniteGuard.is_finite
 
     def interrupt(self, *args):
         seen.append(args)
@@ -158,7 +159,7 @@ def test_an_interrupted_run_resumes_to_the_same_network(train, monkeypatch, more
             os.kill(os.getpid(), signal.SIGTERM)
         return check(self, *args)
 
-    monkeypatch.setattr(training.NonFiniteGuard, "is_finite", interrupt)
+    monkeypatch.setattr(steps.NonFiniteGuard, "is_finite", interrupt)
     with pytest.raises(SystemExit) as exit:
         train(*more)
     assert exit.value.code == 128 + signal.SIGTERM
@@ -169,7 +170,7 @@ def test_an_interrupted_run_resumes_to_the_same_network(train, monkeypatch, more
 
 def test_another_setting_cannot_resume_and_a_checkpoint_is_a_network(train):
     run = train("--checkpointing_steps", 4)
-    names = [path.name for path in training.find_checkpoints(run.folder)]
+    names = [path.name for path in checkpoints.find_checkpoints(run.folder)]
     assert names == ["checkpoint-4", "checkpoint-8"]
     assert fingerprint(load_johnson(run.folder / "checkpoint-8")) == fingerprint(load_johnson(run.folder))
     with pytest.raises(InputError, match=r"was trained with style_weight=0\.3, this run has style_weight=5\.0"):
@@ -202,7 +203,7 @@ def test_a_run_that_stays_not_finite_ends_and_saves_no_nan(train, monkeypatch, t
     poison(monkeypatch, range(12, 99))
     with pytest.raises(FloatingPointError, match="5 steps in a row were not finite"):
         train("--num_train_epochs", 9, "--checkpointing_steps", 2)
-    for checkpoint in training.find_checkpoints(tmp_path / "out"):
+    for checkpoint in checkpoints.find_checkpoints(tmp_path / "out"):
         assert all(weight.isfinite().all() for weight in load_johnson(checkpoint).parameters())
 
 
@@ -247,7 +248,7 @@ def test_a_paired_set_is_content_and_style(train, photos, sketches, network, tmp
 
 
 def test_the_hub_gets_the_network_and_the_card_tells_how_it_was_made(train, monkeypatch):
-    monkeypatch.setattr(hub, "HfApi", FakeHub)
+    monkeypatch.setattr(cards, "HfApi", FakeHub)
     run = train("--push_to_hub", "--hub_token", "hf_secret", "--checkpointing_steps", 4)
     assert FakeHub.sent == {"someone/out": sorted(script.FILES)}
     assert not any(b"hf_secret" in path.read_bytes() for path in run.folder.rglob("*") if path.is_file())
@@ -263,7 +264,7 @@ DRIVER = f"""
 import os, signal, sys
 import torch
 import train_johnson as script
-from sketch_perceptual import backbone
+from sketch_perceptual.networks import backbone
 
 backbone.STAGES = {NARROW}
 networks, seen, losses, net = [], [], script.transfer_losses, script.JohnsonNet
@@ -290,7 +291,7 @@ def test_a_killed_run_resumes_to_the_same_network(train, driver, options, tmp_pa
     command = [driver, tmp_path, "13", *options, "--output_dir", tmp_path / "out"]
     command += ["--checkpointing_steps", "4"]
     run_killed(*command)
-    assert [path.name for path in training.find_checkpoints(tmp_path / "out")] == ["checkpoint-4"]
+    assert [path.name for path in checkpoints.find_checkpoints(tmp_path / "out")] == ["checkpoint-4"]
     resumed, straight = train("--resume_from_checkpoint", "latest"), train(output="straight")
     assert resumed.weights == straight.weights
 

@@ -16,11 +16,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import train_lora_sketch as script
-from sketch_perceptual import hub, training
-from sketch_perceptual.backbone import fingerprint, load_backbone
-from sketch_perceptual.data import CaptionedImages
+from sketch_perceptual.data.image_sets import CaptionedImages
 from sketch_perceptual.errors import InputError
 from sketch_perceptual.losses import PixelLoss
+from sketch_perceptual.networks.backbone import load_backbone
+from sketch_perceptual.networks.hub_model import fingerprint
+from sketch_perceptual.running import cards, checkpoints, startup
 
 # UNet2DConditionModel of stable-diffusion-v1-5, from its published config.json.
 SD15_UNET = {
@@ -326,9 +327,9 @@ def test_a_run_that_stays_not_finite_ends_and_saves_no_nan(train, monkeypatch, t
         FloatingPointError, match=r"5 steps in a row were not finite, the last at step 6: .*png at time"
     ):
         train(*POISON, "--max_train_steps", 20, "--checkpointing_steps", 1)
-    checkpoints = training.find_checkpoints(tmp_path / "out")
-    assert len(checkpoints) == 6
-    for checkpoint in checkpoints:
+    saved = checkpoints.find_checkpoints(tmp_path / "out")
+    assert len(saved) == 6
+    for checkpoint in saved:
         assert all(torch.isfinite(weight).all() for weight in load_file(checkpoint / script.WEIGHTS).values())
 
 
@@ -354,8 +355,8 @@ def test_a_resumed_run_is_the_straight_run_bit_for_bit(train, first, options):
     )
     straight = train("--max_train_steps", 8, *options)
     stopped = train("--max_train_steps", 8, *options, output="resumed")
-    for path in training.find_checkpoints(stopped.folder)[1:]:
-        (path / training.STATE_FILE).unlink()  # as if the run had been killed while writing it
+    for path in checkpoints.find_checkpoints(stopped.folder)[1:]:
+        (path / checkpoints.STATE_FILE).unlink()  # as if the run had been killed while writing it
     (stopped.folder / script.WEIGHTS).unlink()
     resumed = train("--max_train_steps", 8, *options, "--resume_from_checkpoint", "latest", output="resumed")
     assert [log["step"] for log in resumed.logs] == list(range(first + 1, 9))
@@ -373,7 +374,7 @@ def test_a_finished_run_resumed_trains_nothing_and_exports_again(train):
 @pytest.mark.parametrize(("limit", "kept"), [(1, {4}), (3, {2, 3, 4}), (5, {1, 2, 3, 4})])
 def test_the_newest_checkpoints_stay(train, limit, kept):
     run = train("--checkpointing_steps", 1, "--checkpoints_total_limit", limit)
-    assert {int(path.name.split("-")[1]) for path in training.find_checkpoints(run.folder)} == kept
+    assert {int(path.name.split("-")[1]) for path in checkpoints.find_checkpoints(run.folder)} == kept
 
 
 def test_checkpoints_are_adapters_and_old_ones_go(train, tiny_sd):
@@ -428,7 +429,7 @@ def test_a_signal_ends_the_step_saves_and_exits_with_its_own_code(train, monkeyp
     with pytest.raises(SystemExit) as exit:
         train()
     assert exit.value.code == 128 + signal.SIGTERM
-    assert [path.name for path in training.find_checkpoints(tmp_path / "out")] == ["checkpoint-2"]
+    assert [path.name for path in checkpoints.find_checkpoints(tmp_path / "out")] == ["checkpoint-2"]
     monkeypatch.setattr(script, "compute_losses", losses)
     assert train("--resume_from_checkpoint", "latest") == train(output="straight")
 
@@ -488,8 +489,8 @@ def test_tensorboard_takes_what_is_logged(train, monkeypatch):
         f"--pretrained_model_name_or_path x --train_data_dir y --output_dir {run.folder}".split() + options
     )
     reset_accelerate()
-    accelerator = training.start(args)
-    training.start_trackers(accelerator, "text2image-fine-tune", args)
+    accelerator = startup.start(args)
+    script.start_trackers(accelerator, "text2image-fine-tune", args)
     accelerator.log(run.logs[0], 1)
     script.track_images(accelerator, "validation", {"a house": [Image.new("RGB", (32, 32))]}, 1)
     accelerator.end_training()
@@ -500,7 +501,7 @@ def test_tensorboard_takes_what_is_logged(train, monkeypatch):
 
 
 def test_the_hub_gets_adapter_card_and_picture_and_nothing_else(train, monkeypatch, drawings, tiny_sd):
-    monkeypatch.setattr(hub, "HfApi", FakeHub)
+    monkeypatch.setattr(cards, "HfApi", FakeHub)
     prompt = ("--validation_prompt", "a house", "--num_validation_images", 1)
     run = train("--push_to_hub", "--hub_token", "hf_secret", "--checkpointing_steps", 2, *prompt)
     assert FakeHub.sent == {"someone/out": ["README.md", "before_after.png", script.WEIGHTS]}
@@ -524,7 +525,7 @@ def test_a_push_that_fails_keeps_the_files_and_says_how_to_retry(train, monkeypa
         def upload_folder(self, **options):
             raise OSError("no network")
 
-    monkeypatch.setattr(hub, "HfApi", Down)
+    monkeypatch.setattr(cards, "HfApi", Down)
     with pytest.raises(InputError, match=r"upload to someone/out failed \(no network\).* hf upload someone/out"):
         train("--push_to_hub")
     assert (tmp_path / "out" / script.WEIGHTS).is_file()
@@ -691,5 +692,5 @@ def test_two_processes_draw_apart_and_agree(tiny_sd, drawings, tmp_path):
     assert timesteps[0] != timesteps[1]
     names = [name for rank in steps for step in rank[:4] for name in step[2]]
     assert len(set(names)) == 7
-    state = json.loads((tmp_path / "out" / "checkpoint-12" / training.STATE_FILE).read_text())
+    state = json.loads((tmp_path / "out" / "checkpoint-12" / checkpoints.STATE_FILE).read_text())
     assert state["lr_scheduler"]["_last_lr"] == [0.0]

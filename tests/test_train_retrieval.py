@@ -10,10 +10,13 @@ from conftest import NARROW, FakeHub, draw_class, reset_accelerate, run_killed, 
 from PIL import Image
 
 import train_retrieval as script
-from sketch_perceptual import hub, training
-from sketch_perceptual.backbone import AttentionVGG16, fingerprint
 from sketch_perceptual.errors import InputError
-from sketch_perceptual.retrieval import SketchEmbedder, rank
+from sketch_perceptual.measures.ranking import rank
+from sketch_perceptual.networks.backbone import AttentionVGG16
+from sketch_perceptual.networks.embedder import SketchEmbedder
+from sketch_perceptual.networks.hub_model import fingerprint
+from sketch_perceptual.data.splits import content_key
+from sketch_perceptual.running import cards, checkpoints, steps
 
 pytestmark = pytest.mark.usefixtures("narrow")
 SMALL = """--head linear --embedding_dim 16 --resolution 32 --report_to none --num_seeds 2 --num_train_epochs 3
@@ -114,7 +117,7 @@ def test_each_seed_leaves_an_embedder_and_the_metrics_are_theirs(train, network,
 
 
 def script_key(path):
-    return training.content_key(Image.open(path).convert("RGB"))
+    return content_key(Image.open(path).convert("RGB"))
 
 
 def test_the_head_learns_and_the_rate_falls_in_steps(train, monkeypatch):
@@ -169,7 +172,7 @@ def test_an_edited_drawing_and_another_size_get_new_features(options, train, mon
 def test_an_interrupted_run_resumes_to_the_same_embedders(train, monkeypatch):
     straight = train(output="straight")
     seen = []
-    check = training.NonFiniteGuard.is_finite
+    check = steps.NonFiniteGuard.is_finite
 
     def interrupt(self, *args):
         seen.append(args)
@@ -177,7 +180,7 @@ def test_an_interrupted_run_resumes_to_the_same_embedders(train, monkeypatch):
             os.kill(os.getpid(), signal.SIGTERM)
         return check(self, *args)
 
-    monkeypatch.setattr(training.NonFiniteGuard, "is_finite", interrupt)
+    monkeypatch.setattr(steps.NonFiniteGuard, "is_finite", interrupt)
     with pytest.raises(SystemExit) as exit:
         train()
     assert exit.value.code == 128 + signal.SIGTERM
@@ -192,7 +195,7 @@ def test_an_interrupted_run_resumes_to_the_same_embedders(train, monkeypatch):
 
 def test_a_checkpoint_loads_as_an_embedder(train):
     run = train("--num_seeds", 1)
-    checkpoint = training.find_checkpoints(run.folder)[-1]
+    checkpoint = checkpoints.find_checkpoints(run.folder)[-1]
     assert fingerprint(SketchEmbedder.from_pretrained(checkpoint)) == fingerprint(
         SketchEmbedder.from_pretrained(run.folder / "seed-5")
     )
@@ -251,7 +254,7 @@ def test_vggs_head_trains_on_the_flat_map(train):
 
 
 def test_the_hub_gets_the_first_seed_and_the_card_tells_how_it_was_made(train, monkeypatch, capsys):
-    monkeypatch.setattr(hub, "HfApi", FakeHub)
+    monkeypatch.setattr(cards, "HfApi", FakeHub)
     run = train("--push_to_hub", "--hub_token", "hf_secret", "--hub_model_id", "someone/net")
     assert FakeHub.sent == {"someone/someone/net": sorted(script.FILES)}
     folder = run.folder / "seed-5"
@@ -275,7 +278,7 @@ DRIVER = f"""
 import os, signal, sys
 import torch
 import train_retrieval as script
-from sketch_perceptual import backbone
+from sketch_perceptual.networks import backbone
 
 backbone.STAGES = {NARROW}
 heads, reset, seen, loss = [], script.Head.reset, [], script.triplet_loss

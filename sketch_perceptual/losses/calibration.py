@@ -10,8 +10,8 @@ from itertools import cycle
 import torch
 from torch import Tensor
 
-from ..backbone import AttentionVGG16
-from ..images import to_tensor
+from ..data.images import to_tensor
+from ..networks.backbone import AttentionVGG16
 
 SIDE = 64  # pixels of the reference drawings
 SHIFTS = (1, 5, 6)  # a drawing meets others in its own style and in both of the rest

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..backbone import load_backbone
 from ..errors import InputError
+from ..networks.backbone import load_backbone
 from .base import ImageLoss
 from .calibration import reference_drawings, unrelated
 

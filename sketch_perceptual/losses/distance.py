@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..backbone import BUNDLED, AttentionVGG16, check_layers, load_backbone
 from ..errors import InputError
+from ..networks.backbone import BUNDLED, AttentionVGG16, check_layers, load_backbone
 from .base import ImageLoss
 from .calibration import calibrate, soft_distance
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..backbone import BUNDLED, AttentionVGG16, is_vgg16_weights
 from ..errors import InputError, first_line
+from ..networks.backbone import BUNDLED, AttentionVGG16, is_vgg16_weights
 from .controls import LPIPSLoss, PixelLoss
 from .distance import DEFAULT_LAYERS, PerceptualLoss, load_to
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..backbone import BUNDLED, AttentionVGG16, check_layers
+from ..networks.backbone import BUNDLED, AttentionVGG16, check_layers
 from .base import ImageLoss
 from .calibration import calibrate, gram_distance, gram_matrix
 from .distance import DEFAULT_LAYERS, load_to

@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePath, PurePosixPath
 
-from .data import NOT_DATA, find_images
-from .errors import InputError
+from ..errors import InputError
+from .folders import NOT_DATA, find_images
 
 logger = logging.getLogger(__name__)
 

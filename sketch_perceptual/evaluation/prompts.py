@@ -7,14 +7,13 @@ from collections.abc import Iterator, Sequence
 from itertools import cycle, islice
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 
-from .data import generator, readable_class
-from .diffusion import decode
-from .errors import InputError
-from .images import to_pil
+from ..data.class_names import readable_class
+from ..data.images import to_pil
+from ..diffusion import decode
+from ..errors import InputError
+from ..seeds import generator
 
 METADATA, SETTINGS = "metadata.jsonl", ".settings.json"
 
@@ -101,21 +100,6 @@ def draw_prompts(
         partial = path.with_name(f".{path.name}")
         to_pil(image).save(partial, "PNG")
         partial.rename(path)
-
-
-def is_black(image: Image.Image) -> bool:
-    """Whether there is nothing to see: flagged by a safety checker, or an overflow."""
-    return all(highest == 0 for _, highest in image.convert("RGB").getextrema())
-
-
-def chroma(image: Image.Image) -> float:
-    """How much colour is in an image: the mean over pixels of max(R, G, B) - min(R, G, B), 0 for grey to 1."""
-    return float(np.ptp(np.asarray(image.convert("RGB")), axis=2).mean() / 255)
-
-
-def ink(image: Image.Image) -> float:
-    """How much of an image is drawn on: the share of its pixels that are darker than mid-grey."""
-    return float((np.asarray(image.convert("L")) < 128).mean())
 
 
 def find_classes(prompts: Sequence[str], classes: Sequence[str]) -> Iterator[set[int]]:

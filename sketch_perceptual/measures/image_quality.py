@@ -12,9 +12,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .backbone import fingerprint
-from .data import generator
-from .errors import InputError, first_line
+from ..errors import InputError, first_line
+from ..networks.hub_model import fingerprint
+from ..seeds import generator
 
 WINDOW = 11  # pixels of SSIM's window
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"

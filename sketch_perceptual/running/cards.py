@@ -1,13 +1,11 @@
-"""Models on the Hugging Face Hub: loading, a card that tells how each was made, uploads of only the files meant."""
+"""Cards and uploads."""
 
-from contextlib import redirect_stdout
 from pathlib import Path
 
-from huggingface_hub import HfApi, ModelCard, ModelCardData, PyTorchModelHubMixin
+from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError
-from safetensors import SafetensorError
 
-from .errors import InputError
+from ..errors import InputError
 
 CARD = """---
 {metadata}
@@ -31,29 +29,6 @@ CARD = """---
 |---|---|
 {options}
 """
-
-
-class HubModel(PyTorchModelHubMixin):
-    """`save_pretrained`, `from_pretrained`, `push_to_hub`: safetensors only; what does not fit is an `InputError`.
-
-    A subclass says what it is in `noun`.
-    """
-
-    noun: str
-
-    @classmethod
-    def _from_pretrained(cls, *, model_id, config=None, map_location="cpu", strict=True, **kwargs):
-        if config is None:
-            raise InputError(f"no {cls.noun} at {model_id}: there is no config.json, which save_pretrained writes")
-        try:
-            with redirect_stdout(None):  # huggingface_hub prints among our results that it loads from a folder
-                return super()._from_pretrained(model_id=model_id, map_location=map_location, strict=strict, **kwargs)
-        except (RuntimeError, SafetensorError) as error:
-            raise InputError(f"{model_id}: the weights do not fit its config.json: {error}") from error
-
-    @classmethod
-    def _load_as_pickle(cls, model, model_file, map_location, strict):
-        raise InputError(f"{model_file} is a pickle; only model.safetensors is loaded")
 
 
 def write_card(

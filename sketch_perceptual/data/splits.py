@@ -1,5 +1,6 @@
 """A training and a validation side that share no picture: copies are found and stay together."""
 
+import argparse
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -8,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from .errors import InputError
+from ..errors import InputError
 
 THUMBNAIL = 32  # pixels a side
 # Of 9,500 line drawings, turned, resized and saved again as JPEG of quality 50, the worst still correlates 0.996
@@ -225,3 +226,22 @@ def _report(
     if untrained:
         lines.append(f"classes without a training image: {untrained}")
     return Split(train, validation, left_out, pictures, len(copied), unvalidated, untrained, "; ".join(lines))
+
+
+def describe_split(args: argparse.Namespace, result: Split, keys: Sequence[str]) -> dict:
+    """A split as it is saved."""
+    return {
+        "about": "content_key of sketch_perceptual.splits of the images kept apart; all others were trained on",
+        "validation_share": args.validation_share,
+        "group_column": args.group_column,
+        "summary": result.summary,
+        "train_images": len(result.train),
+        "validation_images": len(result.validation),
+        "validation": sorted(keys[index] for index in result.validation),
+        "left_out": sorted(keys[index] for index in result.left_out),
+    }
+
+
+def split_hash(record: dict) -> str:
+    """12 hexadecimal digits for what `describe_split` says was kept apart."""
+    return hashlib.sha256(" ".join(record["validation"]).encode()).hexdigest()[:12]

@@ -1,26 +1,23 @@
 """VGG-16 with its first two max-pools replaced by attention (Seo 2025, section 3), read at named taps."""
 
-import hashlib
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice, pairwise
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..errors import InputError, first_line
 from .attention import CBAM
-from .errors import InputError, first_line
-from .hub import HubModel
+from .hub_model import HubModel, _read_safetensors
 
 # Simonyan & Zisserman 2015, configuration D: convolutions per stage, each stage ended by a max-pool.
 STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 ATTENTION_STAGES = (1, 2)
 LAYERS = tuple(f"relu{s}_{c}" for s, widths in enumerate(STAGES, 1) for c in range(1, len(widths) + 1))
-BUNDLED = Path(__file__).parent / "assets" / "attention-vgg16"
+BUNDLED = Path(__file__).parents[1] / "assets" / "attention-vgg16"
 
 
 class AttentionVGG16(
@@ -256,15 +253,6 @@ def check_calibration(calibration: dict[str, dict]) -> None:
         )
 
 
-def fingerprint(module: nn.Module) -> str:
-    """Which weights these are, whatever file they came in: 12 hex digits of sha256 over names and float32 values."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:12]
-
-
 def _conv3x3(channels: int, width: int) -> nn.Conv2d:
     conv = nn.Conv2d(channels, width, 3, padding=1)
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")  # torchvision's initialisation
@@ -294,14 +282,3 @@ def _imagenet_weights() -> dict[str, Tensor]:
             f"torchvision's VGG-16 weights could not be downloaded ({first_line(error)}). Pass a local .safetensors"
             " with them instead; the README tells how to make one."
         ) from error
-
-
-def _read_safetensors(path: str | Path) -> dict[str, Tensor]:
-    if not Path(path).is_file():
-        raise InputError(f"there is no weights file {path}")
-    if Path(path).suffix != ".safetensors":
-        raise InputError(f"{path} is not a .safetensors file; pickles are not loaded")
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise InputError(f"{path} cannot be read as safetensors: {error}") from error

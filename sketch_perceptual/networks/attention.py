@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from .errors import InputError
+from ..errors import InputError
 
 
 class ChannelAttention(nn.Module):

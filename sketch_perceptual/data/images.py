@@ -3,7 +3,6 @@
 import io
 import logging
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 from PIL import Image, ImageColor, UnidentifiedImageError
 from torch import Tensor
 
-from .errors import InputError
+from ..errors import InputError, check_choice
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +27,6 @@ UPRIGHT = {  # EXIF orientation -> what undoes it
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-
-
 Source = str | os.PathLike | bytes | Image.Image | dict
 
 
@@ -233,8 +230,3 @@ def _colour(background: str) -> tuple[int, int, int]:
         return ImageColor.getrgb(background)[:3]
     except ValueError:
         raise InputError(f"--background: {background!r} is not a colour; try white or #ff8800.") from None
-
-
-def check_choice(option: str, value: str, choices: Iterable[str]) -> None:
-    if value not in choices:
-        raise InputError(f"{option} must be one of {', '.join(choices)}, got {value!r}.")

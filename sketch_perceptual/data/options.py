@@ -1,0 +1,94 @@
+"""The options that say where images come from, and the images that they name."""
+
+import argparse
+from collections.abc import Callable
+
+import torch
+from accelerate import Accelerator
+
+from ..running.options import at_least
+from ..seeds import generator
+from .captions import CAPTION_TEMPLATE, captioned_dataset, captioned_folder
+from .folders import labelled_folder
+from .image_sets import CaptionedImages, Images, LabelledImages
+from .rows import labelled_dataset, load_rows
+
+
+def add_data_options(parser: argparse.ArgumentParser) -> Callable:
+    """The options that say where pictures come from; returns `add_argument` of their group for more of them."""
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset_name", help="a data set of the Hub, or a folder that `datasets` can read")
+    add("--dataset_config_name")
+    add("--image_column", default="image")
+    add("--on_bad_image", choices=("error", "skip"), default="error", help="what to do with unreadable images")
+    add("--background", default="white", help="colour behind transparent drawings")
+    add("--max_train_samples", type=at_least(1), help="use a random choice of so many images")
+    add("--cache_dir", help="where downloads are kept")
+    return add
+
+
+def add_caption_options(parser: argparse.ArgumentParser) -> Callable:
+    """`add_data_options` and where captions come from; returns `add_argument` of their group for more of them."""
+    add = add_data_options(parser)
+    add("--train_data_dir", help="a folder of images with metadata.jsonl or .csv, .txt side-cars, or class folders")
+    add("--caption_column", default="text", help="captions, lists of captions, or class labels")
+    add("--caption_template", default=CAPTION_TEMPLATE, help="caption of an image of a class; {class} is its name")
+    add("--default_caption", help="caption of images that have none")
+    add("--on_missing_caption", choices=("error", "skip", "default"), default="error")
+    return add
+
+
+def check_caption_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    if args.dataset_name is None and args.train_data_dir is None:
+        parser.error("pass --train_data_dir with a folder of drawings, or --dataset_name")
+
+
+def add_class_options(parser: argparse.ArgumentParser, role: str) -> Callable:
+    """`add_data_options` and what drawings with classes need; `role` of the drawings that are kept apart."""
+    add = add_data_options(parser)
+    add("--train_data_dir", help="a folder with one folder of images a class; an ImageNet id is a class name too")
+    add("--label_column", default="label", help="class labels, or names of classes")
+    add("--group_column", help="images alike in it stay on one side of the split, e.g. those of one hand")
+    add("--validation_share", type=float, default=0.1, help=f"of the images, kept apart {role}")
+    return add
+
+
+def check_class_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    if args.dataset_name is None and args.train_data_dir is None:
+        parser.error("pass --train_data_dir with a folder of class folders, or --dataset_name")
+    if args.group_column is not None and args.dataset_name is None:
+        parser.error("--group_column needs --dataset_name: class folders have no columns")
+
+
+def choose_samples(args: argparse.Namespace, data: Images) -> Images:
+    """The random `--max_train_samples` of `data`, or all."""
+    if args.max_train_samples is None or args.max_train_samples >= len(data):
+        return data
+    chosen = torch.randperm(len(data), generator=generator(args.seed, "samples"))[: args.max_train_samples]
+    return data.select(sorted(chosen.tolist()))
+
+
+def load_captioned(args: argparse.Namespace, accelerator: Accelerator, **transform) -> CaptionedImages:
+    """The images that the options of `add_caption_options` name; `transform` are keywords of `CaptionedImages`."""
+    names = ("caption_column", "caption_template", "default_caption", "on_missing_caption", "background")
+    options = {name: getattr(args, name) for name in names} | transform
+    if args.dataset_name is None:
+        data = captioned_folder(args.train_data_dir, **options)
+    else:
+        with accelerator.main_process_first():
+            rows = load_rows(args.dataset_name, args.dataset_config_name, args.train_data_dir, args.cache_dir)
+        data = captioned_dataset(rows, name=args.dataset_name, image_column=args.image_column, **options)
+    return choose_samples(args, data)
+
+
+def load_labelled(args: argparse.Namespace, accelerator: Accelerator, **options) -> LabelledImages:
+    """The drawings that the options of `add_class_options` name; `options` are the keywords of `LabelledImages`."""
+    options["background"] = args.background
+    if args.dataset_name is None:
+        data = labelled_folder(args.train_data_dir, **options)
+    else:
+        with accelerator.main_process_first():
+            rows = load_rows(args.dataset_name, args.dataset_config_name, args.train_data_dir, args.cache_dir)
+        columns = {name: getattr(args, name) for name in ("image_column", "label_column", "group_column")}
+        data = labelled_dataset(rows, name=args.dataset_name, **columns, **options)
+    return choose_samples(args, data)

@@ -1,0 +1,58 @@
+"""Stable Diffusion pipelines as the scripts load them."""
+
+import argparse
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate import Accelerator
+
+from ..diffusion import cast_decoder
+from ..errors import InputError
+from ..running.startup import silence
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+
+
+def add_pipeline_options(add: Callable, required: bool) -> None:
+    """The options of `load_pipeline`, beside `--cache_dir`."""
+    add("--pretrained_model_name_or_path", required=required, help="an SD-1.x pipeline: Hub id or folder")
+    add("--revision", help="revision of the pipeline on the Hub")
+    add("--variant", help='variant of its files, e.g. "fp16"')
+
+
+def load_pipeline(args: argparse.Namespace, accelerator: Accelerator, **options) -> "StableDiffusionPipeline":
+    """The pipeline that the options of `add_pipeline_options` name: frozen, on its device, in the run's precision.
+
+    `options` are keywords of its `from_pretrained`. InputError.
+    """
+    import diffusers  # takes 6 seconds
+    from diffusers import StableDiffusionPipeline
+
+    silence(diffusers)
+    source = args.pretrained_model_name_or_path
+    place = {"revision": args.revision, "cache_dir": args.cache_dir}
+    try:
+        kind = StableDiffusionPipeline.load_config(source, **place).get("_class_name")
+        if kind != "StableDiffusionPipeline":
+            raise InputError(f"{source} is a {kind}; these scripts take SD-1.x, a StableDiffusionPipeline")
+        pipeline = StableDiffusionPipeline.from_pretrained(source, variant=args.variant, **place, **options)
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"--pretrained_model_name_or_path {source} cannot be loaded; it must be the folder of a Stable Diffusion"
+            f" pipeline, or a Hub id that can be reached: {error}"
+        ) from error
+    if args.resolution % pipeline.vae_scale_factor:
+        raise InputError(f"--resolution {args.resolution} must be a multiple of {pipeline.vae_scale_factor}")
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    for model in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+        model.requires_grad_(False).to(accelerator.device, memory_format=torch.channels_last)
+        if model.dtype != dtype:
+            model.to(dtype=dtype)
+    if dtype == torch.float16:
+        cast_decoder(pipeline.vae, torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline

@@ -1,0 +1,130 @@
+"""Drawings as unit vectors that are near for one class (Seo 2025, section 4.2)."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub import hf_hub_download
+from PIL import Image, ImageColor
+from torch import Tensor, nn
+
+from ..data.images import Source, fit_image, load_image, to_tensor
+from ..errors import InputError, check_choice, first_line
+from .backbone import BUNDLED, AttentionVGG16, is_vgg16_weights, load_backbone
+from .hub_model import HubModel, fingerprint
+
+EMBEDDINGS = ("pooled", "flat", "logits", "head")
+
+
+class SketchEmbedder(
+    nn.Module,
+    HubModel,
+    library_name="sketch-perceptual",
+    tags=["sketch", "image-feature-extraction", "image-retrieval", "vgg16", "attention"],
+    license="apache-2.0",
+):
+    """Drawings to vectors of length 1, whose products are cosine similarities. Frozen, in eval mode.
+
+    Args:
+        backbone: the keywords of the `AttentionVGG16` inside.
+        embedding: what is brought to length 1: "pooled", the mean of the backbone's last map; "flat", that map as
+            7x7; "logits", its classifier's; "head", those of a classifier that was trained to embed.
+        resolution: drawings become (resolution, resolution) pixels.
+        fit: "pad" keeps them whole, "crop" cuts the longer side; see `fit_image`.
+        background: colour behind transparent drawings and beside padded ones.
+    """
+
+    noun = "embedder"
+
+    def __init__(
+        self,
+        backbone: dict,
+        embedding: str = "pooled",
+        resolution: int = 224,
+        fit: str = "pad",
+        background: str = "white",
+    ):
+        super().__init__()
+        check_choice("--embedding", embedding, EMBEDDINGS)
+        fit_image(Image.new("RGB", (1, 1)), resolution, fit, background)  # a wrong option fails here
+        self.embedding, self.resolution, self.fit, self.background = embedding, resolution, fit, background
+        self.backbone = AttentionVGG16(**backbone)
+        self.classifies = embedding in ("logits", "head")
+        if self.classifies and not self.backbone.num_classes:
+            raise InputError(f"--embedding {embedding} needs a backbone with a classifier, this one has none")
+        pooled = self.backbone.head == "linear" if self.classifies else embedding == "pooled"
+        self.pool = nn.AdaptiveAvgPool2d(1 if pooled else 7)
+        self.requires_grad_(False).eval()
+
+    def features(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] -> (B, F), what `project` takes: F is the channels, or 49 times as many."""
+        return self.pool(self.backbone.last_map(images)).flatten(1)
+
+    def project(self, features: Tensor) -> Tensor:
+        """(B, F) -> (B, D) of length 1 in float32; a zero vector stays zero."""
+        return F.normalize((self.backbone.classifier(features) if self.classifies else features).float())
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] -> (B, D) of length 1 in float32."""
+        return self.project(self.features(images))
+
+    def prepare(self, source: Source) -> Tensor:
+        """A picture, as `load_image` takes it, -> (3, resolution, resolution) in [-1, 1]."""
+        image = load_image(source, self.background)
+        return to_tensor(fit_image(image, self.resolution, self.fit, self.background))
+
+    @torch.inference_mode()
+    def embed(self, images: Sequence[Source], batch_size: int = 32) -> Tensor:
+        """Pictures, as `load_image` takes them, -> (N, D) of length 1, float32 on the CPU."""
+        if not len(images):
+            raise InputError("there are no images to embed")
+        device = next(self.parameters()).device
+        batches = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
+        return torch.cat([self(torch.stack(list(map(self.prepare, b))).to(device)).cpu() for b in batches])
+
+    @property
+    def feature_key(self) -> str:
+        """Changes with whatever changes `features` of a picture: weights, pooling, resolution, fit and background."""
+        pooling = "pooled" if self.pool.output_size == 1 else "flat"
+        paper = "".join(f"{level:02x}" for level in ImageColor.getrgb(self.background)[:3])
+        return f"{fingerprint(self.backbone.features)}-{pooling}-{self.resolution}-{self.fit}-{paper}"
+
+
+def make_embedder(backbone: AttentionVGG16, **options) -> SketchEmbedder:
+    """A `SketchEmbedder` with the weights of `backbone`; `options` are its other keywords."""
+    embedder = SketchEmbedder(backbone._hub_mixin_config, **options)
+    embedder.backbone.load_state_dict(backbone.state_dict())
+    return embedder
+
+
+def load_embedder(source: str | Path = BUNDLED, **options) -> SketchEmbedder:
+    """An embedder from where a `SketchEmbedder` or an `AttentionVGG16` was saved, or from VGG-16 weights.
+
+    Args:
+        source: a folder or Hub id, or what else `load_backbone` takes; weights make a network without attention.
+        options: keywords of `SketchEmbedder` instead of what was saved; those that are None are left alone.
+    """
+    options = {name: value for name, value in options.items() if value is not None}
+    if is_vgg16_weights(source) or "backbone" not in _config(source):
+        if options.get("embedding") == "head":
+            raise InputError(f"--embedding head: {source} is a backbone, without a head that was trained to embed")
+        return make_embedder(load_backbone(source, attention="none"), **options)
+    saved = SketchEmbedder.from_pretrained(str(source))
+    own = {name: getattr(saved, name) for name in ("embedding", "resolution", "fit", "background")}
+    if own["embedding"] == "head" and options.get("embedding") == "logits":
+        raise InputError(f"--embedding logits: {source} has a head that was trained to embed, no classifier")
+    return make_embedder(saved.backbone, **(own | options)) if options else saved
+
+
+def _config(source: str | Path) -> dict:
+    folder = Path(source)
+    try:
+        path = folder / "config.json" if folder.is_dir() else hf_hub_download(str(source), "config.json")
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"no network at {source}: it must be a folder or a Hub id written by save_pretrained, a .safetensors with"
+            f' VGG-16 weights, or "imagenet" ({first_line(error)})'
+        ) from error
