@@ -1,20 +1,27 @@
 # make demo | make test | make quality | make style: each creates .venv and installs what it needs on first use.
+# make test-oldest: the tests on the lower bounds of setup.cfg, in .venv-oldest; TESTS='-m "not slow"' chooses some.
 PYTHON ?= python3
 BIN = .venv/bin
 INSTALLED = .venv/.installed
 PATHS = *.py sketch_perceptual tests benchmarks
+TESTS =
 
-.PHONY: demo test quality style
+.PHONY: demo test test-oldest quality style
 
-$(INSTALLED): setup.cfg pyproject.toml
+.venv-oldest/.installed: ONLY = -c .venv-oldest/lower-bounds.txt
+.venv/.installed .venv-oldest/.installed: setup.cfg pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.12 ...")'
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -e '.[test]'
+	$(PYTHON) -m venv $(@D)
+	sed -n 's/^ *\([A-Za-z_-]*\)>=\([0-9.]*\).*/\1==\2/p' setup.cfg > $(@D)/lower-bounds.txt
+	$(@D)/bin/python -m pip install --quiet --upgrade pip
+	$(@D)/bin/python -m pip install --quiet -e '.[test]' $(ONLY)
 	touch $@
 
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(TESTS)
+
+test-oldest: .venv-oldest/.installed
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2 $(TESTS)
 
 quality: $(INSTALLED)
 	$(BIN)/ruff check $(PATHS)
