@@ -26,6 +26,7 @@ test-oldest: .venv-oldest/.installed
 quality: $(INSTALLED)
 	$(BIN)/ruff check $(PATHS)
 	$(BIN)/ruff format --check $(PATHS)
+	$(BIN)/mypy
 
 style: $(INSTALLED)
 	$(BIN)/ruff check --fix $(PATHS)
