@@ -1,23 +1,24 @@
-"""Every image read once, before training."""
+"""Every image read once, before training: damaged ones are found, and copies.
 
-import argparse
+Nothing here knows of processes; a script calls these functions on its main process and shares what they return.
+"""
+
+import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
-from accelerate import Accelerator
-from accelerate.logging import get_logger
-from accelerate.utils import broadcast_object_list
 from PIL import Image, ImageStat
 from tqdm import tqdm
 
-from ..errors import InputError, check_choice
-from .folders import _first
+from ..errors import InputError, check_choice, first_names
 from .image_sets import Images, LabelledImages
 from .splits import content_key, find_copies, thumbnail
 
-logger = get_logger(__name__, log_level="INFO")
+logger = logging.getLogger(__name__)
+
+Visit = Callable[[int, Image.Image], None]
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,11 @@ class Scan:
     summary: str
 
 
-def scan(data: Images, visit: Callable[[int, Image.Image], None] | None = None, workers: int = 8) -> Scan:
+def scan(data: Images, visit: Visit | None = None, workers: int = 8) -> Scan:
     """Reads every image once, in threads, so that a damaged file is found before training and not in step 9000.
 
-    `visit` is called with the index and the RGB image of each that can be read.
+    `visit` is called with the index and the RGB image of each that can be read. InputError if memory runs out, which
+    says nothing about an image.
     """
     with ThreadPoolExecutor(workers) as pool:
         checks = pool.map(lambda index: _check_image(data, index, visit), range(len(data)))
@@ -52,56 +54,41 @@ def scan(data: Images, visit: Callable[[int, Image.Image], None] | None = None, 
     if bad:
         lines.append(f"unreadable: {len(bad)}")
     if blank:
-        names = _first([data.name(index) for index in blank])
+        names = first_names([data.name(index) for index in blank])
         lines.append(f"near-constant: {len(blank)}, perhaps their transparency was lost ({names})")
     if cut:
-        lines.append(f"losing more than a tenth of their area to cropping: {cut}, --fit pad keeps them whole")
+        lines.append(f"losing more than a tenth of their area to cropping: {cut}, `fit` pad keeps them whole")
     return Scan(bad, blank, cut, "; ".join(lines))
 
 
-def drop_bad(data: Images, scan: Scan, on_bad_image: str) -> Images:
-    """`data` without the unreadable images of its `scan`.
+def readable(data: Images, scan: Scan, on_bad_image: str) -> list[int]:
+    """Positions of the images of `data` that its `scan` could read.
 
-    `on_bad_image` is "error" (any of them raises one InputError that lists the first ten) or "skip" (they are
+    `on_bad_image` is "error" (any other image raises one InputError that lists the first ten) or "skip" (they are
     logged). InputError too if no image is left.
     """
-    check_choice("--on_bad_image", on_bad_image, ("error", "skip"))
+    check_choice("on_bad_image", on_bad_image, ("error", "skip"))
     bad = {index for index, _ in scan.bad}
     good = [index for index in range(len(data)) if index not in bad]
-    report = f"{len(bad)} of {len(data)} images cannot be read.\n" + _first([m for _, m in scan.bad], "\n")
+    report = f"{len(bad)} of {len(data)} images cannot be read.\n" + first_names([m for _, m in scan.bad], "\n")
     if not good:
         raise InputError(f"No image is left: {report}")
     if bad and on_bad_image == "error":
-        raise InputError(f"{report}\n--on_bad_image skip goes on with the other {len(good)}.")
+        raise InputError(f"{report}\n`on_bad_image` skip goes on with the other {len(good)}.")
     if bad:
         logger.warning("Skipped: %s", report)
-    return data.select(good)
+    return good
 
 
-def _check_image(data: Images, index: int, visit: Callable | None) -> tuple[str | None, bool, bool]:
-    """(message if unreadable, near-constant?, loses more than a tenth to cropping?)"""
-    try:
-        image = data.image(index)
-    except InputError as error:
-        return str(error), False, False
-    if visit is not None:
-        visit(index, image)
-    # A few specks or JPEG noise do not make a drawing: 0.01 % black ink on white already deviates by 2.5.
-    is_blank = max(ImageStat.Stat(image).stddev) < 2
-    return None, is_blank, data.fit == "crop" and min(image.size) < 0.9 * max(image.size)
+def drop_bad(data: Images, scan: Scan, on_bad_image: str) -> Images:
+    """`data` without the images that its `scan` could not read; see `readable`."""
+    return data.select(readable(data, scan, on_bad_image))
 
 
-def scan_images(accelerator: Accelerator, data: Images, visit: Callable | None = None) -> Scan:
-    """`scan` on the main process; its result on all."""
-    return broadcast_object_list([scan(data, visit) if accelerator.is_main_process else None])[0]
+def read_keys(data: Images, on_bad_image: str, visit: Visit | None = None) -> tuple[list[int], list[str]]:
+    """Reads every image: positions of those that can be read, and the `content_key` of each.
 
-
-def read_keys(
-    args: argparse.Namespace, accelerator: Accelerator, data: Images, visit: Callable | None = None
-) -> tuple[Images, list[str]]:
-    """Each image is read: those that can be, and the `content_key` of each.
-
-    The main process calls `visit` with the index and the RGB image of each.
+    `visit` is called with the index and the RGB image of each. InputError: see `readable` and `scan`.
     """
     keys = {}
 
@@ -110,21 +97,29 @@ def read_keys(
         if visit:
             visit(index, image)
 
-    found = scan_images(accelerator, data, note)
-    logger.info(found.summary)
-    good = drop_bad(data, found, args.on_bad_image)
-    (ordered,) = broadcast_object_list([[keys[index] for index in sorted(keys)]])
-    return good, ordered
+    result = scan(data, note)
+    logger.info(result.summary)
+    positions = readable(data, result, on_bad_image)
+    return positions, [keys[index] for index in positions]
 
 
-def read_once(
-    args: argparse.Namespace, accelerator: Accelerator, data: LabelledImages
-) -> tuple[LabelledImages, list[str], list[int]]:
+def read_once(data: LabelledImages, on_bad_image: str) -> tuple[list[int], list[str], list[int]]:
     """`read_keys`, and what `find_copies` says of the images."""
     thumbnails = {}
-    data, keys = read_keys(args, accelerator, data, lambda index, image: thumbnails.update({index: thumbnail(image)}))
-    copies = None
-    if accelerator.is_main_process:
-        copies = find_copies(keys, np.stack([thumbnails[index] for index in sorted(thumbnails)])).tolist()
-    (copies,) = broadcast_object_list([copies])
-    return data, keys, copies
+    positions, keys = read_keys(data, on_bad_image, lambda index, image: thumbnails.update({index: thumbnail(image)}))
+    return positions, keys, find_copies(keys, np.stack([thumbnails[index] for index in positions])).tolist()
+
+
+def _check_image(data: Images, index: int, visit: Visit | None) -> tuple[str | None, bool, bool]:
+    """(message if unreadable, near-constant?, loses more than a tenth to cropping?)"""
+    try:
+        image = data.image(index)
+        if visit is not None:
+            visit(index, image)
+        # A few specks or JPEG noise do not make a drawing: 0.01 % black ink on white already deviates by 2.5.
+        is_blank = max(ImageStat.Stat(image).stddev) < 2
+    except (InputError, MemoryError) as error:
+        if isinstance(error, MemoryError) or isinstance(error.__cause__, MemoryError):
+            raise InputError(f"there is too little memory to read {data.name(index)}") from error
+        return str(error), False, False
+    return None, is_blank, data.fit == "crop" and min(image.size) < 0.9 * max(image.size)
