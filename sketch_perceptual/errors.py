@@ -1,6 +1,7 @@
 """What went wrong, in words for the user."""
 
-from collections.abc import Iterable
+import re
+from collections.abc import Container, Iterable, Sequence
 
 
 class InputError(ValueError):
@@ -10,11 +11,22 @@ class InputError(ValueError):
     """
 
 
+def in_options(message: str, options: Container[str]) -> str:
+    """The message of a library function in the words of a command line: of the `options`, `fit` becomes --fit."""
+    return re.sub(r"`(\w+)`", lambda name: f"--{name[1]}" if name[1] in options else name[0], message)
+
+
 def first_line(error: Exception) -> str:
     """What an error of a library says, shortly."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def check_choice(option: str, value: str, choices: Iterable[str]) -> None:
+def first_names(names: Sequence[str], separator: str = ", ", count: int = 10) -> str:
+    """The first ten names, and how many more there are."""
+    more = f"{separator}and {len(names) - count} more" if len(names) > count else ""
+    return separator.join(names[:count]) + more
+
+
+def check_choice(argument: str, value: str, choices: Iterable[str]) -> None:
     if value not in choices:
-        raise InputError(f"{option} must be one of {', '.join(choices)}, got {value!r}.")
+        raise InputError(f"`{argument}` must be one of {', '.join(choices)}, got {value!r}.")

@@ -1,4 +1,4 @@
-"""What all losses here share: checked inputs, frozen weights, float32 results."""
+"""What all losses here share: checked inputs, eval mode, float32 results."""
 
 import warnings
 
@@ -10,7 +10,7 @@ from ..errors import InputError
 
 
 class ImageLoss(nn.Module):
-    """Base of the losses here: checks its inputs, is frozen for good, and computes with autocast off.
+    """Base of the losses here: checks its inputs, stays in eval mode, and computes with autocast off.
 
     Call with images and target, RGB or grey in [-1, 1], (B, 3, H, W) or (B, 1, H, W); returns (B,) in float32, 0 on
     equal images and about 1 on unrelated drawings. The gradient reaches `images` alone. Subclasses write
@@ -24,7 +24,7 @@ class ImageLoss(nn.Module):
     def __init__(self, resolution: int | None = None):
         super().__init__()
         if resolution is not None and resolution < 16:
-            raise InputError(f"resolution must be at least 16 pixels or None, got {resolution}")
+            raise InputError(f"`resolution` must be at least 16 pixels or None, got {resolution}")
         self.resolution = resolution
 
     def compare(self, images: Tensor, target: Tensor):
@@ -44,9 +44,6 @@ class ImageLoss(nn.Module):
     def train(self, mode: bool = True):
         """Stays in eval mode, whatever a parent module does."""
         return super().train(False)
-
-    def _freeze(self) -> None:
-        self.requires_grad_(False).eval()
 
     def _shrink(self, x: Tensor) -> Tensor:
         shorter = min(x.shape[-2:])

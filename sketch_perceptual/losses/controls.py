@@ -41,7 +41,7 @@ class LPIPSLoss(ImageLoss):
             self.net = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
         convolutions = self.net.net.state_dict()  # slice1.0.weight is features.0.weight
         self.net.net.load_state_dict({name: trunk["features." + name.split(".", 1)[1]] for name in convolutions})
-        self._freeze()
+        self.requires_grad_(False).eval()
         with torch.no_grad():
             self.typical = float(unrelated(lambda *pair: self.net(*pair).flatten(), reference_drawings()))
 

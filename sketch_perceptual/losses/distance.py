@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import InputError
+from ..errors import InputError, check_choice
 from ..networks.backbone import BUNDLED, AttentionVGG16, check_layers, load_backbone
 from .base import ImageLoss
 from .calibration import calibrate, soft_distance
@@ -45,27 +45,26 @@ class PerceptualLoss(ImageLoss):
         distance: str = "l2",
     ):
         super().__init__(resolution)
-        if normalization not in ("soft", "none"):
-            raise InputError(f'normalization must be "soft" or "none", got {normalization!r}')
-        if distance not in ("l1", "l2"):
-            raise InputError(f'distance must be "l1" or "l2", got {distance!r}')
+        check_choice("normalization", normalization, ("soft", "none"))
+        check_choice("distance", distance, ("l2", "l1"))
         if (normalization, distance) == ("soft", "l1"):
-            raise InputError('distance="l1" needs normalization="none": soft unit vectors are compared by "l2"')
+            raise InputError('`distance`="l1" needs `normalization`="none": soft unit vectors are compared by "l2"')
         self.layers = check_layers(layers)
-        self.backbone = load_to(backbone, self.layers)
-        self._freeze()
+        self.backbone = load_frozen(backbone, self.layers)
         self.normalization, self.distance = normalization, distance
         self.calibration = calibrate(self.backbone, self.layers) if normalization == "soft" else {}
-        learned = {name: values["weight"] for name, values in self.calibration.items() if "weight" in values}
-        weights = [learned[name] if set(learned) == set(self.layers) else 1.0 for name in self.layers]
-        if layer_weights is not None:
-            weights = list(layer_weights)
+        weights = self._learned_weights() if layer_weights is None else list(layer_weights)
         if len(weights) != len(self.layers):
-            raise InputError(f"{len(weights)} layer_weights for {len(self.layers)} layers")
+            raise InputError(f"{len(weights)} `layer_weights` for {len(self.layers)} layers")
         if min(weights) < 0 or sum(weights) == 0:
-            raise InputError(f"layer_weights must not be negative, nor all 0; got {weights}")
+            raise InputError(f"`layer_weights` must not be negative, nor all 0; got {weights}")
         total = sum(weights) if normalization == "soft" else 1
         self.layer_weights = {name: weight / total for name, weight in zip(self.layers, weights, strict=True)}
+
+    def _learned_weights(self) -> list[float]:
+        """What the calibration has for just these layers, or else 1 for each."""
+        learned = {name: values["weight"] for name, values in self.calibration.items() if "weight" in values}
+        return [learned[name] if set(learned) == set(self.layers) else 1.0 for name in self.layers]
 
     def forward(self, images: Tensor, target: Tensor, *, per_layer: bool = False, spatial: bool = False):
         """The distance (B,); or, before they are weighted and added, that of each layer; or where it lies.
@@ -76,22 +75,22 @@ class PerceptualLoss(ImageLoss):
             spatial: return maps (B, H, W), bilinear between the places of each layer; a map's mean is about the loss.
                 With `per_layer`, one for each layer.
         """
-        found = super().forward(images, target, spatial=images.shape[-2:] if spatial else None)
+        layers = super().forward(images, target, spatial=images.shape[-2:] if spatial else None)
         if per_layer:
-            return found
-        return sum(self.layer_weights[name] * value for name, value in found.items())
+            return layers
+        return sum(self.layer_weights[name] * value for name, value in layers.items())
 
     def compare(self, images: Tensor, target: Tensor, spatial: torch.Size | None) -> dict[str, Tensor]:
         with torch.no_grad():
             wanted = self.backbone.taps(target, self.layers)
-        found = {}
+        values = {}
         for name, features in self.backbone.walk(images, self.layers):
             places = self._places(name, features, wanted.pop(name))
             if spatial is None:
-                found[name] = places.mean((1, 2))
+                values[name] = places.mean((1, 2))
             else:
-                found[name] = F.interpolate(places[:, None], spatial, mode="bilinear")[:, 0]
-        return {name: found[name] for name in self.layers}
+                values[name] = F.interpolate(places[:, None], spatial, mode="bilinear")[:, 0]
+        return {name: values[name] for name in self.layers}
 
     def _places(self, name: str, features: Tensor, target: Tensor) -> Tensor:
         """(B, h, w) in float32."""
@@ -102,11 +101,12 @@ class PerceptualLoss(ImageLoss):
         return soft_distance(features, target, values["softening"]) / values["distance"]
 
 
-def load_to(backbone: AttentionVGG16 | str | Path, layers: Sequence[str], attention: str = "cbam") -> AttentionVGG16:
-    """A network as it is, or one that is loaded here and ends at the deepest of the layers: 30 MB of 550."""
+def load_frozen(
+    backbone: AttentionVGG16 | str | Path, layers: Sequence[str], attention: str = "cbam"
+) -> AttentionVGG16:
+    """A network as it is, or one that is loaded here and ends at the deepest of the layers; frozen, in eval mode."""
     if isinstance(backbone, nn.Module):
         backbone.find_taps(layers)
-        return backbone
-    network = load_backbone(backbone, attention)
-    taps = network.find_taps(layers)
-    return network.truncate(taps[max(taps)])
+    else:
+        backbone = load_backbone(backbone, attention, layers)
+    return backbone.requires_grad_(False).eval()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..errors import InputError, first_line
 from ..networks.backbone import BUNDLED, AttentionVGG16, is_vgg16_weights
 from .controls import LPIPSLoss, PixelLoss
-from .distance import DEFAULT_LAYERS, PerceptualLoss, load_to
+from .distance import DEFAULT_LAYERS, PerceptualLoss, load_frozen
 
 ENTRY_POINTS = "sketch_perceptual.losses"
 
@@ -24,7 +24,7 @@ def attention_vgg(backbone: AttentionVGG16 | str | Path = BUNDLED, **options) ->
     if is_vgg16_weights(backbone):
         warnings.warn(
             f"{backbone} holds plain VGG-16 weights, so the attention is untrained and random: the arm that fails in"
-            " the paper. Tune it, or choose --perceptual_loss vgg.",
+            " the paper. Tune it, or choose the loss vgg.",
             stacklevel=2,
         )
     return loss
@@ -32,7 +32,7 @@ def attention_vgg(backbone: AttentionVGG16 | str | Path = BUNDLED, **options) ->
 
 def vgg(backbone: str | Path = "imagenet", **options) -> PerceptualLoss:
     """`PerceptualLoss` on plain VGG-16: ImageNet weights, a `.safetensors`, or a folder tuned without attention."""
-    loss = PerceptualLoss(load_to(backbone, options.get("layers", DEFAULT_LAYERS), "none"), **options)
+    loss = PerceptualLoss(load_frozen(backbone, options.get("layers", DEFAULT_LAYERS), "none"), **options)
     _expect_attention(loss, "none", "attention_vgg")
     return loss
 
@@ -133,9 +133,7 @@ def check_loss(
 
 def _expect_attention(loss: PerceptualLoss, attention: str, other: str) -> None:
     if loss.backbone.attention != attention:
-        raise InputError(
-            f"the backbone has attention={loss.backbone.attention!r}: score it with --perceptual_loss {other}"
-        )
+        raise InputError(f"the backbone has attention={loss.backbone.attention!r}: the loss for it is {other}")
 
 
 def _load(name: str, load: Callable[[], Callable]) -> Callable:

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..networks.backbone import BUNDLED, AttentionVGG16, check_layers
 from .base import ImageLoss
 from .calibration import calibrate, gram_distance, gram_matrix
-from .distance import DEFAULT_LAYERS, load_to
+from .distance import DEFAULT_LAYERS, load_frozen
 
 
 class StyleLoss(ImageLoss):
@@ -30,8 +30,7 @@ class StyleLoss(ImageLoss):
     ):
         super().__init__(resolution)
         self.layers = check_layers(layers)
-        self.backbone = load_to(backbone, self.layers)
-        self._freeze()
+        self.backbone = load_frozen(backbone, self.layers)
         self.calibration = calibrate(self.backbone, self.layers)
 
     def compare(self, images: Tensor, target: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ def triplet_loss(
 
     Returns the loss, which is 0 with a gradient where no triplet can be formed, and the share of triplets with a loss.
     """
-    check_choice("--mining", mining, MINING)
+    check_choice("mining", mining, MINING)
     with torch.autocast(embeddings.device.type, enabled=False):
         distances = 1 - embeddings.float() @ embeddings.float().T
     same = labels[:, None] == labels

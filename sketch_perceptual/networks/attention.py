@@ -15,7 +15,7 @@ class ChannelAttention(nn.Module):
     def __init__(self, channels: int, reduction: int = 16):
         super().__init__()
         if not 1 <= reduction <= channels:
-            raise InputError(f"reduction must lie between 1 and the {channels} channels, got {reduction}")
+            raise InputError(f"`reduction` must lie between 1 and the {channels} channels, got {reduction}")
         self.mlp = nn.Sequential(
             nn.Conv2d(channels, channels // reduction, 1, bias=False),
             nn.ReLU(),
@@ -36,7 +36,7 @@ class SpatialAttention(nn.Module):
     def __init__(self, kernel: int = 7):
         super().__init__()
         if kernel < 1 or kernel % 2 == 0:
-            raise InputError(f"spatial_kernel must be odd and positive, got {kernel}")
+            raise InputError(f"`spatial_kernel` must be odd and positive, got {kernel}")
         self.conv = nn.Conv2d(2, 1, kernel, padding=kernel // 2, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -4,20 +4,45 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice, pairwise
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..errors import InputError, first_line
+from ..errors import InputError
 from .attention import CBAM
-from .hub_model import HubModel, _read_safetensors
+from .hub_model import HubModel
+from .settings import FLAG, TEXTS, check_settings, integer, is_positive, one_of, optional
+from .vgg16_weights import read_vgg16, unknown_to
 
 # Simonyan & Zisserman 2015, configuration D: convolutions per stage, each stage ended by a max-pool.
 STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 ATTENTION_STAGES = (1, 2)
 LAYERS = tuple(f"relu{s}_{c}" for s, widths in enumerate(STAGES, 1) for c in range(1, len(widths) + 1))
 BUNDLED = Path(__file__).parents[1] / "assets" / "attention-vgg16"
+UNITS = ("softening", "distance", "gram")  # of a layer's calibration, see `losses.calibrate`
+
+
+def is_calibration(value) -> bool:
+    try:
+        return all(
+            name in LAYERS and all(is_positive(units[unit]) for unit in UNITS) and _is_weight(units.get("weight", 1))
+            for name, units in value.items()
+        )
+    except (AttributeError, KeyError, TypeError):
+        return False
+
+
+def _is_weight(value) -> bool:
+    return is_positive(value) or value == 0
+
+
+CALIBRATION = (
+    is_calibration,
+    f"for each layer a positive {', '.join(UNITS)}, and perhaps a weight that is not negative (without a calibration,"
+    " the network is calibrated when a loss is built)",
+)
 
 
 class AttentionVGG16(
@@ -49,6 +74,18 @@ class AttentionVGG16(
     """
 
     noun = "backbone"
+    sources = f'{HubModel.sources}, a .safetensors with VGG-16 weights, or "imagenet"'
+    rules: ClassVar = {
+        "attention": one_of("cbam", "none"),
+        "pool_after_attention": FLAG,
+        "num_classes": integer(0),
+        "spatial_kernel": integer(1),
+        "reduction": integer(1),
+        "head": one_of("vgg", "linear"),
+        "classes": optional(TEXTS),
+        "last_layer": optional(one_of(*LAYERS)),
+        "calibration": optional(CALIBRATION),
+    }
 
     def __init__(
         self,
@@ -63,36 +100,23 @@ class AttentionVGG16(
         calibration: dict[str, dict] | None = None,
     ):
         super().__init__()
-        if attention not in ("cbam", "none"):
-            raise InputError(f'attention must be "cbam" or "none", got {attention!r}')
-        if num_classes < 0:
-            raise InputError(f"num_classes must be 0 (no classifier) or positive, got {num_classes}")
-        if head not in ("vgg", "linear"):
-            raise InputError(f'head must be "vgg" or "linear", got {head!r}')
+        check_settings(self.rules, {name: value for name, value in locals().items() if name in self.rules})
         if classes is not None and len(classes) != num_classes:
-            raise InputError(f"{len(classes)} classes for num_classes={num_classes}")
-        if last_layer is not None:
-            check_layers([last_layer])
-        if calibration is not None:
-            check_calibration(calibration)
+            raise InputError(f"{len(classes)} `classes` for `num_classes`={num_classes}")
         self.attention, self.pool_after_attention, self.num_classes = attention, pool_after_attention, num_classes
         self.head, self.classes, self.last_layer = head, classes, last_layer
         self.gradient_checkpointing = False
-        self.tap_index: dict[str, int] = {}
-        self.features = nn.Sequential()
-        self.stage_bounds = [0]
+        self.features, self.tap_index, self.stage_bounds = nn.Sequential(), {}, [0]
         channels = 3
         for stage, widths in enumerate(STAGES, 1):
             for number, width in enumerate(widths, 1):
-                self.features.append(_conv3x3(channels, width))
-                self.features.append(nn.ReLU(inplace=True))
+                self.features.extend([_conv3x3(channels, width), nn.ReLU(inplace=True)])
                 self.tap_index[f"relu{stage}_{number}"] = len(self.features) - 1
                 channels = width
-            block = OrderedDict(pool=nn.MaxPool2d(2, 2))
-            if attention == "cbam" and stage in ATTENTION_STAGES:
-                block = OrderedDict(attention=CBAM(channels, reduction, spatial_kernel))
-                if pool_after_attention:
-                    block["pool"] = nn.MaxPool2d(2, 2)
+            attends = attention == "cbam" and stage in ATTENTION_STAGES
+            block = OrderedDict(attention=CBAM(channels, reduction, spatial_kernel)) if attends else OrderedDict()
+            if pool_after_attention or not attends:
+                block["pool"] = nn.MaxPool2d(2, 2)
             self.features.append(nn.Sequential(block))
             self.stage_bounds.append(len(self.features))
         if last_layer is not None:
@@ -160,23 +184,11 @@ class AttentionVGG16(
         New may be the attention, a classifier of another number of classes, and all of the classifier when the file
         holds `features` alone. Anything else missing, left over or of another shape is an `InputError`.
         """
-        weights = _imagenet_weights() if source == "imagenet" else _read_safetensors(source)
-        own = self.state_dict()
-        trunk_only = not any(name.startswith("classifier.") for name in weights)
-        head = "classifier.6."
-        other_head = not trunk_only and self.num_classes != len(weights.get(head + "bias", ()))
+        weights, own = read_vgg16(source), self.state_dict()
         if self.num_classes == 0 or self.head == "linear":
-            weights = {name: w for name, w in weights.items() if name.startswith("features.")}
-            trunk_only = True
-        elif other_head:
-            weights = {name: w for name, w in weights.items() if not name.startswith(head)}
-        new = [
-            name
-            for name in own
-            if ".attention." in name
-            or (trunk_only and name.startswith("classifier."))
-            or (other_head and name.startswith(head))
-        ]
+            weights = {name: weight for name, weight in weights.items() if name.startswith("features.")}
+        new = unknown_to(weights, own)
+        weights = {name: weight for name, weight in weights.items() if name not in new}
         wrong = sorted(set(own) - set(new) - set(weights)) + sorted(set(weights) - set(own))
         wrong += [name for name in weights if name in own and weights[name].shape != own[name].shape]
         if wrong:
@@ -201,27 +213,26 @@ class AttentionVGG16(
         return copy.train(self.training)
 
 
-def load_backbone(source: str | Path = BUNDLED, attention: str = "cbam") -> AttentionVGG16:
+def load_backbone(
+    source: str | Path = BUNDLED, attention: str = "cbam", layers: Iterable[str] | None = None
+) -> AttentionVGG16:
     """A backbone from a folder or Hub id written by `save_pretrained`, or from VGG-16 weights.
 
     Args:
         source: the folder or id, by default the sketch-tuned network that comes with the package; or "imagenet" or a
             `.safetensors` file as in `AttentionVGG16.load_vgg16`, which make a network without a classifier.
         attention: for weights only: "cbam" (untrained: the arm that fails in the paper) or "none".
+        layers: keep only what these taps need: to relu4_3, 30 MB of 550.
     """
     if is_vgg16_weights(source):
-        backbone = AttentionVGG16(attention=attention, num_classes=0)
+        backbone = AttentionVGG16(attention=attention, num_classes=0).eval()
         backbone.load_vgg16(source)
-        return backbone.eval()
-    try:
-        return AttentionVGG16.from_pretrained(str(source))
-    except InputError:
-        raise
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"no backbone at {source}: it must be a folder or a Hub id written by save_pretrained, a .safetensors"
-            f' with VGG-16 weights, or "imagenet" ({first_line(error)})'
-        ) from error
+    else:
+        backbone = AttentionVGG16.from_pretrained(source)
+    if layers is None:
+        return backbone
+    taps = backbone.find_taps(layers)
+    return backbone.truncate(taps[max(taps)])
 
 
 def is_vgg16_weights(source) -> bool:
@@ -234,23 +245,10 @@ def check_layers(layers: Iterable[str]) -> tuple[str, ...]:
     layers = tuple(layers)
     unknown = [name for name in layers if name not in LAYERS]
     if unknown or not layers or len(set(layers)) < len(layers):
-        raise InputError(f"layers must be distinct names out of {', '.join(LAYERS)}; got {' '.join(layers) or 'none'}")
-    return layers
-
-
-def check_calibration(calibration: dict[str, dict]) -> None:
-    """A file may hold anything: what is no calibration is an `InputError`."""
-    units = ("softening", "distance", "gram")
-    try:
-        good = all(name in LAYERS and all(values[unit] > 0 for unit in units) for name, values in calibration.items())
-        good &= all(values.get("weight", 1) >= 0 for values in calibration.values())
-    except (AttributeError, KeyError, TypeError, ValueError):
-        good = False
-    if not good:
         raise InputError(
-            f"calibration must give each layer a positive {', '.join(units)}, and perhaps a weight that is not"
-            " negative; without one, the network is calibrated when a loss is built"
+            f"`layers` must be distinct names out of {', '.join(LAYERS)}; got {' '.join(layers) or 'none'}"
         )
+    return layers
 
 
 def _conv3x3(channels: int, width: int) -> nn.Conv2d:
@@ -270,15 +268,3 @@ def _classifier(channels: int, num_classes: int, head: str) -> nn.Module:
         nn.init.zeros_(linear.bias)
     hidden = [layer for linear in linears[:2] for layer in (linear, nn.ReLU(inplace=True), nn.Dropout())]
     return nn.Sequential(*hidden, linears[2])
-
-
-def _imagenet_weights() -> dict[str, Tensor]:
-    from torchvision.models import VGG16_Weights
-
-    try:
-        return VGG16_Weights.IMAGENET1K_V1.get_state_dict(check_hash=True, weights_only=True)
-    except OSError as error:
-        raise InputError(
-            f"torchvision's VGG-16 weights could not be downloaded ({first_line(error)}). Pass a local .safetensors"
-            " with them instead; the README tells how to make one."
-        ) from error

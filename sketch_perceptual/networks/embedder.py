@@ -1,19 +1,19 @@
 """Drawings as unit vectors that are near for one class (Seo 2025, section 4.2)."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import hf_hub_download
 from PIL import Image, ImageColor
 from torch import Tensor, nn
 
 from ..data.images import Source, fit_image, load_image, to_tensor
-from ..errors import InputError, check_choice, first_line
+from ..errors import InputError
 from .backbone import BUNDLED, AttentionVGG16, is_vgg16_weights, load_backbone
-from .hub_model import HubModel, fingerprint
+from .hub_model import HubModel, fingerprint, read_config
+from .settings import TEXT, check_settings, integer, one_of
 
 EMBEDDINGS = ("pooled", "flat", "logits", "head")
 
@@ -36,7 +36,15 @@ class SketchEmbedder(
         background: colour behind transparent drawings and beside padded ones.
     """
 
-    noun = "embedder"
+    noun = "network"
+    sources = AttentionVGG16.sources
+    rules: ClassVar = {
+        "backbone": AttentionVGG16.rules,
+        "embedding": one_of(*EMBEDDINGS),
+        "resolution": integer(1),
+        "fit": one_of("pad", "crop"),
+        "background": TEXT,
+    }
 
     def __init__(
         self,
@@ -47,13 +55,13 @@ class SketchEmbedder(
         background: str = "white",
     ):
         super().__init__()
-        check_choice("--embedding", embedding, EMBEDDINGS)
-        fit_image(Image.new("RGB", (1, 1)), resolution, fit, background)  # a wrong option fails here
+        check_settings(self.rules, {name: value for name, value in locals().items() if name in self.rules})
+        fit_image(Image.new("RGB", (1, 1)), 1, fit, background)  # what is no colour fails here
         self.embedding, self.resolution, self.fit, self.background = embedding, resolution, fit, background
         self.backbone = AttentionVGG16(**backbone)
         self.classifies = embedding in ("logits", "head")
         if self.classifies and not self.backbone.num_classes:
-            raise InputError(f"--embedding {embedding} needs a backbone with a classifier, this one has none")
+            raise InputError(f"`embedding` {embedding} needs a backbone with a classifier, this one has none")
         pooled = self.backbone.head == "linear" if self.classifies else embedding == "pooled"
         self.pool = nn.AdaptiveAvgPool2d(1 if pooled else 7)
         self.requires_grad_(False).eval()
@@ -107,24 +115,12 @@ def load_embedder(source: str | Path = BUNDLED, **options) -> SketchEmbedder:
         options: keywords of `SketchEmbedder` instead of what was saved; those that are None are left alone.
     """
     options = {name: value for name, value in options.items() if value is not None}
-    if is_vgg16_weights(source) or "backbone" not in _config(source):
+    if is_vgg16_weights(source) or "backbone" not in read_config(source, SketchEmbedder)[1]:
         if options.get("embedding") == "head":
-            raise InputError(f"--embedding head: {source} is a backbone, without a head that was trained to embed")
+            raise InputError(f"`embedding` head: {source} is a backbone, without a head that was trained to embed")
         return make_embedder(load_backbone(source, attention="none"), **options)
-    saved = SketchEmbedder.from_pretrained(str(source))
+    saved = SketchEmbedder.from_pretrained(source)
     own = {name: getattr(saved, name) for name in ("embedding", "resolution", "fit", "background")}
     if own["embedding"] == "head" and options.get("embedding") == "logits":
-        raise InputError(f"--embedding logits: {source} has a head that was trained to embed, no classifier")
+        raise InputError(f"`embedding` logits: {source} has a head that was trained to embed, no classifier")
     return make_embedder(saved.backbone, **(own | options)) if options else saved
-
-
-def _config(source: str | Path) -> dict:
-    folder = Path(source)
-    try:
-        path = folder / "config.json" if folder.is_dir() else hf_hub_download(str(source), "config.json")
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"no network at {source}: it must be a folder or a Hub id written by save_pretrained, a .safetensors with"
-            f' VGG-16 weights, or "imagenet" ({first_line(error)})'
-        ) from error

@@ -1,38 +1,95 @@
 """What all our networks share: saved as safetensors, loaded from a folder or the Hub, told apart by their weights."""
 
 import hashlib
+import json
 from contextlib import redirect_stdout
 from pathlib import Path
+from typing import ClassVar
 
-from huggingface_hub import PyTorchModelHubMixin
+from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..errors import InputError
+from ..errors import InputError, first_line
+from .settings import Rules, check_json
+
+HUB_OPTIONS = ("force_download", "token", "cache_dir", "local_files_only", "revision")
+WEIGHTS = "model.safetensors"
+PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 
 
 class HubModel(PyTorchModelHubMixin):
     """`save_pretrained`, `from_pretrained`, `push_to_hub`: safetensors only; what does not fit is an `InputError`.
 
-    A subclass says what it is in `noun`.
+    A subclass says what it is in `noun`, what may stand in its config.json in `rules`, and where it loads from.
     """
 
     noun: str
+    rules: ClassVar[Rules]
+    sources = "a folder or a Hub id written by save_pretrained"
 
     @classmethod
-    def _from_pretrained(cls, *, model_id, config=None, map_location="cpu", strict=True, **kwargs):
-        if config is None:
-            raise InputError(f"no {cls.noun} at {model_id}: there is no config.json, which save_pretrained writes")
+    def from_pretrained(cls, source: str | Path, **options):
+        """The network that `save_pretrained` wrote, in eval mode.
+
+        Args:
+            source: a folder or a Hub id.
+            options: those of huggingface_hub, such as revision, and settings instead of those in config.json.
+        """
+        path, config = read_config(source, cls, **{name: options[name] for name in HUB_OPTIONS if name in options})
+        check_json(cls.rules, config, str(path))
+        if Path(source).is_dir():
+            _find_weights(Path(source), cls.noun)
         try:
             with redirect_stdout(None):  # huggingface_hub prints among our results that it loads from a folder
-                return super()._from_pretrained(model_id=model_id, map_location=map_location, strict=strict, **kwargs)
-        except (RuntimeError, SafetensorError) as error:
-            raise InputError(f"{model_id}: the weights do not fit its config.json: {error}") from error
+                return super().from_pretrained(str(source), strict=True, **options)
+        except InputError as error:
+            raise InputError(f"{path}: {str(error).replace('`', '')}") from error
+        except (RuntimeError, MemoryError, SafetensorError) as error:
+            raise InputError(f"{source}: the weights do not fit its config.json: {error}") from error
+        except (OSError, ValueError) as error:
+            raise not_found(source, cls, error) from error
 
     @classmethod
     def _load_as_pickle(cls, model, model_file, map_location, strict):
-        raise InputError(f"{model_file} is a pickle; only model.safetensors is loaded")
+        raise OSError(f"{Path(model_file).name} is a pickle; only {WEIGHTS} is loaded")
+
+
+def read_config(source: str | Path, kind: type[HubModel], **options) -> tuple[Path, dict]:
+    """Where the config.json of a saved network is, and what it holds; InputError.
+
+    Args:
+        source: a folder or a Hub id.
+        kind: what is expected there, for the sentence.
+        options: those of `hf_hub_download`.
+    """
+    folder = Path(source)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise InputError(f"no {kind.noun} at {source}: there is no config.json, which save_pretrained writes")
+    try:
+        path = (
+            folder / "config.json" if folder.is_dir() else Path(hf_hub_download(str(source), "config.json", **options))
+        )
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise not_found(source, kind, error) from error
+    try:
+        return path, json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not JSON that can be read: {first_line(error)}") from error
+
+
+def not_found(source: str | Path, kind: type[HubModel], error: Exception) -> InputError:
+    return InputError(f"no {kind.noun} at {source}: it must be {kind.sources} ({first_line(error)})")
+
+
+def _find_weights(folder: Path, noun: str) -> None:
+    if (folder / WEIGHTS).is_file():
+        return
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
+    advice = f"; {pickles[0]} is a pickle, which is not loaded" if pickles else ""
+    raise InputError(f"no {noun} at {folder}: there is no {folder / WEIGHTS}{advice}")
 
 
 def fingerprint(module: nn.Module) -> str:
@@ -44,12 +101,13 @@ def fingerprint(module: nn.Module) -> str:
     return digest.hexdigest()[:12]
 
 
-def _read_safetensors(path: str | Path) -> dict[str, Tensor]:
+def read_safetensors(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a `.safetensors` file; InputError for any other, pickles before all."""
     if not Path(path).is_file():
         raise InputError(f"there is no weights file {path}")
     if Path(path).suffix != ".safetensors":
         raise InputError(f"{path} is not a .safetensors file; pickles are not loaded")
     try:
         return load_file(path)
-    except SafetensorError as error:
+    except (OSError, SafetensorError) as error:
         raise InputError(f"{path} cannot be read as safetensors: {error}") from error

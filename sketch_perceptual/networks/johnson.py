@@ -1,13 +1,16 @@
 """Johnson's image transformation network."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import InputError, check_choice, first_line
 from .hub_model import HubModel
+from .settings import check_settings, integer, one_of
 
 NORMS = {"instance": lambda channels: nn.InstanceNorm2d(channels, affine=True), "batch": nn.BatchNorm2d}
 UPSAMPLING = ("transposed", "resize")
@@ -35,11 +38,11 @@ class JohnsonNet(
     """
 
     noun = "style network"
+    rules: ClassVar = {"norm": one_of(*NORMS), "upsampling": one_of(*UPSAMPLING), "width": integer(1)}
 
     def __init__(self, norm: str = "instance", upsampling: str = "transposed", width: int = 32):
         super().__init__()
-        check_choice("--norm", norm, NORMS)
-        check_choice("--upsampling", upsampling, UPSAMPLING)
+        check_settings(self.rules, {"norm": norm, "upsampling": upsampling, "width": width})
 
         def layer(convolution: nn.Module, channels: int) -> list[nn.Module]:
             return [convolution, NORMS[norm](channels), nn.ReLU(inplace=True)]
@@ -65,6 +68,18 @@ class JohnsonNet(
         x = F.pad(images, (0, right, 0, bottom), mode="replicate")
         return torch.tanh(self.layers(x)[..., :height, :width]) * TANH
 
+    @contextmanager
+    def kept_statistics(self) -> Iterator[None]:
+        """Inside, batch norm goes by the batch, as in training, and leaves its running statistics as they are."""
+        norms = [module for module in self.modules() if isinstance(module, nn.BatchNorm2d)]
+        for norm in norms:
+            norm.track_running_stats = False
+        try:
+            yield
+        finally:
+            for norm in norms:
+                norm.track_running_stats = True
+
 
 class _Residual(nn.Module):
     def __init__(self, channels: int, norm):
@@ -86,12 +101,5 @@ def _conv(channels: int, width: int, kernel: int, stride: int = 1) -> nn.Conv2d:
 
 
 def load_johnson(source: str | Path) -> JohnsonNet:
-    """A network from a folder or Hub id written by `save_pretrained`; InputError."""
-    try:
-        return JohnsonNet.from_pretrained(str(source))
-    except InputError:
-        raise
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"no style network at {source}: it must be a folder or a Hub id ({first_line(error)})"
-        ) from error
+    """A network from a folder or Hub id written by `save_pretrained`, in eval mode; InputError."""
+    return JohnsonNet.from_pretrained(source)

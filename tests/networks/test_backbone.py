@@ -234,3 +234,20 @@ def test_gradient_checkpointing_gives_the_same_gradients(options):
         model(images).sum().backward()
         gradients.append([weight.grad.clone() for weight in model.parameters()])
     torch.testing.assert_close(*gradients)
+
+
+def test_only_what_the_taps_need_is_kept(tmp_path):
+    whole = AttentionVGG16(pool_after_attention=True, num_classes=3, head="linear").eval()
+    whole.save_pretrained(tmp_path)
+    cut = load_backbone(tmp_path, layers=["relu2_2", "relu1_2"])
+    assert (cut.last_layer, cut.num_classes, cut.training) == ("relu2_2", 0, False)
+    images = torch.rand(1, 3, 32, 32) * 2 - 1
+    assert torch.equal(cut.taps(images, ["relu2_2"])["relu2_2"], whole.taps(images, ["relu2_2"])["relu2_2"])
+
+
+def test_attention_in_a_weights_file_is_loaded(tmp_path):
+    tuned = AttentionVGG16(num_classes=0)
+    save_file(tuned.state_dict(), tmp_path / "tuned.safetensors")
+    again = AttentionVGG16(num_classes=0)
+    assert again.load_vgg16(tmp_path / "tuned.safetensors") == []
+    assert fingerprint(again) == fingerprint(tuned)

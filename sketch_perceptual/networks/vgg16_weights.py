@@ -1,0 +1,37 @@
+"""VGG-16 weights in torchvision's names: where they come from, and what they leave new in another network."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from ..errors import InputError, first_line
+from .hub_model import read_safetensors
+
+LAST = "classifier.6."  # its size is the number of classes
+
+
+def read_vgg16(source: str | Path) -> dict[str, Tensor]:
+    """The tensors of "imagenet", torchvision's weights, downloaded once, or of a `.safetensors` file; InputError."""
+    if source != "imagenet":
+        return read_safetensors(source)
+    from torchvision.models import VGG16_Weights
+
+    try:
+        return VGG16_Weights.IMAGENET1K_V1.get_state_dict(check_hash=True, weights_only=True)
+    except OSError as error:
+        raise InputError(
+            f"torchvision's VGG-16 weights could not be downloaded ({first_line(error)}). Pass a local .safetensors"
+            " with them instead; the README tells how to make one."
+        ) from error
+
+
+def unknown_to(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
+    """Which tensors of a network VGG-16 weights cannot know.
+
+    The attention; the classifier if the file holds `features` alone; its last layer if the classes are others.
+    """
+    trunk_only = not any(name.startswith("classifier.") for name in weights)
+    other_classes = len(weights.get(LAST + "bias", ())) != len(own.get(LAST + "bias", ()))
+    prefixes = ("classifier.",) if trunk_only else (LAST,) if other_classes else ()
+    return [name for name in own if name.startswith(prefixes) or (".attention." in name and name not in weights)]
