@@ -1,104 +1,110 @@
-"""Folders of images, and folders of classes."""
+"""What lies in a folder: its images, and texts beside them that no link may take elsewhere."""
 
 import logging
 import os
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
 from PIL import Image
 
-from ..errors import InputError
-from .image_sets import LabelledImages
+from ..errors import InputError, first_names
 
 logger = logging.getLogger(__name__)
 
 METADATA = ("metadata.csv", "metadata.jsonl")
-NOT_DATA = ("__MACOSX", "Thumbs.db", "desktop.ini")  # left by file managers, like all names with a leading dot
+# Left by file managers and network disks, like all names with a leading dot.
+NOT_DATA = ("__MACOSX", "Thumbs.db", "desktop.ini", "@eaDir", "#recycle", "$RECYCLE.BIN", "lost+found")
 
 
-def find_images(root: Path, option: str = "--train_data_dir") -> tuple[list[str], list[str]]:
-    """All files and the images among them, as sorted paths below `root`; hidden ones are left out. InputError."""
-    files = _visible_files(root, option)
+def find_images(root: Path, argument: str = "") -> tuple[list[str], list[str]]:
+    """All files and the images among them, as sorted paths below `root` with forward slashes.
+
+    Hidden files and folders are left out; pipes, sockets and devices too, by name. Links are followed, and images
+    that they take from elsewhere are named. `argument` begins the message of an InputError.
+    """
+    before = f"{argument}: " if argument else ""
+    files, others = walk(root, before)
     openable = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     images = [file for file in files if PurePosixPath(file).suffix.lower() in openable]
+    if others:
+        logger.warning("Skipped in %s, neither files nor folders: %s", root, first_names(others))
     if not images:
-        raise InputError(f"{option}: there are no images in {root}.")
+        raise InputError(f"{before}there are no images in {root}.")
+    warn_about_links(root, images)
     _warn_about_leftovers(root, files, images)
     return files, images
 
 
-def _visible_files(root: Path, option: str) -> list[str]:
-    """Paths below `root` with forward slashes, sorted; an unreadable folder is an error."""
-
-    def fail(error: OSError):
-        raise InputError(f"{option}: cannot read the folder {error.filename}: {error.strerror}.")
-
-    paths, seen = [], set()
-    for folder, folders, files in os.walk(root, onerror=fail, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in seen:  # a loop of links would repeat its images some forty times
-            raise InputError(f"{option}: {folder} links to a folder that is read already.")
-        seen.add(real)
-        folders[:] = filter(_is_visible, folders)
-        paths += [Path(folder, file).relative_to(root).as_posix() for file in filter(_is_visible, files)]
-    return sorted(paths)
+def is_inside(path: Path, root: Path) -> bool:
+    """Whether a path lies below a folder once all links are followed."""
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))
 
 
-def _is_visible(name: str) -> bool:
+def read_text(path: Path, root: Path) -> str:
+    """A UTF-8 file below `root`; InputError, also where a link takes it elsewhere: texts are read in `root` alone."""
+    if not is_inside(path, root):
+        raise InputError(
+            f"{path} is a link that leaves {root}, and only images are read from elsewhere: copy it there."
+        )
+    try:
+        return path.read_text(encoding="utf-8-sig")  # spreadsheets write a byte order mark
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text.") from error
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}.") from error
+
+
+def warn_about_links(root: Path, images: Iterable[str]) -> None:
+    """Name the images that are somewhere else."""
+    if linked := [image for image in images if not is_inside(root / image, root)]:
+        logger.warning(
+            "%d images of %s are read from elsewhere, where links lead: %s", len(linked), root, first_names(linked)
+        )
+
+
+def is_visible(name: str) -> bool:
     return not name.startswith(".") and name not in NOT_DATA
+
+
+def walk(root: Path, before: str = "") -> tuple[list[str], list[str]]:
+    """Files, and what is neither file nor folder, as sorted paths below `root`; an unreadable folder is an error."""
+    files, others, seen, todo = [], [], set(), [""]
+    while todo:
+        folder = todo.pop()
+        real = os.path.realpath(root / folder)
+        if real in seen:  # a loop of links would repeat its images some forty times
+            raise InputError(f"{before}{root / folder} links to a folder that is read already.")
+        seen.add(real)
+        try:
+            entries = [entry for entry in os.scandir(root / folder) if is_visible(entry.name)]
+        except OSError as error:
+            raise InputError(f"{before}cannot read the folder {error.filename}: {error.strerror}.") from error
+        for entry in entries:
+            name = folder + entry.name
+            if entry.is_dir():
+                todo.append(f"{name}/")
+            else:  # a link to nothing is a file that cannot be read, which is said where it is needed
+                (files if entry.is_file() or not os.path.exists(entry) else others).append(name)
+    return sorted(files), sorted(others)
 
 
 def _warn_about_leftovers(root: Path, files: list[str], images: list[str]) -> None:
     used = {image.split("/")[0] for image in images}
-    for folder in sorted(path.name for path in root.iterdir() if path.is_dir() and _is_visible(path.name)):
+    for folder in sorted(path.name for path in root.iterdir() if path.is_dir() and is_visible(path.name)):
         if folder not in used:
             logger.warning("The folder %s holds no images.", root / folder)
     stems = {PurePosixPath(image).stem for image in images}
     stray = [f for f in files if "/" not in f and not (f in METADATA or PurePosixPath(f).stem in stems)]
     if any("/" in image for image in images) and stray:
-        logger.warning("Not used, beside the folders of %s: %s", root, _first(stray))
+        logger.warning("Not used, beside the folders of %s: %s", root, first_names(stray))
 
 
-def _first(names: list[str], separator: str = ", ", count: int = 10) -> str:
-    more = f"{separator}and {len(names) - count} more" if len(names) > count else ""
-    return separator.join(names[:count]) + more
+_first = first_names
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")  # spreadsheets write a byte order mark
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text.") from error
+def __getattr__(name: str):
+    if name == "labelled_folder":
+        from .labels import labelled_folder
 
-
-SPLITS = {"train", "training", "val", "valid", "validation", "test"}
-
-
-def labelled_folder(root: str | os.PathLike, **options) -> LabelledImages:
-    """The images under `root`, which holds one folder a class, as ImageNet-Sketch's zip does; hidden ones left out.
-
-    Classes are numbered in the order of the folders' names. `options` are the keywords of `LabelledImages`. Raises
-    InputError.
-    """
-    root = Path(root)
-    _, images = find_images(root)
-    inside = [image for image in images if "/" in image]
-    if stray := sorted(set(images) - set(inside)):
-        logger.warning("%d images lie beside the class folders of %s and are not used: %s", len(stray), root, stray[0])
-    parts = [PurePosixPath(image).parts for image in inside]
-    classes = sorted({part[0] for part in parts})
-    if classes and {name.lower() for name in classes} <= SPLITS:
-        first = min(classes, key=lambda name: not name.lower().startswith("train"))
-        raise InputError(
-            f"--train_data_dir: {root} holds {', '.join(classes)}, which are splits, not classes: pass {root / first}."
-        )
-    if len(classes) < 2:
-        nested = len({part[:2] for part in parts if len(part) > 2}) > 1
-        advice = f" Pass {root / classes[0]}?" if classes and nested else ""
-        raise InputError(
-            f"--train_data_dir: {root} must hold a folder for each of two classes or more, found"
-            f" {', '.join(classes) or 'none'}.{advice}"
-        )
-    number = {name: index for index, name in enumerate(classes)}
-    labels = [number[part[0]] for part in parts]
-    paths = [root / image for image in inside]
-    return LabelledImages(paths, [str(path) for path in paths], labels, classes, **options)
+        return labelled_folder
+    raise AttributeError(name)

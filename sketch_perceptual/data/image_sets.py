@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from PIL import Image
@@ -10,9 +10,6 @@ from torchvision.transforms import RandomResizedCrop
 
 from ..seeds import generator
 from .images import Source, fit_image, load_image, to_tensor
-
-if TYPE_CHECKING:
-    pass
 
 
 class Images(torch.utils.data.Dataset):

@@ -107,9 +107,9 @@ def fit_image(
         position: what a crop keeps, as fractions of the free room in x and y; (0.5, 0.5) is the centre.
     """
     if resolution < 1:
-        raise InputError(f"--resolution must be at least 1 pixel, got {resolution}.")
-    check_choice("--fit", fit, ("crop", "pad"))
-    check_choice("--image_interpolation_mode", interpolation, INTERPOLATIONS)
+        raise InputError(f"`resolution` must be at least 1 pixel, got {resolution}.")
+    check_choice("fit", fit, ("crop", "pad"))
+    check_choice("interpolation", interpolation, INTERPOLATIONS)
     colour, resample = _colour(background), INTERPOLATIONS[interpolation]
     if fit == "crop":
         return image.resize((resolution, resolution), resample, box=_crop_box(image.size, resolution, position))
@@ -143,7 +143,10 @@ def _bytes(source: str | os.PathLike | bytes | dict) -> bytes:
     if isinstance(source, bytes):
         return source
     if isinstance(source, str | os.PathLike):
-        return Path(source).read_bytes()
+        path = Path(source)
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise ValueError("it is no file")  # reading a pipe would wait for good
+        return path.read_bytes()
     raise ValueError(f"expected a path, bytes, a PIL image or a dict of bytes and path, got {source!r}")
 
 
@@ -229,4 +232,4 @@ def _colour(background: str) -> tuple[int, int, int]:
     try:
         return ImageColor.getrgb(background)[:3]
     except ValueError:
-        raise InputError(f"--background: {background!r} is not a colour; try white or #ff8800.") from None
+        raise InputError(f"`background`: {background!r} is not a colour; try white or #ff8800.") from None

@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePath, PurePosixPath
 
-from ..errors import InputError
-from .folders import NOT_DATA, find_images
+from ..errors import InputError, first_line, first_names
+from .folders import find_images, is_visible, read_text, warn_about_links
 
 logger = logging.getLogger(__name__)
 
@@ -47,9 +47,7 @@ class Pairs:
     summary: str
 
 
-def find_pairs(
-    root: str | Path, part: str | None = None, style: int | None = None, option: str = "--paired_data_dir"
-) -> Pairs:
+def find_pairs(root: str | Path, part: str | None = None, style: int | None = None) -> Pairs:
     """The pairs in `root`, or in its only folder, as a zip unpacks; hidden files are left out. The first that fits of:
 
     1. pairs.csv: the columns photo and sketch, paths below its folder, and perhaps part.
@@ -62,22 +60,23 @@ def find_pairs(
     Args:
         part: "train" or "test"; None is both.
         style: 1, 2 or 3, of FS2K only; None is all.
-        option: where `root` comes from; an InputError starts with it.
+
+    Raises InputError.
     """
     root = Path(root)
-    inside = [path for path in root.glob("[!.]*") if path.is_dir() and path.name not in NOT_DATA]
+    inside = [path for path in root.glob("*") if path.is_dir() and is_visible(path.name)]
     places = [root, *(inside if len(inside) == 1 else [])]
     if folder := _holding(places, LIST):
-        layout, pairs = "CSV", _listed(folder, part, option)
+        layout, pairs = "CSV", _listed(folder, part, root)
     elif folder := _holding(places, *ANNOTATIONS.values()):
-        layout, pairs = "FS2K", _annotated(folder, part, style, option)
+        layout, pairs = "FS2K", _annotated(folder, part, style, root)
     else:
-        folder, layout, pairs = _twins(places, part, option)
+        folder, layout, pairs = _twins(places, part)
     if style is not None and layout != "FS2K":
-        raise InputError(f"{option}: {folder} is not FS2K ({layout}) and has no styles: ask for no style.")
+        raise InputError(f"{folder} is not FS2K ({layout}) and has no styles: ask for no style.")
     what = ", ".join(filter(None, [layout, part, style and f"style {style}"]))
     if not pairs:
-        raise InputError(f"{option}: there are no such pairs in {folder}: {what}.")
+        raise InputError(f"there are no such pairs in {folder}: {what}.")
     names = sorted(pairs)
     photos, sketches = [folder / name for name in names], [folder / pairs[name] for name in names]
     return Pairs(photos, sketches, names, layout, f"{what}: {len(names)} pairs")
@@ -87,19 +86,13 @@ def _holding(places: list[Path], *names: str) -> Path | None:
     return next((place for place in places if any((place / name).is_file() for name in names)), None)
 
 
-def _listed(folder: Path, part: str | None, option: str) -> dict[str, str]:
+def _listed(folder: Path, part: str | None, root: Path) -> dict[str, str]:
     pairs, path = {}, folder / LIST
-    reader = csv.DictReader(io.StringIO(_read(path, option)), strict=True)
-    try:
-        columns, rows = reader.fieldnames or [], [(reader.line_num, row) for row in reader]
-    except csv.Error as error:
-        raise InputError(f"{option}: {path} line {reader.reader.line_num} is not CSV: {error}.") from error
-    if not {"photo", "sketch"} <= set(columns):
-        raise InputError(f"{option}: {path} must have the columns photo,sketch, found {', '.join(columns) or 'none'}.")
+    columns, rows = _read_list(path, root)
     if part and "part" not in columns:
-        raise InputError(f"{option}: {path} does not say what is for {part}. {HOW_TO_PART}")
+        raise InputError(f"{path} does not say what is for {part}. {HOW_TO_PART}")
     for line, row in rows:
-        where = f"{option}: {path} line {line}"
+        where = f"{path} line {line}"
         if None in row or None in row.values():
             raise InputError(f"{where} must have {len(columns)} cells, as the header has.")
         if "part" in columns and row["part"] not in ANNOTATIONS:
@@ -108,7 +101,20 @@ def _listed(folder: Path, part: str | None, option: str) -> dict[str, str]:
         if photo in pairs:
             raise InputError(f"{where} lists {photo} again: a photo has one sketch.")
         pairs[photo] = sketch, row.get("part")
+    warn_about_links(folder, [path for photo, (sketch, _) in pairs.items() for path in (photo, sketch)])
     return {photo: sketch for photo, (sketch, its_part) in pairs.items() if part in (None, its_part)}
+
+
+def _read_list(path: Path, root: Path) -> tuple[list[str], list[tuple[int, dict]]]:
+    """Columns, and (line, row) of each pair."""
+    reader = csv.DictReader(io.StringIO(read_text(path, root)), strict=True)
+    try:
+        columns, rows = reader.fieldnames or [], [(reader.line_num, row) for row in reader]
+    except csv.Error as error:
+        raise InputError(f"{path} line {reader.reader.line_num} is not CSV: {error}.") from error
+    if not {"photo", "sketch"} <= set(columns):
+        raise InputError(f"{path} must have the columns photo,sketch, found {', '.join(columns) or 'none'}.")
+    return list(columns), rows
 
 
 def _below(folder: Path, listed: str, where: str) -> str:
@@ -120,65 +126,71 @@ def _below(folder: Path, listed: str, where: str) -> str:
     return path.as_posix()
 
 
-def _annotated(folder: Path, part: str | None, style: int | None, option: str) -> dict[str, str]:
+def _annotated(folder: Path, part: str | None, style: int | None, root: Path) -> dict[str, str]:
     listed = {}
     for path in (folder / name for key, name in ANNOTATIONS.items() if part in (None, key)):
-        for number, entry in enumerate(_entries(path, option), 1):
+        for number, entry in enumerate(_entries(path, root), 1):
             if not (isinstance(entry, dict) and "image_name" in entry and entry.get("style") in (0, 1, 2)):
                 raise InputError(
-                    f"{option}: {path} entry {number} must have an image_name as photo1/image0110 and a style of 0, 1"
-                    f" or 2, got {str(entry)[:200]}."
+                    f"{path} entry {number} must have an image_name as photo1/image0110 and a style of 0, 1 or 2, got"
+                    f" {str(entry)[:200]}."
                 )
             if style in (None, entry["style"] + 1):
                 photo = f"photo/{entry['image_name']}"
                 listed[photo] = photo.replace("photo", "sketch").replace("image", "sketch")
-    images = [f"{side}/{image}" for side in ("photo", "sketch") for image in find_images(folder / side, option)[1]]
-    found = _index(((PurePosixPath(image).with_suffix("").as_posix(), image) for image in images), option)
-    if lost := [path for pair in listed.items() for path in pair if path not in found]:
-        raise InputError(f"{option}: {_some(lost, 'listed images')} are not in {folder}: unpack the whole zip.")
-    return {found[photo]: found[sketch] for photo, sketch in listed.items()}
+    images = [f"{side}/{image}" for side in ("photo", "sketch") for image in find_images(folder / side)[1]]
+    files = _index((PurePosixPath(image).with_suffix("").as_posix(), image) for image in images)
+    if lost := [path for pair in listed.items() for path in pair if path not in files]:
+        raise InputError(f"{_some(lost, 'listed images')} are not in {folder}: unpack the whole zip.")
+    return {files[photo]: files[sketch] for photo, sketch in listed.items()}
 
 
-def _entries(path: Path, option: str) -> list:
+def _entries(path: Path, root: Path) -> list:
+    text = read_text(path, root)
     try:
-        entries = json.loads(_read(path, option))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{option}: {path} line {error.lineno} is not JSON: {error.msg}.") from error
+        entries = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not JSON: {first_line(error)}.") from error
     if not isinstance(entries, list):
-        raise InputError(f"{option}: {path} must hold a list, as FS2K's does.")
+        raise InputError(f"{path} must hold a list, as FS2K's does.")
     return entries
 
 
-def _twins(places: list[Path], part: str | None, option: str) -> tuple[Path, str, dict[str, str]]:
+def _twins(places: list[Path], part: str | None) -> tuple[Path, str, dict[str, str]]:
+    folder, used = _photos_and_sketches(places)
+    if part and (unknown := [place.string for place in used if not place["part"]]):
+        raise InputError(f"{unknown[0]} in {folder} is neither for train nor for test. {HOW_TO_PART}")
+    used = [place for place in used if part in (None, (place["part"] or "").lower())]
+    photos, sketches = (
+        _index((_key(place), place.string) for place in used if place["side"].lower() == side)
+        for side in ("photo", "sketch")
+    )
+    if photos.keys() != sketches.keys():
+        lone = _some([photos[key] for key in photos if key not in sketches], "photos without a sketch")
+        lone += "; " + _some([sketches[key] for key in sketches if key not in photos], "sketches without a photo")
+        raise InputError(f"{folder} has {lone}. Twins have the same name; a {LIST} pairs any others.")
+    layout = "CUFS" if any(place["collection"] for place in used) else "folders"
+    return folder, layout, {photos[key]: sketches[key] for key in photos}
+
+
+def _photos_and_sketches(places: list[Path]) -> tuple[Path, list[re.Match]]:
+    """The first place with folders of both, and the images in them."""
     root = places[0]
     try:
-        images = find_images(root, option)[1]
+        images = find_images(root)[1]
     except InputError as error:
         raise InputError(f"{error} {EXPECTED}") from error
     for folder in places:
         above = folder.relative_to(root).as_posix() + "/"
         files = [image.removeprefix(above) for image in images]
         used = [place for place in map(PLACE.fullmatch, files) if place]
-        if {place["side"].lower() for place in used} == {"photo", "sketch"}:
-            break
-    else:
-        found = _some(sorted({str(PurePosixPath(image).parent) for image in images}), "folders with images")
-        raise InputError(f"{option}: {root} has no layout that is known, found {found}. {EXPECTED}")
-    if stray := sorted(set(files) - {place.string for place in used}):
-        logger.warning("Not used, outside the photo and sketch folders of %s: %s", folder, _some(stray, "images"))
-    if part and (unknown := [place.string for place in used if not place["part"]]):
-        raise InputError(f"{option}: {unknown[0]} in {folder} is neither for train nor for test. {HOW_TO_PART}")
-    used = [place for place in used if part in (None, (place["part"] or "").lower())]
-    photos, sketches = (
-        _index(((_key(place), place.string) for place in used if place["side"].lower() == side), option)
-        for side in ("photo", "sketch")
-    )
-    if photos.keys() != sketches.keys():
-        lone = _some([photos[key] for key in photos if key not in sketches], "photos without a sketch")
-        lone += "; " + _some([sketches[key] for key in sketches if key not in photos], "sketches without a photo")
-        raise InputError(f"{option}: {folder} has {lone}. Twins have the same name; a {LIST} pairs any others.")
-    layout = "CUFS" if any(place["collection"] for place in used) else "folders"
-    return folder, layout, {photos[key]: sketches[key] for key in photos}
+        if {place["side"].lower() for place in used} != {"photo", "sketch"}:
+            continue
+        if stray := sorted(set(files) - {place.string for place in used}):
+            logger.warning("Not used, outside the photo and sketch folders of %s: %s", folder, _some(stray, "images"))
+        return folder, used
+    folders = _some(sorted({str(PurePosixPath(image).parent) for image in images}), "folders with images")
+    raise InputError(f"{root} has no layout that is known, found {folders}. {EXPECTED}")
 
 
 def _key(place: re.Match) -> tuple:
@@ -191,23 +203,13 @@ def _key(place: re.Match) -> tuple:
 
 
 def _some(names: list[str], what: str) -> str:
-    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-    return f"{len(names)} {what}" + (f": {', '.join(names[:10])}{more}" if names else "")
+    return f"{len(names)} {what}" + (f": {first_names(names)}" if names else "")
 
 
-def _index(paths: Iterable[tuple], option: str) -> dict:
+def _index(paths: Iterable[tuple]) -> dict:
     index = {}
     for key, path in paths:
         if key in index:
-            raise InputError(f"{option}: {index[key]} and {path} cannot be told apart: rename or remove one.")
+            raise InputError(f"{index[key]} and {path} cannot be told apart: rename or remove one.")
         index[key] = path
     return index
-
-
-def _read(path: Path, option: str) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")  # spreadsheets write a byte order mark
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"{option}: cannot read {path}: {getattr(error, 'strerror', 'it is not UTF-8 text')}."
-        ) from error

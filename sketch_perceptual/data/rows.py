@@ -1,12 +1,13 @@
-"""Rows of `datasets`: loaded, with their columns of images and classes."""
+"""Rows of `datasets`: loaded, with their column of images."""
 
 import logging
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import InputError
-from .image_sets import LabelledImages
+from ..errors import InputError, first_line, first_names
+from .folders import walk
 from .images import Source
 
 if TYPE_CHECKING:
@@ -16,86 +17,103 @@ logger = logging.getLogger(__name__)
 
 
 def load_rows(
-    name: str, config: str | None = None, data_dir: str | None = None, cache_dir: str | None = None
+    dataset_name: str, config: str | None = None, data_dir: str | None = None, cache_dir: str | None = None
 ) -> "datasets.Dataset":
-    """The "train" rows of a data set of the Hub or of a folder that `datasets` reads or has written. InputError."""
-    import datasets
+    """The "train" rows of a data set of the Hub or of a folder that `datasets` reads or has written. InputError.
 
+    Every process may call it at once: `datasets` locks its cache. Images are in the rows, or files in the folder or
+    the caches of `datasets`; a row that names any other file is refused.
+    """
+    import datasets
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    if Path(dataset_name).is_dir() and (others := walk(Path(dataset_name))[1]):
+        raise InputError(f"{dataset_name} holds what is neither file nor folder: {first_names(others)}.")
     try:
-        if Path(name, "state.json").is_file() or Path(name, "dataset_dict.json").is_file():
-            rows = datasets.load_from_disk(name)
+        if Path(dataset_name, "state.json").is_file() or Path(dataset_name, "dataset_dict.json").is_file():
+            rows = datasets.load_from_disk(dataset_name)
         else:
-            rows = datasets.load_dataset(name, config, cache_dir=cache_dir, data_dir=data_dir)
-    except (OSError, ValueError, RuntimeError) as error:
+            rows = datasets.load_dataset(dataset_name, config, cache_dir=cache_dir, data_dir=data_dir)
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         advice = ""
         if "scripts are no longer supported" in str(error):
-            advice = " Download its files and pass their folder: ImageNet-Sketch's zip unpacks to --train_data_dir."
-        raise InputError(f"--dataset_name {name} cannot be loaded: {error}.{advice}") from error
-    if isinstance(rows, datasets.Dataset):
-        return rows
-    if "train" not in rows:
-        raise InputError(f'--dataset_name {name} has no split "train", only {", ".join(rows)}')
-    if len(rows) > 1:
-        logger.info('%s: only its split "train" is read, of %s', name, ", ".join(rows))
-    return rows["train"]
+            advice = " Download its files and pass their folder; ImageNet-Sketch's zip is one for `train_data_dir`."
+        reason = first_line(error.__cause__ or error).rstrip(".")
+        raise InputError(f"`dataset_name` {dataset_name} cannot be loaded: {reason}.{advice}") from error
+    if not isinstance(rows, datasets.Dataset):
+        if "train" not in rows:
+            raise InputError(f'`dataset_name` {dataset_name} has no split "train", only {", ".join(rows)}')
+        if len(rows) > 1:
+            logger.info('%s: only its split "train" is read, of %s', dataset_name, ", ".join(rows))
+        rows = rows["train"]
+    folders = [Path(folder) for folder in (dataset_name, data_dir) if folder and Path(folder).is_dir()]
+    caches = [cache_dir, datasets.config.HF_DATASETS_CACHE, HF_HUB_CACHE]
+    _check_paths(rows, dataset_name, [*folders, *filter(None, caches)])
+    return rows
 
 
 def image_column_of(dataset: "datasets.Dataset", name: str, column: str) -> tuple[Sequence[Source], list[str]]:
-    """The undecoded images of a column and what messages call them."""
-    import datasets
+    """The undecoded images of a column and what messages call them; InputError.
 
-    if column not in dataset.column_names:
-        columns = ", ".join(dataset.column_names)
-        raise InputError(f"{name} has no column {column!r}, set --image_column to one of: {columns}.")
-    try:
-        undecoded = dataset.with_format(None).cast_column(column, datasets.Image(decode=False))
-    except (TypeError, ValueError, NotImplementedError) as error:
-        raise InputError(f"The column {column!r} of {name} holds no images, set --image_column.") from error
-    return undecoded[column], [f"row {row} of {name}" for row in range(len(dataset))]
-
-
-def labelled_dataset(
-    dataset: "datasets.Dataset",
-    *,
-    name: str,
-    image_column: str = "image",
-    label_column: str = "label",
-    group_column: str | None = None,
-    **options,
-) -> LabelledImages:
-    """The rows of a `datasets.Dataset` with an image and a class; rows without a class are left out, and counted.
-
-    `label_column` is a ClassLabel or holds names. If there is no such column but exactly one ClassLabel, that one is
-    taken, with a warning. `options` are the keywords of `LabelledImages`. Raises InputError.
+    Texts are paths below the folder `name`, if that is one.
     """
     import datasets
 
-    columns = ", ".join(dataset.column_names)
-    sources, names = image_column_of(dataset, name, image_column)
+    check_column(dataset, name, "image_column", column)
+    names = [f"row {row} of {name}" for row in range(len(dataset))]
     dataset = dataset.with_format(None)
-    labelled = [c for c, f in dataset.features.items() if isinstance(f, datasets.ClassLabel) and c != group_column]
-    if label_column not in dataset.column_names and len(labelled) == 1:
-        logger.warning("%s has no column %r: the class is taken from %r.", name, label_column, labelled[0])
-        label_column = labelled[0]
-    for option, column in (("--label_column", label_column), ("--group_column", group_column)):
-        if column is not None and column not in dataset.column_names:
-            raise InputError(f"{name} has no column {column!r}, set {option} to one of: {columns}.")
-    values, feature = dataset[label_column][:], dataset.features[label_column]
-    if isinstance(feature, datasets.ClassLabel):
-        classes, labels = feature.names, [-1 if value is None else value for value in values]
-    elif all(value is None or isinstance(value, str) for value in values):
-        classes = sorted({value for value in values if value})
-        index = {value: number for number, value in enumerate(classes)}
-        labels = [index.get(value, -1) for value in values]
-    else:
-        raise InputError(f"The column {label_column!r} of {name} holds {feature}, not classes: set --label_column.")
-    if len(set(labels) - {-1}) < 2:
-        raise InputError(f"{name} must have two classes or more in the column {label_column!r}.")
-    groups = None
-    if group_column is not None:
-        groups = ["" if group is None else str(group) for group in dataset[group_column][:]]
-    data = LabelledImages(sources, names, labels, classes, groups, **options)
-    if missing := labels.count(-1):
-        logger.warning("%d of %d rows of %s have no class and are not used.", missing, len(data), name)
-        data = data.select(index for index, label in enumerate(labels) if label != -1)
-    return data
+    try:
+        undecoded = dataset.cast_column(column, datasets.Image(decode=False))
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise InputError(f"The column {column!r} of {name} holds no images: choose another `image_column`.") from error
+    if dataset.features[column] not in (datasets.Value("string"), datasets.Value("large_string")):
+        return undecoded[column], names
+    if not Path(name).is_dir():
+        raise InputError(f"The column {column!r} of {name} holds texts: choose another `image_column`.")
+    paths = [path and os.path.join(name, path) for path in dataset[column][:]]
+    _check_inside(zip(names, paths, strict=True), [name])
+    return paths, names
+
+
+def check_column(dataset: "datasets.Dataset", name: str, argument: str, column: str) -> None:
+    if column not in dataset.column_names:
+        columns = ", ".join(dataset.column_names)
+        raise InputError(f"{name} has no column {column!r}, `{argument}` can be one of: {columns}.")
+
+
+def lone_label(dataset: "datasets.Dataset", but: str | None = None) -> str | None:
+    """The only column of class labels, or None."""
+    labels = [column for column, feature in dataset.features.items() if hasattr(feature, "names") and column != but]
+    return labels[0] if len(labels) == 1 else None
+
+
+def _check_paths(rows: "datasets.Dataset", name: str, folders: Iterable[str | os.PathLike]) -> None:
+    """InputError if an image is a file elsewhere; of all columns, since any of them may be chosen."""
+    for field in rows.data.schema:
+        if str(field.type).startswith("struct<") and {"bytes", "path"} <= {part.name for part in field.type}:
+            _check_inside(_paths(rows, name, field.name), folders)
+
+
+def _paths(rows: "datasets.Dataset", name: str, column: str) -> Iterator[tuple[str, str | None]]:
+    """(row, path) of the images whose bytes are not in the row."""
+    number = 0
+    for chunk in rows.data.column(column).chunks:
+        for absent, path in zip(chunk.field("bytes").is_null().tolist(), chunk.field("path").tolist(), strict=True):
+            if absent:
+                yield f"row {number} of {name}", path
+            number += 1
+
+
+def _check_inside(paths: Iterable[tuple[str, str | None]], folders: Iterable[str | os.PathLike]) -> None:
+    above = tuple(os.path.join(os.path.abspath(folder), "") for folder in folders)
+    for row, path in paths:
+        if path and not os.path.abspath(path).startswith(above):
+            raise InputError(f"{row}: the image is {path}, outside of the data set, where nothing is read.")
+
+
+def __getattr__(name: str):
+    if name == "labelled_dataset":
+        from .labels import labelled_dataset
+
+        return labelled_dataset
+    raise AttributeError(name)

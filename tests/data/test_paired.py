@@ -204,8 +204,8 @@ BAD = {
     "one side": (files("photos/1.jpg", "photos/2.jpg"), (), "no layout that is known, found 1 folders .*: photos[.]"),
     "two roots": (files(*both("a/photo/1.jpg", "b/photo/1.jpg")), (), "found 4 folders with images: a/photo, "),
     "no annotation": (without("anno_test.json"), (), "cannot read {root}/anno_test[.]json: No such file"),
-    "no JSON": (rewritten("[1,\n2"), (), "{root}/anno_train[.]json line 2 is not JSON: "),
-    "no UTF-8": (rewritten('["ä"]', "test", "latin-1"), (), "{root}/anno_test[.]json: it is not UTF-8 text"),
+    "no JSON": (rewritten("[1,\n2"), (), "{root}/anno_train[.]json is not JSON: .*line 2"),
+    "no UTF-8": (rewritten('["ä"]', "test", "latin-1"), (), "{root}/anno_test[.]json is not UTF-8 text"),
     "no list": (rewritten('{"image_name": "x"}'), (), "{root}/anno_train[.]json must hold a list, as FS2K's does"),
     "no object": (rewritten("[7]"), (), f"anno_train[.]json entry 1 {ENTRY} 7[.]"),
     "no style": (rewritten('[{"image_name": "photo1/image0110"}]'), (), f"entry 1 {ENTRY} .*photo1/image0110"),
@@ -233,7 +233,7 @@ BAD = {
     "missing twins": (
         files(*both("photos/0.jpg"), *(f"photos/{n}.jpg" for n in range(10, 22)), "sketches/x.jpg"),
         (),
-        "{root} has 12 photos without a sketch: photos/10[.]jpg, .*photos/19[.]jpg and 2 more; 1 sketches without a"
+        "{root} has 12 photos without a sketch: photos/10[.]jpg, .*photos/19[.]jpg, and 2 more; 1 sketches without a"
         " photo: sketches/x[.]jpg[.] Twins have the same name; a pairs.csv pairs any others[.]",
     ),
     "other place": (
@@ -252,7 +252,7 @@ BAD = {
     "no columns": (lists("photo;sketch\n1;2"), (), "must have the columns photo,sketch, found photo;sketch[.]"),
     "empty list": (lists(""), (), "pairs.csv must have the columns photo,sketch, found none[.]"),
     "only a header": (lists(HEAD), (), "no such pairs in {root}: CSV[.]"),
-    "Latin": (lists(HEAD + "ä,b", "latin-1"), (), "cannot read {root}/pairs.csv: it is not UTF-8 text[.]"),
+    "Latin": (lists(HEAD + "ä,b", "latin-1"), (), "{root}/pairs.csv is not UTF-8 text[.]"),
     "no CSV": (lists(HEAD + '2.jpg,"3.jpg'), (), "{root}/pairs.csv line 2 is not CSV: "),
     "few cells": (lists(HEAD + "2.jpg\n"), (), "pairs.csv line 2 must have 2 cells, as the header has[.]"),
     "many cells": (lists(HEAD + "2.jpg,3.jpg,\n"), (), "pairs.csv line 2 must have 2 cells"),
@@ -273,12 +273,5 @@ def test_damage_is_answered_with_what_to_do(case, tmp_path):
     damage, asked, sentence = BAD[case]
     root = tmp_path / "the root"
     damage(root)
-    with pytest.raises(InputError, match="^--paired_data_dir: .*" + sentence.replace("{root}", re.escape(str(root)))):
+    with pytest.raises(InputError, match=sentence.replace("{root}", re.escape(str(root)))):
         find_pairs(root, *asked)
-
-
-def test_the_option_is_the_callers(tmp_path):
-    for damage in ("1.jpg", "photo/1.jpg", "pairs.csv", "anno_test.json"):
-        root = tree(tmp_path / damage.replace("/", " "), damage)
-        with pytest.raises(InputError, match=r"^--reference_dir: "):
-            find_pairs(root, option="--reference_dir")

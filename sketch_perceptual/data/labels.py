@@ -1,0 +1,101 @@
+"""Images with classes: from folders, or from a column."""
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+from ..errors import InputError
+from .folders import find_images
+from .image_sets import LabelledImages
+from .rows import check_column, image_column_of, lone_label
+
+if TYPE_CHECKING:
+    import datasets
+
+logger = logging.getLogger(__name__)
+
+SPLITS = {"train", "training", "val", "valid", "validation", "test"}
+
+
+def labelled_folder(root: str | os.PathLike, **options) -> LabelledImages:
+    """The images under `root`, which holds one folder a class, as ImageNet-Sketch's zip does; hidden ones left out.
+
+    Classes are numbered in the order of the folders' names. `options` are the keywords of `LabelledImages`. Raises
+    InputError.
+    """
+    root = Path(root)
+    _, images = find_images(root)
+    inside = [image for image in images if "/" in image]
+    if stray := sorted(set(images) - set(inside)):
+        logger.warning("%d images lie beside the class folders of %s and are not used: %s", len(stray), root, stray[0])
+    parts = [PurePosixPath(image).parts for image in inside]
+    classes = sorted({part[0] for part in parts})
+    _check_class_folders(root, classes, parts)
+    number = {name: index for index, name in enumerate(classes)}
+    paths = [root / image for image in inside]
+    return LabelledImages(paths, [str(path) for path in paths], [number[p[0]] for p in parts], classes, **options)
+
+
+def _check_class_folders(root: Path, classes: Sequence[str], parts: Sequence[tuple[str, ...]]) -> None:
+    if classes and {name.lower() for name in classes} <= SPLITS:
+        first = min(classes, key=lambda name: not name.lower().startswith("train"))
+        raise InputError(f"{root} holds {', '.join(classes)}, which are splits, not classes: pass {root / first}.")
+    if len(classes) < 2:
+        nested = len({part[:2] for part in parts if len(part) > 2}) > 1
+        advice = f" Pass {root / classes[0]}?" if classes and nested else ""
+        raise InputError(
+            f"{root} must hold a folder for each of two classes or more, found {', '.join(classes) or 'none'}.{advice}"
+        )
+
+
+def labelled_dataset(
+    dataset: "datasets.Dataset",
+    *,
+    name: str,
+    image_column: str = "image",
+    label_column: str = "label",
+    group_column: str | None = None,
+    **options,
+) -> LabelledImages:
+    """The rows of a `datasets.Dataset` with an image and a class; rows without a class are left out, and counted.
+
+    `label_column` is a ClassLabel or holds names. If there is no such column but exactly one ClassLabel, that one is
+    taken, with a warning. `options` are the keywords of `LabelledImages`. Raises InputError.
+    """
+    sources, names = image_column_of(dataset, name, image_column)
+    dataset = dataset.with_format(None)
+    if label_column not in dataset.column_names and (alone := lone_label(dataset, but=group_column)):
+        logger.warning("%s has no column %r: the class is taken from %r.", name, label_column, alone)
+        label_column = alone
+    check_column(dataset, name, "label_column", label_column)
+    if group_column is not None:
+        check_column(dataset, name, "group_column", group_column)
+    classes, labels = _numbered(dataset, name, label_column)
+    groups = None
+    if group_column is not None:
+        groups = ["" if group is None else str(group) for group in dataset[group_column][:]]
+    data = LabelledImages(sources, names, labels, classes, groups, **options)
+    if missing := labels.count(-1):
+        logger.warning("%d of %d rows of %s have no class and are not used.", missing, len(data), name)
+        data = data.select(index for index, label in enumerate(labels) if label != -1)
+    return data
+
+
+def _numbered(dataset: "datasets.Dataset", name: str, column: str) -> tuple[list[str], list[int]]:
+    """The classes of a column and the number of each row's, -1 where it has none."""
+    values, feature = dataset[column][:], dataset.features[column]
+    if hasattr(feature, "names"):
+        classes, labels = feature.names, [-1 if value is None else value for value in values]
+    elif all(value is None or isinstance(value, str) for value in values):
+        classes = sorted({value for value in values if value})
+        index = {value: number for number, value in enumerate(classes)}
+        labels = [index.get(value, -1) for value in values]
+    else:
+        raise InputError(
+            f"The column {column!r} of {name} holds {feature}, not classes: choose another `label_column`."
+        )
+    if len(set(labels) - {-1}) < 2:
+        raise InputError(f"{name} must have two classes or more in the column {column!r}.")
+    return classes, labels

@@ -1,0 +1,80 @@
+"""Captions out of metadata.csv and metadata.jsonl."""
+
+import csv
+import io
+import json
+import posixpath
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError, first_line
+from .folders import METADATA, read_text
+
+
+def read_metadata(
+    root: Path, files: Sequence[str], images: Sequence[str], column: str
+) -> tuple[dict[str, list[str]], list[str]]:
+    """Captions by image path, and a description of each metadata file; InputError."""
+    captions, descriptions, known = {}, [], set(images)
+    for file in (file for file in files if posixpath.basename(file) in METADATA):
+        rows = list(_read_rows(root / file, root))
+        columns = ", ".join(sorted({key for _, row in rows for key in row})) or "none"
+        descriptions.append(f"{file} has the columns {columns}")
+        if not any(column in row for _, row in rows):
+            raise InputError(f"{root / file} has no column {column!r}, `caption_column` can be one of: {columns}.")
+        for line, row in rows:
+            where = f"{root / file} line {line}"
+            image = _image_of(row, file, where, columns, known)
+            captions.setdefault(image, []).extend(as_captions(row.get(column), where))
+    return captions, descriptions
+
+
+def as_captions(value: Any, where: str) -> list[str]:
+    """The captions of a cell: a text or a list of texts; those that are empty or missing are left out."""
+    values = value if isinstance(value, list) else [value]
+    for caption in values:
+        if not (caption is None or isinstance(caption, str)):
+            raise InputError(f"{where}: a caption must be a text or a list of texts, got {str(caption)[:80]}.")
+    return [caption for caption in values if caption and caption.strip()]
+
+
+def _image_of(row: dict, file: str, where: str, columns: str, known: set[str]) -> str:
+    listed = row.get("file_name")
+    if not (isinstance(listed, str) and listed):
+        raise InputError(f"{where} has no file_name; its columns are {columns}.")
+    image = posixpath.normpath(posixpath.join(posixpath.dirname(file), listed))
+    if image.startswith(("/", "../")):
+        raise InputError(f"{where} leaves the folder: {listed}.")
+    if image not in known:
+        raise InputError(f"{where} lists {listed}, but there is no such image.")
+    return image
+
+
+def _read_rows(path: Path, root: Path) -> Iterator[tuple[int, dict]]:
+    """(line, columns) of a .csv or .jsonl file."""
+    return (_csv_rows if path.suffix == ".csv" else _json_rows)(path, read_text(path, root))
+
+
+def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, dict]]:
+    reader = csv.DictReader(io.StringIO(text), strict=True)
+    try:
+        for row in reader:
+            if None in row:
+                raise InputError(f"{path} line {reader.line_num} has more cells than the header.")
+            yield reader.line_num, row
+    except csv.Error as error:
+        raise InputError(f"{path} line {reader.reader.line_num} is not CSV: {error}.") from error
+
+
+def _json_rows(path: Path, text: str) -> Iterator[tuple[int, dict]]:
+    for line, entry in enumerate(text.split("\n"), 1):
+        if not entry.strip():
+            continue
+        try:
+            row = json.loads(entry)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path} line {line} is not JSON: {first_line(error)}.") from error
+        if not isinstance(row, dict):
+            raise InputError(f"{path} line {line} is not a JSON object.")
+        yield line, row

@@ -1,0 +1,97 @@
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from sketch_perceptual.data.image_sets import CaptionedImages
+from sketch_perceptual.data.images import fit_image, to_tensor
+from sketch_perceptual.errors import InputError
+
+
+def saved(image, kind="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def stripes(width, height):
+    """Column x is red x, row y is green y: a pixel tells where it came from."""
+    columns, rows = np.meshgrid(np.arange(width), np.arange(height))
+    return Image.fromarray(np.stack([columns, rows, np.zeros_like(rows)], -1).astype(np.uint8))
+
+
+def write(path, content=b""):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+@pytest.fixture
+def striped(tmp_path):
+    """Six images whose columns differ, with two captions each."""
+    paths = [write(tmp_path / f"{i}.png", saved(stripes(40, 8))) for i in range(6)]
+    return CaptionedImages(paths, [p.name for p in paths], [["a", "b"]] * 6, resolution=8, random_flip=True)
+
+
+def fingerprints(loader):
+    return {
+        name: (caption, pixels.sum().item(), pixels[0, 0, 0].item())
+        for batch in loader
+        for name, caption, pixels in zip(batch["name"], batch["caption"], batch["pixel_values"], strict=True)
+    }
+
+
+def test_draws_do_not_depend_on_workers_order_or_subset(striped):
+    keys = [(3, index) for index in range(6)]
+    alone = fingerprints(DataLoader(striped, sampler=keys))
+    assert len(set(alone.values())) > 3  # draws differ between items
+    torch.manual_seed(1)
+    assert fingerprints(DataLoader(striped, sampler=keys[::-1], batch_size=4, num_workers=2)) == alone
+    spawned = DataLoader(striped, sampler=keys, num_workers=1, multiprocessing_context="spawn")
+    assert fingerprints(spawned) == alone
+    subset = striped.select([5, 2]).select([1])
+    assert fingerprints(DataLoader(subset, sampler=[(3, 0)])) == {"2.png": alone["2.png"]}
+
+
+def test_draws_change_with_epoch_and_seed_and_leave_the_global_generator(striped):
+    def draws(data, epoch):
+        return fingerprints(DataLoader(data, sampler=[(epoch, i) for i in range(6)]))
+
+    other = CaptionedImages(striped.sources, striped.names, striped.captions, resolution=8, random_flip=True, seed=1)
+    assert draws(striped, 0) != draws(striped, 1)
+    assert draws(striped, 0) != draws(other, 0)
+    before = torch.random.get_rng_state()
+    striped[0, 0]
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_every_crop_flip_and_caption_comes_up(striped):
+    items = [striped[epoch, 0] for epoch in range(400)]
+    assert {item["caption"] for item in items} == {"a", "b"}
+    rows = [((item["pixel_values"][0, 0] + 1) * 127.5).round().int() for item in items]
+    assert {int(row.min()) for row in rows} == set(range(33))
+    assert 160 < sum(bool(row[0] > row[1]) for row in rows) < 240
+
+
+def test_centre_crop_without_flip_is_the_same_each_epoch(striped):
+    plain = CaptionedImages(striped.sources, striped.names, striped.captions, resolution=8, center_crop=True)
+    pixels = [plain[epoch, 0]["pixel_values"] for epoch in range(20)]
+    assert all(torch.equal(x, to_tensor(fit_image(stripes(40, 8), 8))) for x in pixels)
+
+
+def test_switching_the_flip_on_leaves_crop_and_caption(striped):
+    still = CaptionedImages(striped.sources, striped.names, striped.captions, resolution=8)
+    for epoch in range(10):
+        flipped, plain = striped[epoch, 0], still[epoch, 0]
+        assert flipped["caption"] == plain["caption"]
+        assert torch.equal(flipped["pixel_values"].sort().values, plain["pixel_values"].sort().values)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_file_lost_during_training_is_named(workers, tmp_path):
+    data = CaptionedImages([tmp_path / "1.png"], ["sketches/1.png"], ["x"])
+    with pytest.raises(InputError, match=r"sketches/1\.png: there is no such file"):
+        list(DataLoader(data, sampler=[(0, torch.tensor(0).item())], num_workers=workers))
