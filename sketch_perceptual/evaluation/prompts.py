@@ -1,21 +1,21 @@
-"""Pictures for prompts, drawn once and kept, and what prompts and pictures say of themselves."""
+"""Prompts, and the folder that keeps one picture for each."""
 
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import cycle, islice
 from pathlib import Path
 
-import torch
+from PIL import Image
 
 from ..data.class_names import readable_class
-from ..data.images import to_pil
-from ..diffusion import decode
 from ..errors import InputError
-from ..seeds import generator
+from .report import write_whole
 
 METADATA, SETTINGS = "metadata.jsonl", ".settings.json"
+ADVICE = "delete the folder or choose another `output_dir`"
 
 
 def read_prompts(path: str | Path) -> list[str]:
@@ -23,20 +23,20 @@ def read_prompts(path: str | Path) -> list[str]:
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--prompts {path} cannot be read: {error}") from error
+        raise InputError(f"`prompts`: {path} cannot be read: {error}") from error
     if not (prompts := [line.strip() for line in lines if line.strip()]):
-        raise InputError(f"--prompts {path} holds no prompts")
+        raise InputError(f"`prompts`: {path} holds no prompts")
     return prompts
 
 
 def cycle_prompts(prompts: Sequence[str], count: int) -> list[tuple[str, int]]:
     """`count` prompts, over and over, each with how often it came before."""
     before = Counter()
-    found = []
+    numbered = []
     for prompt in islice(cycle(prompts), count):
-        found.append((prompt, before[prompt]))
+        numbered.append((prompt, before[prompt]))
         before[prompt] += 1
-    return found
+    return numbered
 
 
 def open_folder(folder: Path, prompts: Sequence[tuple[str, int]], settings: dict) -> list[Path]:
@@ -44,62 +44,41 @@ def open_folder(folder: Path, prompts: Sequence[tuple[str, int]], settings: dict
 
     What is there stays if it was drawn with the same settings and prompts; InputError if not.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    saved = _read(folder / SETTINGS, json.loads) or settings
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"`output_dir`: {folder} cannot be written to: {error.strerror}") from error
+    saved = _read_settings(folder / SETTINGS) or settings
     for name in saved | settings:
         if (old := saved.get(name)) != (new := settings.get(name)):
-            raise InputError(f"{folder} was drawn with {name}={old}, now it is {new}: choose another --output_dir")
-    lines = _read(folder / METADATA, str.splitlines) or []
-    for line, (prompt, _) in zip(lines, prompts, strict=False):
-        if (old := json.loads(line)["text"]) != prompt:
+            raise InputError(f"{folder} was drawn with {name}={old}, now it is {new}: choose another `output_dir`")
+    captions = _read_captions(folder / METADATA)
+    for old, (prompt, _) in zip(captions, prompts, strict=False):
+        if old != prompt:
             raise InputError(
-                f"{folder} has a picture of {old!r} where {prompt!r} belongs: choose another --output_dir"
+                f"{folder} has a picture of {old!r} where {prompt!r} belongs: choose another `output_dir`"
             )
-    paths = [folder / f"{index:05}.png" for index in range(len(prompts))]
-    for path, (prompt, _) in list(zip(paths, prompts, strict=True))[len(lines) :]:
-        lines.append(json.dumps({"file_name": path.name, "text": prompt}))
+    captions += [prompt for prompt, _ in prompts[len(captions) :]]
+    lines = [json.dumps({"file_name": _name(index), "text": text}) for index, text in enumerate(captions)]
     for name, text in ((METADATA, "\n".join(lines) + "\n"), (SETTINGS, json.dumps(settings, indent=1))):
-        partial = folder / f".{name}"
-        partial.write_text(text, encoding="utf-8")
-        partial.rename(folder / name)
-    return paths
+        write_whole(folder / name, lambda partial, text=text: partial.write_text(text, encoding="utf-8"))
+    return [folder / _name(index) for index in range(len(prompts))]
 
 
-@torch.no_grad()
-def draw_prompts(
-    pipeline,
-    prompts: Sequence[tuple[str, int]],
-    paths: Sequence[Path],
-    *,
-    seed: int,
-    resolution: int,
-    num_inference_steps: int,
-    guidance_scale: float,
-) -> None:
-    """One batch of pictures by a `StableDiffusionPipeline`, each written aside and renamed.
-
-    The noise of each follows from the seed, the prompt and how often that came before, whatever else is in the batch.
-    A picture that is not finite, or that the pipeline's safety checker flags, is written black.
-    """
-    latents = pipeline(
-        [prompt for prompt, _ in prompts],
-        height=resolution,
-        width=resolution,
-        num_inference_steps=num_inference_steps,
-        guidance_scale=guidance_scale,
-        generator=[generator(seed, *prompt) for prompt in prompts],
-        output_type="latent",
-    ).images
-    images = decode(pipeline.vae, latents).float()
-    images[~images.isfinite().flatten(1).all(1)] = -1
-    if pipeline.safety_checker is not None:
-        levels = (images.clamp(-1, 1) / 2 + 0.5).permute(0, 2, 3, 1).cpu().numpy()
-        _, flagged = pipeline.run_safety_checker(levels, pipeline._execution_device, latents.dtype)
-        images[torch.tensor(flagged)] = -1
-    for image, path in zip(images, paths, strict=True):
-        partial = path.with_name(f".{path.name}")
-        to_pil(image).save(partial, "PNG")
-        partial.rename(path)
+def missing_pictures(paths: Sequence[Path], resolution: int) -> list[int]:
+    """Positions of the pictures that are not there, damaged or of another size, and so have to be drawn."""
+    missing = []
+    for index, path in enumerate(paths):
+        if path.is_dir():
+            raise InputError(f"{path} is a folder, where a picture belongs: {ADVICE}")
+        try:
+            with Image.open(path) as image:
+                image.load()
+                if image.size != (resolution, resolution):
+                    missing.append(index)
+        except (OSError, ValueError, SyntaxError):  # as Pillow says that a file is damaged
+            missing.append(index)
+    return missing
 
 
 def find_classes(prompts: Sequence[str], classes: Sequence[str]) -> Iterator[set[int]]:
@@ -113,14 +92,45 @@ def find_classes(prompts: Sequence[str], classes: Sequence[str]) -> Iterator[set
     names = sorted(readings, key=len, reverse=True)
     pattern = re.compile(r"(?<!\w)(?:" + "|".join(map(re.escape, names)) + r")(?!\w)")
     for prompt in prompts:
-        found = pattern.findall(prompt.casefold())
-        yield readings[max(found, key=len)] if found else set()
+        named = pattern.findall(prompt.casefold())
+        yield readings[max(named, key=len)] if named else set()
 
 
-def _read(path: Path, parse):
+def _name(index: int) -> str:
+    return f"{index:05}.png"
+
+
+def _read_settings(path: Path) -> dict:
+    if (text := _read(path)) is None:
+        return {}
     try:
-        return parse(path.read_text(encoding="utf-8"))
+        settings = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not JSON ({error}): {ADVICE}") from error
+    if not isinstance(settings, dict):
+        raise InputError(f"{path} does not hold the settings of a drawing: {ADVICE}")
+    return settings
+
+
+def _read_captions(path: Path) -> list[str]:
+    """The prompt of each picture; InputError for what `open_folder` does not write."""
+    captions = []
+    for index, line in enumerate((_read(path) or "").splitlines()):
+        try:
+            row = json.loads(line)
+            if row["file_name"] != _name(index) or not isinstance(row["text"], str):
+                raise ValueError(f"expected the prompt of {_name(index)}")
+        except (ValueError, RecursionError, TypeError, KeyError) as error:
+            reason = f"no {error}" if isinstance(error, KeyError) else error
+            raise InputError(f"{path} line {index + 1} is damaged ({reason}): {ADVICE}") from error
+        captions.append(row["text"])
+    return captions
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read ({error}): choose another --output_dir") from error
+        raise InputError(f"{os.fspath(path)} cannot be read ({error}): {ADVICE}") from error

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -7,8 +8,10 @@ from conftest import NARROW, draw_class, reset_accelerate, torchrun
 from PIL import Image
 
 import evaluate as script
-from sketch_perceptual.data.images import fit_image, to_tensor
+from sketch_perceptual.data.images import fit_image, load_image, to_tensor
+from sketch_perceptual.data.splits import content_key
 from sketch_perceptual.errors import InputError
+from sketch_perceptual.evaluation import sets
 from sketch_perceptual.measures.class_distances import class_distances
 from sketch_perceptual.measures.image_quality import frechet_distance, ssim
 from sketch_perceptual.networks.backbone import AttentionVGG16
@@ -127,6 +130,95 @@ def test_no_query_is_ranked_against_itself(evaluate, models, pictures, tmp_path)
     _, double = evaluate("retrieval", "--models", models / "one", data=("--train_data_dir", twice))
     assert double["data"]["queries"] >= 2 * once["data"]["queries"]
     assert double["models"]["one"]["mean"]["top1"] < 1
+
+
+def save_split(folder, paths, held_out, background="white"):
+    """As train_retrieval.py writes it."""
+    keys = [content_key(load_image(paths[index], background)) for index in held_out]
+    (folder / "split.json").write_text(json.dumps({"validation": sorted(keys), "left_out": []}))
+
+
+def test_queries_are_what_the_training_held_out(evaluate, models, pictures, tmp_path):
+    paths, heads = sorted(pictures.rglob("*.png")), models / "heads"
+    held_out = [0, 8, 15]
+    for seed in (3, 4):
+        save_split(heads / f"seed-{seed}", paths, held_out)
+    options = ("--models", models / "one", heads, "--validation_share", 0.3)
+    _, record = evaluate("retrieval", *options)
+    assert (record["data"]["queries"], record["data"]["gallery"]) == (3, 19)
+    vectors = load_embedder(models / "one", resolution=32).embed(paths)
+    labels = [path.parent.name for path in paths]
+    others = [index for index in range(len(paths)) if index not in held_out]
+    nearest = (vectors[held_out] @ vectors[others].T).argmax(1).tolist()
+    right = [labels[row] == labels[others[index]] for row, index in zip(held_out, nearest, strict=True)]
+    assert record["models"]["one"]["mean"]["top1"] == pytest.approx(np.mean(right))
+
+
+def test_a_saved_split_that_does_not_fit_is_refused(evaluate, models, pictures, tmp_path):
+    paths, (first, second) = sorted(pictures.rglob("*.png")), (models / "heads" / f"seed-{seed}" for seed in (3, 4))
+    save_split(first, paths, [0, 8])
+    save_split(second, paths, [0, 9])
+    with pytest.raises(InputError, match=r"heads/seed-3 and .*heads/seed-4 were trained on other drawings"):
+        evaluate("retrieval", "--models", models / "heads")
+    save_split(second, paths, [0, 8])
+    evaluate("retrieval", "--models", models / "heads")
+    fewer = tmp_path / "fewer"
+    shutil.copytree(pictures, fewer)
+    (fewer / paths[8].relative_to(pictures)).unlink()
+    with pytest.raises(InputError, match=r"seed-3 was trained with a split .* 1 of the 2 drawings"):
+        evaluate("retrieval", "--models", models / "heads", data=("--train_data_dir", fewer))
+    (first / "split.json").write_text("[]")
+    with pytest.raises(InputError, match=r"seed-3/split\.json is not the split of a training"):
+        evaluate("retrieval", "--models", models / "heads")
+
+
+@pytest.fixture
+def transparent(tmp_path):
+    """White ink on no paper: on white all are blank and alike."""
+    root = tmp_path / "transparent"
+    for number in range(6):
+        image = Image.new("RGBA", (36, 36))
+        image.paste("white", (3 * number, 4, 3 * number + 9, 20 + 2 * number))
+        path = root / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path)
+    return root
+
+
+def test_an_embedder_has_its_own_background(evaluate, models, transparent):
+    paths = sorted(transparent.rglob("*.png"))
+    labels = [path.parent.name == "b" for path in paths]
+    black = load_embedder(models / "one", resolution=32, background="black")
+    black.save_pretrained(models / "black")
+    data = ("--train_data_dir", transparent)
+    _, record = evaluate("distance", "--models", models / "one", models / "black", data=data)
+    (white_run,), (black_run,) = (record["models"][name]["runs"] for name in ("one", "black"))
+    assert (white_run["background"], black_run["background"]) == ("white", "black")
+    assert white_run["inter"] == pytest.approx(0, abs=1e-5)
+    expected = class_distances(black.embed(paths), torch.tensor(labels).long())
+    assert black_run["inter"] == pytest.approx(expected.inter, rel=1e-3)
+    assert expected.inter > 0.001
+    _, record = evaluate("distance", "--models", models / "black", "--background", "white", data=data)
+    assert record["models"]["black"]["mean"]["inter"] == pytest.approx(0, abs=1e-5)
+
+
+def test_files_are_written_before_a_reader_goes_away(evaluate, models, tmp_path, monkeypatch):
+    def gone(*lines):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(script, "print", gone, raising=False)
+    with pytest.raises(BrokenPipeError):
+        evaluate("distance", "--models", models / "one", "--figure", tmp_path / "bars.png")
+    assert json.loads((tmp_path / "distance.json").read_text())["models"]["one"]["mean"]["ratio"] > 0
+    assert Image.open(tmp_path / "bars.png").width > 100
+
+
+def test_any_name_stands_in_a_figure(evaluate, models, tmp_path):
+    name = r"$a_{^$ [b] $x^{$"
+    _, record = evaluate("distance", "--models", f"{name}={models / 'one'}", "--figure", tmp_path / "bars.png")
+    assert list(record["models"]) == [name]
+    evaluate("retrieval", "--models", f"{name}={models / 'one'}", "--figure", tmp_path / "sheet.png")
+    assert Image.open(tmp_path / "sheet.png").width > 5 * 160
 
 
 def test_features_are_shared_between_tasks_and_heads(evaluate, models, monkeypatch):
@@ -271,10 +363,10 @@ def test_inception_and_what_is_all_the_same(models, pairs, styles, monkeypatch, 
             super().__init__()
             assert weights == "weights.safetensors"
 
-        def forward(self, images):
+        def features(self, images):
             return images.mean((2, 3)).cpu()
 
-    monkeypatch.setattr(script, "InceptionFeatures", Inception)
+    monkeypatch.setattr(sets, "InceptionFeatures", Inception)
     monkeypatch.setattr(JohnsonNet, "forward", lambda self, images: torch.zeros_like(images))
     found = transfer(pairs, styles, "--inception_weights", "weights.safetensors")["models"]["a"]["mean"]
     assert found["fid"] is None

@@ -1,0 +1,66 @@
+"""How far apart models see drawings of one class and of several (Seo 2025, section 4.3, Table 4, Figure 4)."""
+
+import functools
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+
+from ..data.class_names import class_names
+from ..data.image_sets import LabelledImages
+from ..data.splits import split, split_hash
+from ..figures import ratio_bars
+from ..measures.class_distances import ClassDistances
+from .embedding import Drawings, Extract, embed_models, own_background
+from .report import Report
+
+logger = get_logger(__name__, log_level="INFO")
+
+
+def measure_distances(
+    accelerator: Accelerator,
+    data: LabelledImages,
+    models: list[tuple[str, str]],
+    extract: Extract,
+    *,
+    on_bad_image: str = "error",
+    held_out: float | None = None,
+    **options,
+) -> Report | None:
+    """Mean cosine distances within and across classes over all pairs, and their ratio; None off the main process.
+
+    Args:
+        models: name and source of each.
+        held_out: measure only what `split` with this fraction holds out.
+        options: keywords of `load_embedder`; None is a model's own.
+    """
+    background = options.get("background") or own_background(models[0][1])
+    drawings = Drawings(accelerator, data, on_bad_image, background)
+    data, keys, about = drawings.data, drawings.keys, {}
+    about["copies"] = len(drawings.copies) - len(set(drawings.copies))
+    positions = list(range(len(data)))
+    if held_out is not None:
+        positions = split(data.labels, keys, drawings.copies, data.groups, held_out).validation
+        about["split"] = split_hash({"validation": sorted(keys[index] for index in positions)})
+    drawings.keep(positions)
+    labels, runs = torch.tensor(drawings.data.labels), []
+    for model, embedder, cache, keys in embed_models(accelerator, models, drawings, extract, options):
+        distances = ClassDistances(len(data.classes))
+        for rows, features in cache.parts(keys):
+            distances.update(embedder.project(features.to(accelerator.device)), labels[rows])
+        runs.append(model | vars(distances.compute()))
+    if not runs:
+        return None
+    counts = runs[0]["counts"]
+    about |= {"images": len(labels), "classes": sum(count > 0 for count in counts), "alone": counts.count(1)}
+    about["class_names"] = class_names(data.classes)
+    if about["alone"]:
+        logger.info(f"classes of one drawing, which have no distance within: {about['alone']}")
+    report = Report(runs, {"embedding": "", "intra": ".3f", "inter": ".3f", "ratio": ".2f"}, about)
+    report.draw = functools.partial(_draw_bars, report, f"{len(labels)} drawings of {about['classes']} classes")
+    return report
+
+
+def _draw_bars(report: Report, title: str):
+    ratios = {name.replace("$", r"\$"): result["mean"]["ratio"] for name, result in report.results.items()}
+    return ratio_bars(ratios, title)  # between two bare $ matplotlib reads a formula

@@ -1,0 +1,92 @@
+"""Drawings embedded by one model after the other, for `distance`, `retrieval` and `search`."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from ..data.checks import read_keys, read_once
+from ..data.image_sets import LabelledImages
+from ..networks.backbone import is_vgg16_weights
+from ..networks.embedder import SketchEmbedder, load_embedder
+from ..networks.hub_model import fingerprint, read_config
+from ..running.checkpoints import on_main
+from ..running.feature_cache import FeatureCache
+
+SETTINGS = ("embedding", "resolution", "fit", "background")
+Extract = Callable[..., FeatureCache]  # (extractor, data, keys), as `extract_features` after its first two arguments
+
+
+class Drawings:
+    """The drawings of a data set that can be read, on any background.
+
+    Args:
+        background: the one on which `copies`, their ids of equal drawings, were found.
+    """
+
+    def __init__(self, accelerator: Accelerator, data: LabelledImages, on_bad_image: str, background: str):
+        self.accelerator, self.on_bad_image = accelerator, on_bad_image
+        data = on_background(data, background)
+        positions, keys, self.copies = on_main(accelerator, read_once, data, on_bad_image)
+        self.data, self.keys_on = data.select(positions), {background: keys}
+
+    @property
+    def keys(self) -> list[str]:
+        return self.keys_on[self.data.background]
+
+    def keep(self, positions: list[int]) -> None:
+        """Only the drawings at these positions stay."""
+        self.data = self.data.select(positions)
+        self.copies = [self.copies[index] for index in positions]
+        self.keys_on = {paper: [keys[index] for index in positions] for paper, keys in self.keys_on.items()}
+
+    def on(self, background: str) -> tuple[LabelledImages, list[str]]:
+        """The same drawings on another background, and the keys of their contents there."""
+        data = on_background(self.data, background)
+        if background not in self.keys_on:  # what is drawn in the colour of one paper is seen on another
+            self.keys_on[background] = on_main(self.accelerator, read_keys, data, self.on_bad_image)[1]
+        return data, self.keys_on[background]
+
+
+def on_background(data: LabelledImages, background: str) -> LabelledImages:
+    data = data.select(range(len(data)))
+    data.background = background
+    return data
+
+
+def own_background(source: str) -> str:
+    """The background that a saved embedder was made for; white for a backbone, which was made for none."""
+    if is_vgg16_weights(source):
+        return "white"
+    config = read_config(source, SketchEmbedder)[1]
+    background = config.get("background") if isinstance(config, dict) else None
+    return background if isinstance(background, str) else "white"
+
+
+def embed_models(
+    accelerator: Accelerator, models: list[tuple[str, str]], drawings: Drawings, extract: Extract, options: dict
+) -> Iterator[tuple[dict, SketchEmbedder, FeatureCache, list[str]]]:
+    """For each model what it is, itself, its features and their keys; only the main process gets them."""
+    for name, source in models:
+        embedder = load_embedder(source, **options)
+        data, keys = drawings.on(embedder.background)
+        cache = extract(embedder, data, keys)
+        if not accelerator.is_main_process:
+            continue
+        settings = {setting: getattr(embedder, setting) for setting in SETTINGS}
+        model = {"name": name, "model": Path(source).name, "weights": fingerprint(embedder)} | settings
+        yield model, embedder.to(accelerator.device), cache, keys
+
+
+@torch.no_grad()
+def embed_cached(embedder: SketchEmbedder, cache: FeatureCache, keys: list[str], device: torch.device) -> Tensor:
+    """(N, D) of length 1, on the CPU, in the order of the keys."""
+    embeddings = torch.empty(0)
+    for positions, features in cache.parts(keys):
+        part = embedder.project(features.to(device)).cpu()
+        if not len(embeddings):
+            embeddings = part.new_empty(len(keys), part.shape[1])
+        embeddings[positions] = part
+    return embeddings

@@ -1,0 +1,185 @@
+"""How near generated pictures come to drawings and to their prompts (Seo 2025, section 4.1, Table 2, Figure 3)."""
+
+import functools
+import math
+import statistics
+import textwrap
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from PIL import Image
+from torch import Tensor, nn
+
+from ..data.checks import read_keys
+from ..data.image_sets import CaptionedImages
+from ..errors import InputError
+from ..figures import sheet
+from ..measures.image_quality import ClipFeatures, InceptionFeatures
+from ..measures.ink import chroma, ink, is_black
+from ..measures.ranking import most_alike
+from ..networks.backbone import load_backbone
+from ..networks.embedder import make_embedder
+from ..running.checkpoints import on_main
+from ..seeds import generator
+from .drawing import Drawn
+from .embedding import Extract
+from .prompts import find_classes
+from .report import SHEET_ROWS, SHEET_SIZE, Report, pad, printable
+from .sets import KERNELS, set_distances, warn_of_small_sets
+
+logger = get_logger(__name__, log_level="INFO")
+
+COLUMNS = {"images": "", "frechet": ".4g", "kernel": ".3g", "fid": ".4g", "kid": ".3g", "clip": ".2f"}
+COLUMNS |= {"accuracy": ".1%", "nearest_same": ".1%", "chroma": ".3f", "ink": ".3f"}
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Captioned pictures, none of them black, with the keys of their contents."""
+
+    data: CaptionedImages
+    keys: list[str]
+    black: int
+    chroma: float
+    ink: float
+
+    @property
+    def captions(self) -> list[list[str]]:
+        return [self.data.captions[row] for row in self.data.rows]
+
+
+def shuffled_captions(pictures: Pictures, seed: int) -> list[str]:
+    """All different captions, in a random order: the prompts where no others are given."""
+    captions = list(dict.fromkeys(caption for of in pictures.captions for caption in of))
+    return [captions[index] for index in torch.randperm(len(captions), generator=generator(seed, "prompts"))]
+
+
+def read_pictures(accelerator: Accelerator, data: CaptionedImages, name: str, on_bad_image: str) -> Pictures:
+    """Each picture is read once; those that are black all over are counted and left out. InputError."""
+    positions, keys, looks = on_main(accelerator, _look, data, on_bad_image)
+    seen = [index for index, (black, _, _) in enumerate(looks) if not black]
+    if black := len(looks) - len(seen):
+        logger.warning(f"{name}: {black} of {len(looks)} pictures are black all over and are not scored")
+    if len(seen) < 2:
+        raise InputError(f"{name}: need at least two pictures, got {len(seen)}")
+    colour, dark = (statistics.fmean(looks[index][which] for index in seen) for which in (1, 2))
+    kept = data.select(positions[index] for index in seen)
+    return Pictures(kept, [keys[index] for index in seen], black, colour, dark)
+
+
+def _look(data: CaptionedImages, on_bad_image: str) -> tuple[list[int], list[str], list[tuple[bool, float, float]]]:
+    """`read_keys`, and for each picture whether it is black, its colour and its ink."""
+    looks = {}
+
+    def note(index: int, image: Image.Image) -> None:
+        looks[index] = is_black(image), chroma(image), ink(image)
+
+    positions, keys = read_keys(data, on_bad_image, note)
+    return positions, keys, [looks[index] for index in positions]
+
+
+def load_extractors(
+    *,
+    backbone: str,
+    inception_weights: str | None = None,
+    clip_model: str | None = None,
+    classifier: str | None = None,
+    resolution: int,
+    fit: str,
+    background: str,
+) -> dict[str, nn.Module]:
+    """The networks that extract features, by what these are for: "frechet", "fid", "clip", "class"."""
+    options = {"fit": fit, "background": background}
+    small = options | {"resolution": min(224, resolution)}
+    extractors = {"frechet": make_embedder(load_backbone(backbone, "none"), **small)}
+    if inception_weights:
+        extractors["fid"] = InceptionFeatures(inception_weights, resolution, **options)
+    if clip_model:
+        extractors["clip"] = ClipFeatures(clip_model, resolution, **options)
+    if classifier:
+        network = load_backbone(classifier, "none")
+        if not network.classes:
+            raise InputError(f"`classifier` {classifier} has no classes; train_backbone.py makes one that has")
+        extractors["class"] = make_embedder(network, embedding="logits", **small)
+    return extractors
+
+
+def score_models(
+    accelerator: Accelerator,
+    drawings: Pictures,
+    drawn: list[Drawn],
+    extractors: dict[str, nn.Module],
+    extract: Extract,
+    on_bad_image: str = "error",
+) -> Report | None:
+    """What each model draws, as a set, against its prompts, and how colourful it is; None off the main process.
+
+    Args:
+        drawings: what the pictures of the models, `drawn`, are compared with.
+        extractors: from `load_extractors`.
+    """
+    about, reference = score(accelerator, extractors, extract, drawings)
+    runs, nearest = [{"name": "the drawings"} | about], {}
+    for name, model, data in drawn:
+        pictures = read_pictures(accelerator, data, name, on_bad_image)
+        scores, features = score(accelerator, extractors, extract, pictures)
+        if not accelerator.is_main_process:
+            continue
+        for kind in sorted(set(KERNELS) & set(extractors)):
+            scores |= set_distances(kind, features[kind], reference[kind])
+        similar = most_alike(features["frechet"], reference["frechet"])
+        same = [of[0] in drawings.captions[index] for of, index in zip(pictures.captions, similar, strict=True)]
+        runs.append({"name": name} | model | scores | {"nearest_same": statistics.fmean(same)})
+        nearest.setdefault(name, (pictures, similar))
+    if not accelerator.is_main_process:
+        return None
+    description = {kind: f"{type(network).__name__} {network.feature_key}" for kind, network in extractors.items()}
+    for kind in set(KERNELS) & set(extractors):
+        warn_of_small_sets(kind, min(run["images"] for run in runs[1:]), len(drawings.keys), description[kind])
+    draw = functools.partial(generation_sheet, drawings, nearest)
+    return Report(runs, COLUMNS, {"drawings": len(drawings.keys)} | description, draw)
+
+
+def score(
+    accelerator: Accelerator, extractors: dict[str, nn.Module], extract: Extract, pictures: Pictures
+) -> tuple[dict, dict[str, Tensor]]:
+    """On the main process what can be said of the pictures alone, and their features of each kind."""
+    caches = {kind: extract(network, pictures.data, pictures.keys) for kind, network in extractors.items()}
+    if not accelerator.is_main_process:
+        return {}, {}
+    features = {kind: cache.read(pictures.keys) for kind, cache in caches.items()}
+    scores = {"images": len(pictures.keys), "black": pictures.black, "chroma": pictures.chroma, "ink": pictures.ink}
+    prompts = [of[0] for of in pictures.captions]
+    if "clip" in extractors:
+        clip = extractors["clip"].to(accelerator.device)
+        cosines = F.cosine_similarity(features["clip"], clip.texts(prompts))
+        scores |= {"clip": float(100 * cosines.clamp(min=0).mean()), "clip_cosine": float(cosines.mean())}
+    if "class" in extractors:
+        network = extractors["class"].to(accelerator.device)
+        predicted = network.project(features["class"].to(accelerator.device)).argmax(1).tolist()
+        named = find_classes(prompts, network.backbone.classes)
+        right = [label in of for label, of in zip(predicted, named, strict=True) if of]
+        scores |= {"accuracy": statistics.fmean(right) if right else math.nan, "with_class": len(right)}
+    return scores, features
+
+
+def generation_sheet(drawings: Pictures, nearest: dict[str, tuple[Pictures, list[int]]]) -> Image.Image:
+    """Prompts by models, beside each picture the drawing nearest to it, which shows that it is no copy."""
+    rows = {}
+    for name, (pictures, _) in nearest.items():
+        for index, (caption, *_) in enumerate(pictures.captions):
+            rows.setdefault(caption, {}).setdefault(name, index)
+    rows = [(caption, row) for caption, row in rows.items() if len(row) == len(nearest)]
+    if not rows:
+        raise InputError("`figure`: the models have no prompt in common")
+    shown = {}
+    for caption, row in rows[:SHEET_ROWS]:
+        shown[textwrap.shorten(printable(caption), 40)] = [
+            pad(picture, drawings.data.background)
+            for name, index in row.items()
+            for picture in (nearest[name][0].data.image(index), drawings.data.image(nearest[name][1][index]))
+        ]
+    return sheet(shown, [head for name in nearest for head in (printable(name), "nearest drawing")], SHEET_SIZE)

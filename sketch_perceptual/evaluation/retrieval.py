@@ -1,0 +1,165 @@
+"""How well queries find drawings of their class in a gallery (Seo 2025, section 4.2, Table 3)."""
+
+import functools
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from huggingface_hub import hf_hub_download
+from PIL import Image
+from torch import Tensor
+
+from ..data.class_names import class_names
+from ..data.image_sets import LabelledImages
+from ..data.splits import split, split_hash
+from ..errors import InputError, first_line
+from ..figures import mark, sheet
+from ..measures.ranking import rank
+from ..networks.backbone import is_vgg16_weights
+from ..networks.embedder import SketchEmbedder
+from ..networks.hub_model import read_config
+from ..running.checkpoints import on_main
+from ..seeds import generator
+from .embedding import Drawings, Extract, embed_cached, embed_models, own_background
+from .report import SHEET_ROWS, SHEET_SIZE, Report, pad, printable
+
+logger = get_logger(__name__, log_level="INFO")
+
+COLUMNS = {"embedding": "", "top1": ".1%", "top5": ".1%", "map": ".3f", "recall@10": ".1%", "recall@50": ".1%"}
+
+
+@dataclass(frozen=True)
+class Sides:
+    """Positions of the queries, of the gallery and of what is in neither."""
+
+    queries: list[int]
+    gallery: list[int]
+    left_out: list[int]
+    summary: str = field(compare=False)
+
+
+def rank_models(
+    accelerator: Accelerator,
+    data: LabelledImages,
+    models: list[tuple[str, str]],
+    extract: Extract,
+    *,
+    on_bad_image: str = "error",
+    held_out: float = 0.1,
+    seed: int = 0,
+    **options,
+) -> Report | None:
+    """Top-1, top-5, mean average precision and recall of each model; None off the main process.
+
+    Queries are what a model's training held out, as its saved split tells; where no model has one, a new `split`
+    holds out this fraction.
+
+    Args:
+        models: name and source of each.
+        seed: of the queries that the figure shows.
+        options: keywords of `load_embedder`; None is a model's own.
+    """
+    background = options.get("background") or own_background(models[0][1])
+    drawings = Drawings(accelerator, data, on_bad_image, background)
+    sides = saved_sides(accelerator, models, drawings) or new_sides(drawings, held_out)
+    logger.info(sides.summary)
+    about = {"queries": len(sides.queries), "gallery": len(sides.gallery)}
+    about |= {"classes": len(set(drawings.data.labels)), "left_out": len(sides.left_out)}
+    about["split"] = split_hash({"validation": sorted(drawings.keys[index] for index in sides.queries)})
+    drawings.keep(sides.queries + sides.gallery)
+    count = len(sides.queries)
+    labels, copies, runs, nearest = drawings.data.labels, drawings.copies, [], {}
+    for model, embedder, cache, keys in embed_models(accelerator, models, drawings, extract, options):
+        vectors = embed_cached(embedder, cache, keys, accelerator.device)
+        parts = ((of[:count], of[count:]) for of in (vectors, labels, copies))
+        ranking = rank(*(side for part in parts for side in part))
+        runs.append(model | ranking.scores)
+        nearest.setdefault(model["name"], ranking.nearest)
+    if not runs:
+        return None
+    if unmatched := runs[0]["unmatched"]:
+        logger.info(f"queries without a drawing of their class in the gallery, which do not count: {unmatched}")
+    queries, gallery = (drawings.data.select(range(*of)) for of in ((count,), (count, len(labels))))
+    return Report(runs, COLUMNS, about, functools.partial(query_sheet, queries, gallery, nearest, seed))
+
+
+def new_sides(drawings: Drawings, held_out: float) -> Sides:
+    parts = split(drawings.data.labels, drawings.keys, drawings.copies, drawings.data.groups, held_out)
+    return Sides(parts.validation, parts.train, parts.left_out, parts.summary)
+
+
+def saved_sides(accelerator: Accelerator, models: list[tuple[str, str]], drawings: Drawings) -> Sides | None:
+    """What the trainings of `models` held out; None if none says. InputError if they disagree or it is not here."""
+    first = None
+    for _, source in models:
+        if (record := on_main(accelerator, read_split, source)) is None:
+            continue
+        sides = match_split(record, drawings.on(own_background(source))[1], source)
+        if first is not None and sides != first[1]:
+            raise InputError(
+                f"{first[0]} and {source} were trained on other drawings: each would be scored on some that the other"
+                " knows. Evaluate one at a time"
+            )
+        first = first or (source, sides)
+    return first and first[1]
+
+
+def read_split(source: str) -> dict[str, set[str]] | None:
+    """Content keys that a model of `train_retrieval.py` held out; None for any other network. InputError."""
+    if is_vgg16_weights(source) or "backbone" not in read_config(source, SketchEmbedder)[1]:
+        return None
+    path = Path(source, "split.json")
+    if not Path(source).is_dir():
+        try:
+            path = Path(hf_hub_download(source, path.name))
+        except (OSError, ValueError):  # an embedder from elsewhere
+            return None
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return {name: set(map(str, record[name])) for name in ("validation", "left_out")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is not the split of a training ({first_line(error)})") from error
+
+
+def match_split(record: dict[str, set[str]], keys: list[str], source: str) -> Sides:
+    """The sides of the drawings with these keys, as `record` has them; InputError if some are not among them."""
+    held_out, left_out = record["validation"], record["left_out"] - record["validation"]
+    if lost := (held_out | left_out) - set(keys):
+        raise InputError(
+            f"{source} was trained with a split of its own, and {len(lost)} of the {len(held_out)} drawings that it"
+            " held out are not in this data, so others may have been trained on: pass the data of its training"
+        )
+    queries, apart = ([index for index, key in enumerate(keys) if key in side] for side in (held_out, left_out))
+    gallery = sorted(set(range(len(keys))) - set(queries) - set(apart))
+    summary = f"the split of {source}: {len(queries)} queries, {len(gallery)} drawings in the gallery"
+    return Sides(queries, gallery, apart, summary)
+
+
+def query_sheet(
+    queries: LabelledImages, gallery: LabelledImages, nearest: dict[str, Tensor], seed: int
+) -> Image.Image:
+    """Some queries of different classes, for each a row a model with the five nearest: framed green if right."""
+    rows, names = {}, class_names(queries.classes)
+    for index in _choose_queries(queries, gallery, max(1, SHEET_ROWS // len(nearest)), seed):
+        label = queries.labels[index]
+        for name, order in nearest.items():
+            row = [pad(queries.image(index), queries.background)]
+            for position in filter(lambda position: position >= 0, order[index].tolist()):
+                picture = pad(gallery.image(position), gallery.background)
+                row.append(mark(picture, gallery.labels[position] == label))
+            rows[printable(names[label] if len(nearest) == 1 else f"{names[label]}: {name}")] = row
+    return sheet(rows, ["query", *"12345"], SHEET_SIZE)
+
+
+def _choose_queries(queries: LabelledImages, gallery: LabelledImages, count: int, seed: int) -> list[int]:
+    """Positions of queries of different classes that the gallery has."""
+    chosen, labels, findable = {}, queries.labels, set(gallery.labels)
+    for index in torch.randperm(len(labels), generator=generator(seed, "sheet")).tolist():
+        if labels[index] in findable and len(chosen) < count:
+            chosen.setdefault(labels[index], index)
+    return list(chosen.values())

@@ -1,0 +1,51 @@
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+
+from sketch_perceptual.evaluation import drawing
+from sketch_perceptual.evaluation.drawing import draw_prompts
+from sketch_perceptual.evaluation.prompts import cycle_prompts
+from sketch_perceptual.measures.ink import is_black
+
+SETTINGS = {"seed": 3, "resolution": 32, "num_inference_steps": 2, "guidance_scale": 2.0}
+
+
+@pytest.fixture
+def pipeline(tiny_sd):
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def pixels(path):
+    return np.asarray(Image.open(path)).astype(int)
+
+
+def test_a_picture_follows_from_its_prompt_and_number_alone(pipeline, tmp_path):
+    prompts = cycle_prompts(["a fox", "an owl"], 3)
+    paths = [tmp_path / f"{index}.png" for index in range(3)]
+    draw_prompts(pipeline, prompts, paths, **SETTINGS)
+    draw_prompts(pipeline, prompts[2:], [tmp_path / "alone.png"], **SETTINGS)
+    assert abs(pixels(tmp_path / "alone.png") - pixels(paths[2])).max() <= 1
+    assert abs(pixels(paths[0]) - pixels(paths[2])).max() > 5
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.png", "1.png", "2.png", "alone.png"]
+
+
+def test_what_is_flagged_or_not_finite_is_black(pipeline, tmp_path, monkeypatch):
+    pipeline.safety_checker = pipeline.unet  # any network: what it would say is said below
+    monkeypatch.setattr(
+        pipeline, "run_safety_checker", lambda images, device, dtype: (images, [True] + [False] * (len(images) - 1))
+    )
+    decode = drawing.decode
+
+    def overflow(vae, latents):
+        images = decode(vae, latents)
+        images[1, 0, 0, 0] = torch.inf
+        return images
+
+    monkeypatch.setattr(drawing, "decode", overflow)
+    paths = [tmp_path / f"{index}.png" for index in range(3)]
+    draw_prompts(pipeline, cycle_prompts(["a"], 3), paths, **SETTINGS)
+    assert [is_black(Image.open(path)) for path in paths] == [True, True, False]
