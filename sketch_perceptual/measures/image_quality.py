@@ -1,5 +1,6 @@
 """How near drawings come to the true ones, and to words: SSIM, Fréchet and kernel distances of sets, CLIP score."""
 
+import functools
 import importlib
 import io
 import textwrap
@@ -8,10 +9,12 @@ from types import ModuleType
 
 import torch
 import torch.nn.functional as F
+from PIL import ImageColor
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ..data.images import Source, fit_image, load_image, to_tensor
 from ..errors import InputError, first_line
 from ..networks.hub_model import fingerprint
 from ..seeds import generator
@@ -62,7 +65,7 @@ def frechet_distance(features: Tensor, reference: Tensor) -> float:
     from one distribution: only distances of equal N compare.
 
     Args:
-        features, reference: (N, D) and (M, D), finite, from 2 rows that are not all the same; else InputError.
+        features, reference: (N, D) and (M, D), finite, from two rows that are not all the same; else InputError.
     """
     features, reference = _check_features(features, reference)
     for name, rows in (("features", features), ("reference", reference)):
@@ -87,7 +90,7 @@ def kernel_distance(
     """Unbiased squared MMD under (x.y / D + 1)^3; KID on `InceptionFeatures` (Binkowski et al. 2018), in float64.
 
     Args:
-        features, reference: (N, D) and (M, D), finite, from 2 rows; else InputError.
+        features, reference: (N, D) and (M, D), finite, from two rows; else InputError.
         subset_size: rows drawn from each set at a time; the smaller set's where that has fewer.
         seed: decides the draws.
 
@@ -113,12 +116,12 @@ class InceptionFeatures(nn.Module):
 
     Args:
         weights: a `.safetensors` file with the names of torch-fidelity's network; InputError tells how to make it.
-        resolution, fit: how pictures are prepared for `forward`; see `fit_image`.
+        resolution, fit, background: how `prepare` makes a picture a tensor; see `fit_image`.
     """
 
-    def __init__(self, weights: str | Path, resolution: int = 299, fit: str = "crop"):
+    def __init__(self, weights: str | Path, resolution: int = 299, fit: str = "crop", background: str = "white"):
         super().__init__()
-        self.resolution, self.fit = resolution, fit
+        self.prepare = functools.partial(_prepare, resolution=resolution, fit=fit, background=background)
         library = _import("torch_fidelity.feature_extractor_inceptionv3", "torch-fidelity")
         file = io.BytesIO()  # the constructor downloads unless it is given a file to unpickle: here one of our own
         try:
@@ -142,7 +145,8 @@ class InceptionFeatures(nn.Module):
 
     @property
     def feature_key(self) -> str:
-        return f"{fingerprint(self)}-inception-{self.resolution}-{self.fit}"
+        """Changes with whatever changes `features` of a picture."""
+        return _feature_key(self, "inception")
 
 
 class ClipFeatures(nn.Module):
@@ -150,20 +154,20 @@ class ClipFeatures(nn.Module):
 
     Args:
         source: a CLIP of transformers with its tokenizer and image processor: a folder or Hub id, safetensors only.
-        resolution, fit: how pictures are prepared for `features`; see `fit_image`.
+        resolution, fit, background: how `prepare` makes a picture a tensor; see `fit_image`.
     """
 
-    def __init__(self, source: str | Path, resolution: int = 224, fit: str = "crop"):
+    def __init__(self, source: str | Path, resolution: int = 224, fit: str = "crop", background: str = "white"):
         super().__init__()
         library = _import("transformers")
-        self.resolution, self.fit = resolution, fit
+        self.prepare = functools.partial(_prepare, resolution=resolution, fit=fit, background=background)
         try:
             self.model = library.CLIPModel.from_pretrained(source, use_safetensors=True, dtype=torch.float32)
             self.tokenizer = library.AutoTokenizer.from_pretrained(source)
             images = library.AutoImageProcessor.from_pretrained(source)
         except (OSError, ValueError) as error:
             raise InputError(
-                f"--clip_model {source} cannot be loaded; it must be a CLIP with safetensors: a folder, or a Hub id"
+                f"`clip_model` {source} cannot be loaded; it must be a CLIP with safetensors: a folder, or a Hub id"
                 f" that can be reached: {first_line(error)}"
             ) from error
         for name, levels in (("mean", images.image_mean), ("std", images.image_std)):
@@ -197,7 +201,18 @@ class ClipFeatures(nn.Module):
     @property
     def feature_key(self) -> str:
         """Changes with whatever changes `features` of a picture."""
-        return f"{fingerprint(self)}-clip-{self.resolution}-{self.fit}"
+        return _feature_key(self, "clip")
+
+
+def _prepare(image: Source, resolution: int, fit: str, background: str) -> Tensor:
+    """(3, resolution, resolution) in [-1, 1]."""
+    return to_tensor(fit_image(load_image(image, background), resolution, fit, background))
+
+
+def _feature_key(network: nn.Module, kind: str) -> str:
+    options = network.prepare.keywords
+    paper = "".join(f"{level:02x}" for level in ImageColor.getrgb(options["background"])[:3])
+    return f"{fingerprint(network)}-{kind}-{options['resolution']}-{options['fit']}-{paper}"
 
 
 def _pooled(output) -> Tensor:
@@ -219,7 +234,7 @@ def _check_images(images: Tensor) -> None:
 def _check_features(features: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
     for name, rows in (("features", features), ("reference", reference)):
         if rows.ndim != 2 or len(rows) < 2:
-            raise InputError(f"{name} must be (N, D) of at least 2 rows, got {tuple(rows.shape)}")
+            raise InputError(f"{name} must be (N, D) of at least two rows, got {tuple(rows.shape)}")
         if not rows.isfinite().all():
             raise InputError(f"{name} must be finite")
     if features.shape[1] != reference.shape[1]:

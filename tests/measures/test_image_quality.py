@@ -2,16 +2,27 @@ import io
 import math
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from safetensors.torch import load_file, save_file
+from tiny_clip import save_clip
 from torch import nn
+from transformers import CLIPImageProcessor, CLIPModel
 
+from sketch_perceptual.data.images import fit_image, to_tensor
 from sketch_perceptual.errors import InputError
-from sketch_perceptual.measures.image_quality import InceptionFeatures, frechet_distance, kernel_distance, ssim
+from sketch_perceptual.measures.image_quality import (
+    ClipFeatures,
+    InceptionFeatures,
+    frechet_distance,
+    kernel_distance,
+    ssim,
+)
 
 
 def draw(*shape, seed=0):
@@ -144,7 +155,7 @@ def test_kernel_distance_is_unbiased_and_decided_by_its_seed():
 @pytest.mark.parametrize(
     ("features", "reference", "sentence"),
     [
-        (torch.zeros(1, 4), draw(5, 4), r"features must be \(N, D\) of at least 2 rows, got \(1, 4\)"),
+        (torch.zeros(1, 4), draw(5, 4), r"features must be \(N, D\) of at least two rows, got \(1, 4\)"),
         (draw(5, 4), torch.zeros(0, 4), r"reference must be .*got \(0, 4\)"),
         (draw(5, 4, 1), draw(5, 4), r"got \(5, 4, 1\)"),
         (draw(5, 4) / 0, draw(5, 4), "features must be finite"),
@@ -228,3 +239,54 @@ def test_packages_that_are_missing_are_said(monkeypatch):
             call()
     with pytest.raises(InputError, match="needs torch_fidelity: pip install torch-fidelity"):
         InceptionFeatures("any.safetensors")
+
+
+@pytest.fixture(scope="session")
+def clip(tmp_path_factory):
+    return save_clip(tmp_path_factory.mktemp("clip"))
+
+
+def test_clip_sees_what_transformers_sees(clip, drawings):
+    network = ClipFeatures(clip)
+    model, processor = CLIPModel.from_pretrained(clip), CLIPImageProcessor.from_pretrained(clip)
+    pictures = [fit_image(Image.open(path), 32) for path in sorted(drawings.rglob("*.png"))[:3]]
+    with torch.no_grad():
+        expected = model.get_image_features(**processor(pictures, return_tensors="pt"))
+    expected = getattr(expected, "pooler_output", expected)
+    found = network.features(torch.stack(list(map(to_tensor, pictures))))
+    assert torch.nn.functional.cosine_similarity(found, expected).min() > 0.999  # it resizes eight-bit levels
+    assert torch.allclose(network.features(to_tensor(pictures[0])[None]), found[:1], atol=1e-6)
+
+
+def test_a_long_prompt_keeps_its_end_token(clip):
+    """And neither the other prompts of a batch nor their length change a prompt's vector."""
+    network = ClipFeatures(clip)
+    long = "a sketch of a fox"
+    tokens = network.tokenizer(long).input_ids
+    assert len(tokens) > 12
+    kept = torch.tensor([[*tokens[:11], network.tokenizer.eos_token_id]])
+    with torch.no_grad():
+        expected = network.model.get_text_features(input_ids=kept, attention_mask=torch.ones_like(kept))
+    expected = getattr(expected, "pooler_output", expected)
+    assert torch.allclose(network.texts([long]), expected, atol=1e-6)
+    together = network.texts(["a fox", long, *["an owl"] * 70])
+    assert torch.allclose(together[:1], network.texts(["a fox"]), atol=1e-6)
+    assert torch.allclose(together[-1:], network.texts(["an owl"]), atol=1e-6)
+
+
+def test_transformers_4_returns_the_vectors_themselves(clip, monkeypatch):
+    network = ClipFeatures(clip)
+    for output in (torch.ones(1, 8), SimpleNamespace(pooler_output=torch.ones(1, 8))):
+        monkeypatch.setattr(network.model, "get_text_features", lambda output=output, **tokens: output)
+        assert network.texts(["a"]).sum() == 8
+
+
+def test_what_is_cached_depends_on_how_pictures_are_prepared(clip, inception):
+    """The background too: without it, white's features were read for black."""
+    transparent = Image.new("RGBA", (3, 4), (0, 0, 0, 0))
+    for kind, source in ((ClipFeatures, clip), (InceptionFeatures, inception[0])):
+        options = ({}, {"background": "black"}, {"fit": "pad"}, {"resolution": 33})
+        assert len({kind(source, **of).feature_key for of in options}) == 4
+        black = kind(source, background="black", resolution=5).prepare(transparent)
+        assert black.shape == (3, 5, 5)
+        assert black.unique().tolist() == [-1]
