@@ -52,9 +52,9 @@ from sketch_perceptual.evaluation.transfer import compare_styles
 from sketch_perceptual.measures.image_quality import check_installed
 from sketch_perceptual.networks.backbone import BUNDLED
 from sketch_perceptual.networks.embedder import EMBEDDINGS, load_embedder
-from sketch_perceptual.running.checkpoints import on_main
 from sketch_perceptual.running.feature_cache import FeatureCache, extract_features, feature_folder
 from sketch_perceptual.running.options import add_feature_options
+from sketch_perceptual.running.processes import on_main
 from sketch_perceptual.running.startup import PATIENCE, check_writable, run, start_logging, versions
 
 logger = get_logger(__name__, log_level="INFO")
@@ -227,7 +227,7 @@ def publish(args: argparse.Namespace, report: Report) -> None:
     options = {name: getattr(args, name) for name in RECORDED if name in args}
     record = {"task": args.task, "data": options | report.data, "models": report.results, "versions": versions()}
     write_json(args.output, record)
-    if args.figure:
+    if args.figure and report.draw:
         write_figure(args.figure, report.draw())
     print(report.table())
     print(args.output)

@@ -44,9 +44,12 @@ def scan(data: Images, visit: Visit | None = None, workers: int = 8) -> Scan:
     `visit` is called with the index and the RGB image of each that can be read. InputError if memory runs out, which
     says nothing about an image.
     """
-    with ThreadPoolExecutor(workers) as pool:
+    pool = ThreadPoolExecutor(workers)
+    try:
         checks = pool.map(lambda index: _check_image(data, index, visit), range(len(data)))
         checks = list(tqdm(checks, "Checking images", len(data), disable=None))
+    finally:
+        pool.shutdown(cancel_futures=True)  # an interrupted scan does not read the rest
     bad = [(index, message) for index, (message, _, _) in enumerate(checks) if message]
     blank = [index for index, (_, is_blank, _) in enumerate(checks) if is_blank]
     cut = sum(is_cut for _, _, is_cut in checks)

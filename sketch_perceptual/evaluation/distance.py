@@ -1,6 +1,7 @@
 """How far apart models see drawings of one class and of several (Seo 2025, section 4.3, Table 4, Figure 4)."""
 
 import functools
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -36,8 +37,8 @@ def measure_distances(
     """
     background = options.get("background") or own_background(models[0][1])
     drawings = Drawings(accelerator, data, on_bad_image, background)
-    data, keys, about = drawings.data, drawings.keys, {}
-    about["copies"] = len(drawings.copies) - len(set(drawings.copies))
+    data, keys = drawings.data, drawings.keys
+    about: dict[str, Any] = {"copies": len(drawings.copies) - len(set(drawings.copies))}
     positions = list(range(len(data)))
     if held_out is not None:
         positions = split(data.labels, keys, drawings.copies, data.groups, held_out).validation

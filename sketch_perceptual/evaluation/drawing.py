@@ -14,8 +14,8 @@ from ..data.images import to_pil
 from ..diffusion import decode
 from ..errors import InputError, first_line
 from ..networks.hub_model import fingerprint
-from ..running.checkpoints import on_main
 from ..running.lock import lock_folder
+from ..running.processes import on_main
 from ..seeds import generator
 from .prompts import missing_pictures, open_folder
 from .report import write_whole

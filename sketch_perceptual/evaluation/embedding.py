@@ -12,8 +12,8 @@ from ..data.image_sets import LabelledImages
 from ..networks.backbone import is_vgg16_weights
 from ..networks.embedder import SketchEmbedder, load_embedder
 from ..networks.hub_model import fingerprint, read_config
-from ..running.checkpoints import on_main
 from ..running.feature_cache import FeatureCache
+from ..running.processes import on_main
 
 SETTINGS = ("embedding", "resolution", "fit", "background")
 Extract = Callable[..., FeatureCache]  # (extractor, data, keys), as `extract_features` after its first two arguments

@@ -5,13 +5,14 @@ import math
 import statistics
 import textwrap
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..data.checks import read_keys
 from ..data.image_sets import CaptionedImages
@@ -22,7 +23,7 @@ from ..measures.ink import chroma, ink, is_black
 from ..measures.ranking import most_alike
 from ..networks.backbone import load_backbone
 from ..networks.embedder import make_embedder
-from ..running.checkpoints import on_main
+from ..running.processes import on_main
 from ..seeds import generator
 from .drawing import Drawn
 from .embedding import Extract
@@ -59,26 +60,28 @@ def shuffled_captions(pictures: Pictures, seed: int) -> list[str]:
 
 def read_pictures(accelerator: Accelerator, data: CaptionedImages, name: str, on_bad_image: str) -> Pictures:
     """Each picture is read once; those that are black all over are counted and left out. InputError."""
-    positions, keys, looks = on_main(accelerator, _look, data, on_bad_image)
-    seen = [index for index, (black, _, _) in enumerate(looks) if not black]
-    if black := len(looks) - len(seen):
-        logger.warning(f"{name}: {black} of {len(looks)} pictures are black all over and are not scored")
+    positions, keys, tones = on_main(accelerator, _read_tones, data, on_bad_image)
+    seen = [index for index, (black, _, _) in enumerate(tones) if not black]
+    if black := len(tones) - len(seen):
+        logger.warning(f"{name}: {black} of {len(tones)} pictures are black all over and are not scored")
     if len(seen) < 2:
         raise InputError(f"{name}: need at least two pictures, got {len(seen)}")
-    colour, dark = (statistics.fmean(looks[index][which] for index in seen) for which in (1, 2))
+    colour, dark = (statistics.fmean(tones[index][which] for index in seen) for which in (1, 2))
     kept = data.select(positions[index] for index in seen)
     return Pictures(kept, [keys[index] for index in seen], black, colour, dark)
 
 
-def _look(data: CaptionedImages, on_bad_image: str) -> tuple[list[int], list[str], list[tuple[bool, float, float]]]:
+def _read_tones(
+    data: CaptionedImages, on_bad_image: str
+) -> tuple[list[int], list[str], list[tuple[bool, float, float]]]:
     """`read_keys`, and for each picture whether it is black, its colour and its ink."""
-    looks = {}
+    tones = {}
 
     def note(index: int, image: Image.Image) -> None:
-        looks[index] = is_black(image), chroma(image), ink(image)
+        tones[index] = is_black(image), chroma(image), ink(image)
 
     positions, keys = read_keys(data, on_bad_image, note)
-    return positions, keys, [looks[index] for index in positions]
+    return positions, keys, [tones[index] for index in positions]
 
 
 def load_extractors(
@@ -90,11 +93,11 @@ def load_extractors(
     resolution: int,
     fit: str,
     background: str,
-) -> dict[str, nn.Module]:
+) -> dict[str, Any]:
     """The networks that extract features, by what these are for: "frechet", "fid", "clip", "class"."""
     options = {"fit": fit, "background": background}
     small = options | {"resolution": min(224, resolution)}
-    extractors = {"frechet": make_embedder(load_backbone(backbone, "none"), **small)}
+    extractors: dict[str, Any] = {"frechet": make_embedder(load_backbone(backbone, "none"), **small)}
     if inception_weights:
         extractors["fid"] = InceptionFeatures(inception_weights, resolution, **options)
     if clip_model:
@@ -111,7 +114,7 @@ def score_models(
     accelerator: Accelerator,
     drawings: Pictures,
     drawn: list[Drawn],
-    extractors: dict[str, nn.Module],
+    extractors: dict[str, Any],
     extract: Extract,
     on_bad_image: str = "error",
 ) -> Report | None:
@@ -144,7 +147,7 @@ def score_models(
 
 
 def score(
-    accelerator: Accelerator, extractors: dict[str, nn.Module], extract: Extract, pictures: Pictures
+    accelerator: Accelerator, extractors: dict[str, Any], extract: Extract, pictures: Pictures
 ) -> tuple[dict, dict[str, Tensor]]:
     """On the main process what can be said of the pictures alone, and their features of each kind."""
     caches = {kind: extract(network, pictures.data, pictures.keys) for kind, network in extractors.items()}
@@ -168,15 +171,15 @@ def score(
 
 def generation_sheet(drawings: Pictures, nearest: dict[str, tuple[Pictures, list[int]]]) -> Image.Image:
     """Prompts by models, beside each picture the drawing nearest to it, which shows that it is no copy."""
-    rows = {}
+    rows: dict[str, dict[str, int]] = {}
     for name, (pictures, _) in nearest.items():
         for index, (caption, *_) in enumerate(pictures.captions):
             rows.setdefault(caption, {}).setdefault(name, index)
-    rows = [(caption, row) for caption, row in rows.items() if len(row) == len(nearest)]
-    if not rows:
+    common = [(caption, row) for caption, row in rows.items() if len(row) == len(nearest)]
+    if not common:
         raise InputError("`figure`: the models have no prompt in common")
     shown = {}
-    for caption, row in rows[:SHEET_ROWS]:
+    for caption, row in common[:SHEET_ROWS]:
         shown[textwrap.shorten(printable(caption), 40)] = [
             pad(picture, drawings.data.background)
             for name, index in row.items()

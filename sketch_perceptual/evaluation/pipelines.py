@@ -1,7 +1,7 @@
 """Stable Diffusion pipelines as the scripts load them."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -72,7 +72,7 @@ def load_generator(
     accelerator: Accelerator, source: str, resolution: int, safety_checker: bool, **place
 ) -> "StableDiffusionPipeline":
     """The pipeline that draws, with its safety checker or without; `place` are the other options of its files."""
-    unchecked = {} if safety_checker else {"safety_checker": None, "requires_safety_checker": False}
+    unchecked: dict[str, Any] = {} if safety_checker else {"safety_checker": None, "requires_safety_checker": False}
     pipeline = load_pipeline(accelerator, source, resolution, **place, **unchecked)
     if pipeline.safety_checker is not None:
         pipeline.safety_checker.to(pipeline.device, pipeline.unet.dtype)

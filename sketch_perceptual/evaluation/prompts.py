@@ -12,7 +12,7 @@ from PIL import Image
 
 from ..data.class_names import readable_class
 from ..errors import InputError
-from .report import write_whole
+from .report import write_text
 
 METADATA, SETTINGS = "metadata.jsonl", ".settings.json"
 ADVICE = "delete the folder or choose another `output_dir`"
@@ -61,7 +61,7 @@ def open_folder(folder: Path, prompts: Sequence[tuple[str, int]], settings: dict
     captions += [prompt for prompt, _ in prompts[len(captions) :]]
     lines = [json.dumps({"file_name": _name(index), "text": text}) for index, text in enumerate(captions)]
     for name, text in ((METADATA, "\n".join(lines) + "\n"), (SETTINGS, json.dumps(settings, indent=1))):
-        write_whole(folder / name, lambda partial, text=text: partial.write_text(text, encoding="utf-8"))
+        write_text(folder / name, text)
     return [folder / _name(index) for index in range(len(prompts))]
 
 

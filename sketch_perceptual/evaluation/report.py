@@ -68,7 +68,10 @@ def _cell(result: dict, column: str, form: str) -> str:
 
 def write_json(path: str | Path, record: dict) -> None:
     """Everything, with null for what is not a finite number."""
-    text = json.dumps(without_nan(record), indent=1, allow_nan=False)
+    write_text(path, json.dumps(without_nan(record), indent=1, allow_nan=False))
+
+
+def write_text(path: str | Path, text: str) -> None:
     write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
@@ -122,8 +125,8 @@ def expand_models(models: list[str], seeds: str = "seed-*/config.json") -> list[
         name = given or _own_name(source)
         if sources.setdefault(name, source) != source and given is None:
             raise InputError(f"`models`: two are called {name}; write NAME=MODEL")
-        folders = sorted({path.parent for path in Path(source).glob(seeds)})
-        named += [(name, str(path)) for path in folders or [source]]
+        folders = sorted({str(path.parent) for path in Path(source).glob(seeds)})
+        named += [(name, folder) for folder in folders or [source]]
     return named
 
 

@@ -4,6 +4,7 @@ import functools
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -21,7 +22,7 @@ from ..measures.ranking import rank
 from ..networks.backbone import is_vgg16_weights
 from ..networks.embedder import SketchEmbedder
 from ..networks.hub_model import read_config
-from ..running.checkpoints import on_main
+from ..running.processes import on_main
 from ..seeds import generator
 from .embedding import Drawings, Extract, embed_cached, embed_models, own_background
 from .report import SHEET_ROWS, SHEET_SIZE, Report, pad, printable
@@ -66,7 +67,7 @@ def rank_models(
     drawings = Drawings(accelerator, data, on_bad_image, background)
     sides = saved_sides(accelerator, models, drawings) or new_sides(drawings, held_out)
     logger.info(sides.summary)
-    about = {"queries": len(sides.queries), "gallery": len(sides.gallery)}
+    about: dict[str, Any] = {"queries": len(sides.queries), "gallery": len(sides.gallery)}
     about |= {"classes": len(set(drawings.data.labels)), "left_out": len(sides.left_out)}
     about["split"] = split_hash({"validation": sorted(drawings.keys[index] for index in sides.queries)})
     drawings.keep(sides.queries + sides.gallery)
@@ -74,8 +75,9 @@ def rank_models(
     labels, copies, runs, nearest = drawings.data.labels, drawings.copies, [], {}
     for model, embedder, cache, keys in embed_models(accelerator, models, drawings, extract, options):
         vectors = embed_cached(embedder, cache, keys, accelerator.device)
-        parts = ((of[:count], of[count:]) for of in (vectors, labels, copies))
-        ranking = rank(*(side for part in parts for side in part))
+        ranking = rank(
+            vectors[:count], vectors[count:], labels[:count], labels[count:], copies[:count], copies[count:]
+        )
         runs.append(model | ranking.scores)
         nearest.setdefault(model["name"], ranking.nearest)
     if not runs:

@@ -17,8 +17,8 @@ from ..errors import InputError
 from ..figures import sheet
 from ..measures.ranking import search
 from ..networks.embedder import SketchEmbedder
-from ..running.checkpoints import on_main
 from ..running.feature_cache import FeatureCache
+from ..running.processes import on_main
 from .embedding import Extract, embed_cached
 from .report import SHEET_SIZE, pad, printable
 

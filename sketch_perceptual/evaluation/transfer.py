@@ -46,7 +46,7 @@ def compare_styles(
         seed: of the photos that the figure shows.
     """
     if len(pairs.names) < 2:
-        raise InputError(f"need at least two pairs to compare, got {len(pairs.names)}")
+        raise InputError(f"{pairs.summary}, need at least two to compare")
     read = functools.partial(read_square, resolution=resolution, fit=fit, background=background)
     networks = [(name, load_johnson(path).to(accelerator.device).eval()) for name, path in models]
     scores = score_pairs(accelerator, pairs, networks, read, features.extract)

@@ -119,6 +119,8 @@ class InceptionFeatures(nn.Module):
         resolution, fit, background: how `prepare` makes a picture a tensor; see `fit_image`.
     """
 
+    prepare: functools.partial[Tensor]
+
     def __init__(self, weights: str | Path, resolution: int = 299, fit: str = "crop", background: str = "white"):
         super().__init__()
         self.prepare = functools.partial(_prepare, resolution=resolution, fit=fit, background=background)
@@ -156,6 +158,10 @@ class ClipFeatures(nn.Module):
         source: a CLIP of transformers with its tokenizer and image processor: a folder or Hub id, safetensors only.
         resolution, fit, background: how `prepare` makes a picture a tensor; see `fit_image`.
     """
+
+    prepare: functools.partial[Tensor]
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, source: str | Path, resolution: int = 224, fit: str = "crop", background: str = "white"):
         super().__init__()
@@ -209,7 +215,7 @@ def _prepare(image: Source, resolution: int, fit: str, background: str) -> Tenso
     return to_tensor(fit_image(load_image(image, background), resolution, fit, background))
 
 
-def _feature_key(network: nn.Module, kind: str) -> str:
+def _feature_key(network: InceptionFeatures | ClipFeatures, kind: str) -> str:
     options = network.prepare.keywords
     paper = "".join(f"{level:02x}" for level in ImageColor.getrgb(options["background"])[:3])
     return f"{fingerprint(network)}-{kind}-{options['resolution']}-{options['fit']}-{paper}"

@@ -230,7 +230,7 @@ def fill_cache(
     logger.info(f"{len(set(keys)) - len(missing)} of {len(set(keys))} images have {what} in {cache.folder}")
     mine = missing[accelerator.process_index :: accelerator.num_processes]
     loader = torch.utils.data.DataLoader(
-        mine,
+        mine,  # type: ignore[arg-type]  # a list is a data set
         batch_size,
         num_workers=num_workers,
         collate_fn=functools.partial(_read_batch, read),
@@ -274,7 +274,7 @@ def _keys(file) -> list[str]:
 
 def _checksum(keys: Sequence[str], features: Tensor) -> str:
     digest = hashlib.sha256(repr((list(keys), tuple(features.shape))).encode())
-    digest.update(features.numpy())
+    digest.update(features.numpy().data)
     return digest.hexdigest()
 
 

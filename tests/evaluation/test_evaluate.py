@@ -343,10 +343,10 @@ def test_drawings_are_scored_in_pairs_and_as_a_set(models, pairs, styles, capsys
     )
     with torch.no_grad():
         drawn = load_johnson(styles / "a").eval()(photos).clamp(-1, 1)
-    found, judge = record["models"]["a"]["mean"], load_embedder(models / "one").features
+    found, features = record["models"]["a"]["mean"], load_embedder(models / "one").features
     assert found["ssim"] == pytest.approx(float(ssim(drawn, sketches).mean()), abs=1e-5)
     assert found["ssim_shuffled"] == pytest.approx(float(ssim(drawn, sketches.roll(-1, 0)).mean()), abs=1e-5)
-    assert found["frechet"] == pytest.approx(frechet_distance(judge(drawn), judge(sketches)), rel=1e-3)
+    assert found["frechet"] == pytest.approx(frechet_distance(features(drawn), features(sketches)), rel=1e-3)
     blank = record["models"]["blank page"]["mean"]["ssim"]
     assert blank == pytest.approx(float(ssim(torch.ones_like(sketches), sketches).mean()), abs=1e-5)
     assert record["models"]["the photo"]["mean"]["ssim"] > blank

@@ -145,10 +145,10 @@ def test_black_squares_are_counted_and_not_scored(evaluate, drawings, tmp_path, 
     _, clean = evaluate(tmp_path / "pictures")
     for number in range(3):
         Image.new("RGB", (32, 32)).save(tmp_path / "pictures" / "house" / f"black-{number}.png")
-    _, found = evaluate(tmp_path / "pictures")
-    (run,) = found["models"]["pictures"]["runs"]
+    _, record = evaluate(tmp_path / "pictures")
+    (run,) = record["models"]["pictures"]["runs"]
     assert (run["images"], run["black"]) == (7, 3)
-    assert found["models"]["pictures"]["mean"] == clean["models"]["pictures"]["mean"]
+    assert record["models"]["pictures"]["mean"] == clean["models"]["pictures"]["mean"]
     assert "pictures: 3 of 10 pictures are black all over and are not scored" in caplog.text
 
 
@@ -228,6 +228,8 @@ def test_two_processes_score_as_one(evaluate, tiny_sd, drawings, adapters, clip,
     two = json.loads((tmp_path / "generation.json").read_text())
     for name, result in alone["models"].items():
         assert two["models"][name]["mean"] == pytest.approx(result["mean"], rel=1e-3, abs=1e-5), name
-    for path in (tmp_path / "generated").rglob("*.png"):
+    pictures = list((tmp_path / "generated").rglob("*.png"))
+    assert len(pictures) == 14
+    for path in pictures:
         twin = tmp_path / "two" / path.relative_to(tmp_path / "generated")
         assert np.abs(np.int16(Image.open(path)) - np.int16(Image.open(twin))).max() <= 2, path.name

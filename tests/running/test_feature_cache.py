@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from conftest import reset_accelerate
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from sketch_perceptual.data.image_sets import Images
 from sketch_perceptual.data.images import to_tensor
@@ -141,15 +141,17 @@ def test_a_damaged_file_is_named_once_and_computed_again(tmp_path, caplog, damag
 def test_any_flipped_bit_is_seen(tmp_path):
     FeatureCache(tmp_path).add(KEYS, FEATURES)
     (path,) = tmp_path.iterdir()
-    whole = path.read_bytes()
+    whole, seen = path.read_bytes(), 0
     for position in range(len(whole)):
         path.write_bytes(whole)
         flip(path, position)
         cache = FeatureCache(tmp_path)
-        missing = cache.missing(KEYS)
-        assert missing or torch.equal(cache.read(KEYS), FEATURES), position
-        assert len(missing) in (0, 2)
-    assert load_file(path).keys() == {"features"}
+        if missing := cache.missing(KEYS):
+            assert missing == [0, 1]
+            seen += 1
+        else:  # a space of the header's padding, for one
+            assert torch.equal(cache.read(KEYS), FEATURES), position
+    assert seen > 0.9 * len(whole)
 
 
 def test_a_file_is_verified_once(tmp_path, monkeypatch):
