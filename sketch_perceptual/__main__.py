@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .data.folders import find_images
 from .data.images import load_image, to_pil, to_tensor
-from .errors import InputError
+from .errors import InputError, in_options
 from .losses import DEFAULT_LAYERS, PerceptualLoss
 from .networks.backbone import BUNDLED
 from .networks.hub_model import fingerprint
@@ -55,11 +55,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     try:
-        found = compare(args)
+        result = compare(args)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {in_options(str(error), args)}", file=sys.stderr)
         sys.exit(2)
-    print(json.dumps(found, indent=2) if args.json else as_text(found))
+    print(json.dumps(result, indent=2) if args.json else as_text(result))
 
 
 @torch.inference_mode()
@@ -68,7 +68,7 @@ def compare(args: argparse.Namespace) -> dict:
     loss = PerceptualLoss(args.backbone, args.layers, resolution=args.resolution)
     pairs, rows = [], {}
     for first, second in find_pairs(args.first, args.second):
-        images = same_size(args, first, second)
+        images = same_size(first, second, args.fit, args.background)
         a, b = (to_tensor(image)[None] for image in images)
         layers = {name: float(value) for name, value in loss(a, b, per_layer=True).items()}
         distance = sum(loss.layer_weights[name] * value for name, value in layers.items())
@@ -105,24 +105,24 @@ def find_pairs(first: Path, second: Path) -> list[tuple[Path, Path]]:
 
 def by_name(folder: Path) -> dict[PurePosixPath, Path]:
     """The images of a folder by their paths without the ending."""
-    found = {}
-    for name in find_images(folder, str(folder))[1]:
+    images = {}
+    for name in find_images(folder)[1]:
         stem = PurePosixPath(name).with_suffix("")
-        if stem in found:
-            raise InputError(f"{found[stem]} and {folder / name} have one name: rename one, so that pairs are clear")
-        found[stem] = folder / name
-    return found
+        if stem in images:
+            raise InputError(f"{images[stem]} and {folder / name} have one name: rename one, so that pairs are clear")
+        images[stem] = folder / name
+    return images
 
 
-def same_size(args: argparse.Namespace, first: Path, second: Path) -> list[Image.Image]:
-    images = [load_image(path, args.background) for path in (first, second)]
+def same_size(first: Path, second: Path, fit: str, background: str) -> list[Image.Image]:
+    images = [load_image(path, background) for path in (first, second)]
     if images[0].size == images[1].size:
         return images
-    if args.fit == "refuse":
+    if fit == "refuse":
         sizes = " and ".join(f"{image.width} x {image.height}" for image in images)
-        raise InputError(f"{first} and {second} have different sizes, {sizes}: resize one, or pass --fit pad")
+        raise InputError(f"{first} and {second} have different sizes, {sizes}: resize one, or let `fit` be pad")
     size = tuple(map(max, *(image.size for image in images)))
-    papers = [Image.new("RGB", size, args.background) for _ in images]
+    papers = [Image.new("RGB", size, background) for _ in images]
     for paper, image in zip(papers, images, strict=True):
         paper.paste(image, tuple((whole - part) // 2 for whole, part in zip(size, image.size, strict=True)))
     return papers
@@ -136,21 +136,21 @@ def difference_map(a: Tensor, b: Tensor, places: Tensor) -> Image.Image:
 
 
 def save_figure(path: Path, rows: dict[str, list[Image.Image]]) -> None:
-    from .figures import sheet  # matplotlib takes a second to import
+    from .figures import image_grid  # matplotlib takes a second to import
 
     try:
-        sheet(rows, ["A", "B", "where they differ"], SHOWN).save(path)
+        image_grid(rows, ["A", "B", "where they differ"], SHOWN).save(path)
     except (OSError, ValueError) as error:
-        raise InputError(f"--figure {path} cannot be written: {error}") from error
+        raise InputError(f"`figure` {path} cannot be written: {error}") from error
 
 
-def as_text(found: dict) -> str:
-    lines = [("distance", *found["layer_weights"], "")]
-    for pair in found["pairs"]:
+def as_text(result: dict) -> str:
+    lines = [("distance", *result["layer_weights"], "")]
+    for pair in result["pairs"]:
         lines.append((pair["distance"], *pair["layers"].values(), f"{pair['first']}  {pair['second']}"))
-    if (count := len(found["pairs"])) > 1:
-        means = (sum(pair["layers"][name] for pair in found["pairs"]) / count for name in found["layer_weights"])
-        lines.append((found["mean"], *means, f"mean of {count}"))
+    if (count := len(result["pairs"])) > 1:
+        means = (sum(pair["layers"][name] for pair in result["pairs"]) / count for name in result["layer_weights"])
+        lines.append((result["mean"], *means, f"mean of {count}"))
     cells = [[value if isinstance(value, str) else f"{value:.3f}" for value in line] for line in lines]
     return "\n".join("".join(f"{cell:<10}" for cell in line).rstrip() for line in cells)
 

@@ -9,17 +9,20 @@ sketches of one index are painted from the same scene, so they match pixel for p
 
 import argparse
 import colorsys
+import io
 import json
 import math
+import os
 import random
+from contextlib import suppress
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw
 
-from .errors import InputError
+from .errors import InputError, in_options
 
 STYLES = ("pen", "marker", "hatching")
 OVERSAMPLING = 4
@@ -668,7 +671,7 @@ def _check(names, styles, size):
             if value not in choices:
                 raise InputError(f"unknown {what} {value!r}: choose from {', '.join(choices)}")
     if size < 16:
-        raise InputError(f"size {size} is too small: give at least 16 pixels")
+        raise InputError(f"`size` must be at least 16 pixels, got {size}")
 
 
 def draw(name, index, seed=0, style="pen", size=256):
@@ -698,40 +701,72 @@ def compose(name, index, seed=0):
 def write_folder(output_dir, per_class=16, seed=0, size=256, styles=("pen",), classes=CLASSES):
     """Writes per_class drawings of each class and style, and metadata.jsonl with a sentence for each.
 
-    Pictures are named house/0003.png, so that a folder of sketches and one of photos match by name; several
+    Images are named house/0003.png, so that a folder of sketches and one of photos match by name; several
     styles in one folder are told apart as house/0003_pen.png. Each line of metadata.jsonl holds file_name
-    (relative to output_dir) and text. Returns the number of pictures. Raises InputError as draw does.
+    (relative to output_dir) and text. Returns the number of images. Raises InputError as draw does, for a
+    folder with other files of these names, and where nothing can be written.
     """
     _check(classes, styles, size)
-    folder, lines = Path(output_dir), []
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in classes:
-        (folder / name).mkdir(exist_ok=True)
-        article = "an" if name[0] in "aeiou" else "a"
-        for index in range(per_class):
-            for style in styles:
-                suffix = f"_{style}" if len(styles) > 1 else ""
-                file_name = f"{name}/{index:04d}{suffix}.png"
-                draw(name, index, seed, style, size).save(folder / file_name)
-                kind = "photo" if style == "photo" else "sketch"
-                lines.append(json.dumps({"file_name": file_name, "text": f"a {kind} of {article} {name}"}))
-    (folder / "metadata.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    folder, images, lines = Path(output_dir), [], []
+    for name, index, style in product(classes, range(per_class), styles):
+        file_name = f"{name}/{index:04d}{f'_{style}' if len(styles) > 1 else ''}.png"
+        kind, article = "photo" if style == "photo" else "sketch", "an" if name[0] in "aeiou" else "a"
+        images.append((folder / file_name, name, index, style))
+        lines.append(json.dumps({"file_name": file_name, "text": f"a {kind} of {article} {name}"}) + "\n")
+    ours = _is_ours(folder / "metadata.jsonl", lines)
+    for path, name, index, style in images:
+        data = _png(draw(name, index, seed, style, size))
+        if not ours and os.path.lexists(path) and not (path.is_file() and path.read_bytes() == data):
+            raise InputError(f"`output_dir`: {path} is there already and is another image: choose another folder")
+        _write(path, data)
+    _write(folder / "metadata.jsonl", "".join(lines).encode())
     return len(lines)
+
+
+def _is_ours(path, lines):
+    """Whether there is a metadata.jsonl of drawings; InputError if it is somebody else's."""
+    if not os.path.lexists(path):
+        return False
+    try:
+        known = set(path.read_text(encoding="utf-8").splitlines(keepends=True))
+    except (OSError, ValueError):
+        known = {""}
+    if not known <= set(lines):
+        raise InputError(f"`output_dir`: {path} is there already and lists other images: choose another folder")
+    return True
+
+
+def _png(image):
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def _write(path, data):
+    part = path.with_name(f"{path.name}.part")  # a disk that fills up leaves no half image
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(data)
+        part.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            part.unlink()
+        raise InputError(f"`output_dir`: {path} cannot be written: {error.strerror}") from error
 
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description="Write a folder of drawings with captions.")
     parser.add_argument("--output_dir", required=True, help="folder to write to; it is made if missing")
-    parser.add_argument("--per_class", type=int, default=16, help="pictures per class and style (16)")
-    parser.add_argument("--size", type=int, default=256, help="side of a picture in pixels, from 16 on (256)")
-    parser.add_argument("--seed", type=int, default=0, help="another seed, other pictures (0)")
+    parser.add_argument("--per_class", type=int, default=16, help="images per class and style (16)")
+    parser.add_argument("--size", type=int, default=256, help="side of an image in pixels, from 16 on (256)")
+    parser.add_argument("--seed", type=int, default=0, help="another seed, other images (0)")
     parser.add_argument("--styles", nargs="+", default=["pen"], help=f"{', '.join(STYLES)} or photo (pen)")
     args = parser.parse_args(arguments)
     try:
         count = write_folder(args.output_dir, args.per_class, args.seed, args.size, args.styles)
     except InputError as error:
-        parser.error(str(error))
-    print(f"{count} pictures written to {args.output_dir}")
+        parser.error(in_options(str(error), args))
+    print(f"{count} images written to {args.output_dir}")
 
 
 if __name__ == "__main__":

@@ -1,32 +1,47 @@
-"""Sheets of pictures, and plots."""
+"""Grids of images, and plots. Names are drawn as they are: no mathematics, one line, not too long."""
 
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+LONGEST = 80  # letters of a name
 
-def sheet(rows: dict[str, list[Image.Image]], columns: list[str] | None = None, size: int = 160) -> Image.Image:
-    """A labelled grid: one row of pictures a name, each drawn `size` pixels wide and high; columns may have heads."""
+
+def image_grid(rows: dict[str, list[Image.Image]], columns: list[str] | None = None, size: int = 160) -> Image.Image:
+    """One labelled row of images a name, each drawn `size` pixels wide and high; columns may have heads."""
     gap, head = 4, 20
     font = ImageFont.load_default(14)
-    names = int(max(font.getlength(name) for name in rows)) + 3 * gap
-    width = max(len(pictures) for pictures in rows.values())
+    names = int(max(font.getlength(as_label(name)) for name in rows)) + 3 * gap
+    width = max(len(images) for images in rows.values())
     page = Image.new("RGB", (names + width * (size + gap), head + len(rows) * (size + gap)), "white")
     draw = ImageDraw.Draw(page)
     for x, text in enumerate(columns or []):
-        draw.text((names + x * (size + gap), gap / 2), text, "black", font)
-    for y, (name, pictures) in enumerate(rows.items()):
+        draw.text((names + x * (size + gap), gap / 2), as_label(text), "black", font)
+    for y, (name, images) in enumerate(rows.items()):
         top = head + y * (size + gap)
-        draw.text((gap, top + size / 2), name, "black", font, anchor="lm")
-        for x, picture in enumerate(pictures):
-            resample = Image.Resampling.LANCZOS if picture.width >= size else Image.Resampling.BICUBIC
-            page.paste(picture.convert("RGB").resize((size, size), resample), (names + x * (size + gap), top))
+        draw.text((gap, top + size / 2), as_label(name), "black", font, anchor="lm")
+        for x, image in enumerate(images):
+            resample = Image.Resampling.LANCZOS if image.width >= size else Image.Resampling.BICUBIC
+            page.paste(image.convert("RGB").resize((size, size), resample), (names + x * (size + gap), top))
     return page
 
 
-def mark(picture: Image.Image, right: bool) -> Image.Image:
-    """A picture in a green frame, or in a red one with its corner cut."""
-    colour, width = ("#1a9641", "#d7191c")[not right], max(3, picture.width // 30)
-    framed = ImageOps.expand(picture.convert("RGB"), width, colour)
+sheet = image_grid
+
+
+def as_label(name: str) -> str:
+    """A name in one line of letters that can be drawn, shortened if it is long."""
+    line = " ".join(name.encode("utf-8", "replace").decode().split())
+    return line if len(line) <= LONGEST else line[: LONGEST - 3] + "..."
+
+
+def _plain(name: str) -> str:
+    return as_label(name).replace("$", r"\$")  # what stands between two of them is mathematics to matplotlib
+
+
+def mark(image: Image.Image, right: bool) -> Image.Image:
+    """An image in a green frame, or in a red one with its corner cut."""
+    colour, width = ("#1a9641", "#d7191c")[not right], max(3, image.width // 30)
+    framed = ImageOps.expand(image.convert("RGB"), width, colour)
     if not right:
         corner = framed.width // 5
         ImageDraw.Draw(framed).polygon([(0, 0), (corner, 0), (0, corner)], colour)
@@ -37,8 +52,10 @@ def ratio_bars(ratios: dict[str, float], title: str) -> Figure:
     """A bar for each model's ratio of inter- to intra-class distance (Seo 2025, Figure 4)."""
     figure = Figure((1.5 + 1.3 * len(ratios), 3.5), layout="constrained")
     axes = figure.subplots()
-    axes.bar_label(axes.bar(list(ratios), list(ratios.values()), width=0.6), fmt="%.2f")
-    axes.set(title=title, ylabel="inter / intra")
+    places = range(len(ratios))
+    axes.bar_label(axes.bar(places, list(ratios.values()), width=0.6), fmt="%.2f")
+    axes.set_xticks(places, list(map(_plain, ratios)))
+    axes.set(title=_plain(title), ylabel="inter / intra")
     axes.margins(y=0.12)
     return figure
 

@@ -1,11 +1,13 @@
-"""Johnson's image transformation network (Johnson et al. 2016; Seo 2025, section 4.1), and pictures through it.
+"""Johnson's image transformation network (Johnson et al. 2016; Seo 2025, section 4.1), and images through it.
 
     python -m sketch_perceptual.johnson --model sketch-style --input photos --output sketches
 
-`--input` is a picture or a folder with all its folders; sizes, transparency and EXIF are kept.
+`--input` is an image or a folder with all its folders; sizes, transparency and EXIF are kept. No source is written
+over, and what lies in `--output` is not taken for one.
 """
 
 import argparse
+import os
 from collections.abc import Iterator
 from itertools import groupby, islice
 from pathlib import Path
@@ -14,15 +16,16 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from .data.folders import find_images
+from .arguments import at_least
+from .data.folders import find_images, is_inside
 from .data.images import load_extras, load_image, to_pil, to_tensor
-from .errors import InputError
+from .errors import InputError, first_line, in_options
 from .networks.johnson import JohnsonNet, load_johnson
 
 
 @torch.inference_mode()
 def stylize(network: JohnsonNet, images: list[Image.Image]) -> list[Image.Image]:
-    """RGB pictures of one size through the network, on its device."""
+    """RGB images of one size through the network, on its device."""
     batch = torch.stack(list(map(to_tensor, images))).to(next(network.parameters()).device)
     return list(map(to_pil, network(batch)))
 
@@ -31,56 +34,86 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", required=True, help="a folder or Hub id of train_johnson.py")
-    add("--input", required=True, help="a picture or a folder")
-    add("--output", required=True, help="where the picture, or the folder of pictures, is written")
-    add("--batch_size", type=int, default=1, help="pictures at a time, where they follow each other in one size")
-    add("--background", default="white", help="colour behind transparent pictures; their transparency is kept")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--input", required=True, type=Path, help="an image or a folder")
+    add("--output", required=True, type=Path, help="where the image, or the folder of images, is written")
+    add("--batch_size", type=at_least(1), default=1, help="images at a time, where they follow each other in one size")
+    add("--background", default="white", help="colour behind transparent images; their transparency is kept")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: the first GPU, or the CPU")
     args = parser.parse_args(argv)
     try:
-        bad = convert(args)
+        targets = find_targets(args.input, args.output)
+        network = to_device(load_johnson(args.model), args.device)
+        unreadable = convert(network, targets, args.batch_size, args.background)
     except InputError as error:
-        parser.error(str(error))
-    if bad:
-        parser.exit(2, "\n".join(bad) + "\nThe others are written.\n")
+        parser.error(in_options(str(error), args))
+    if unreadable:
+        parser.exit(2, "\n".join(unreadable) + "\nThe others are written.\n")
 
 
-def convert(args: argparse.Namespace) -> list[str]:
-    """Write what `--input` becomes; returns what is to be said of pictures that cannot be read."""
-    network = load_johnson(args.model).to(args.device)
-    source, bad = Path(args.input), []
-    todo = {source: Path(args.output)}
+def find_targets(source: Path, output: Path) -> dict[Path, Path]:
+    """Each image of `source`, and where it goes; InputError where that would write over an image of `source`."""
+    targets = {source: output}
     if source.is_dir():
-        todo = {source / name: Path(args.output, output_name(name)) for name in find_images(source, "--input")[1]}
+        images = (source / name for name in find_images(source, "`input`")[1])
+        names = {path: path.relative_to(source).as_posix() for path in images if not is_inside(path, output)}
+        targets = {path: output / output_name(name) for path, name in names.items()}
+        if not targets:
+            raise InputError(f"`output` {output} holds all of `input`: choose another folder")
+    sources = {file_id(path): path for path in targets if path.exists()}
+    for target in targets.values():
+        if target.exists() and file_id(target) in sources:
+            raise InputError(f"`output` {target} is the image {sources[file_id(target)]} itself: choose another place")
+    if len(set(targets.values())) < len(targets):
+        twice = [path for path, target in targets.items() if list(targets.values()).count(target) > 1]
+        raise InputError(f"{twice[0]} and {twice[1]} would both be written to {targets[twice[0]]}: rename one")
+    return targets
+
+
+def file_id(path: Path) -> tuple[int, int]:
+    """The same for all spellings of a path, and for all links to a file."""
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
+
+
+def to_device(network: JohnsonNet, device: str) -> JohnsonNet:
+    try:
+        return network.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"`device` {device} cannot be used, try cpu or cuda: {first_line(error)}") from error
+
+
+def convert(network: JohnsonNet, targets: dict[Path, Path], batch_size: int, background: str) -> list[str]:
+    """Write what the images become; returns what is to be said of those that cannot be read."""
+    unreadable = []
 
     def readable() -> Iterator[tuple[Path, Image.Image]]:
-        for path in tqdm(todo, unit="picture", disable=None):
+        for path in tqdm(targets, unit="image", disable=None):
             try:
-                yield path, load_image(path, args.background)
+                yield path, load_image(path, background)
             except InputError as error:
-                bad.append(str(error))
+                unreadable.append(str(error))
 
     for _, group in groupby(readable(), key=lambda item: item[1].size):
-        while batch := list(islice(group, args.batch_size)):
+        while batch := list(islice(group, batch_size)):
             paths, images = zip(*batch, strict=True)
-            for path, picture in zip(paths, stylize(network, list(images)), strict=True):
-                save(picture, todo[path], *load_extras(path))
-    return bad
+            for path, image in zip(paths, stylize(network, list(images)), strict=True):
+                save(image, targets[path], *load_extras(path))
+    return unreadable
 
 
 def output_name(name: str) -> str:
-    """The name itself where its format keeps lines, else with .png at its end: no two become one."""
+    """The name itself where its format keeps lines, else with .png at its end."""
     return name if Path(name).suffix.lower() in (".png", ".webp", ".jpg", ".jpeg") else f"{name}.png"
 
 
-def save(picture: Image.Image, path: Path, alpha: Image.Image | None, exif: bytes) -> None:
+def save(image: Image.Image, path: Path, alpha: Image.Image | None, exif: bytes) -> None:
     if alpha is not None:
-        picture.putalpha(alpha)
+        image.putalpha(alpha)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path, quality=95, lossless=True, **({"exif": exif} if exif else {}))
+        image.save(path, quality=95, lossless=True, **({"exif": exif} if exif else {}))
     except (OSError, ValueError) as error:
-        raise InputError(f"--output {path} cannot be written: {error}") from error
+        raise InputError(f"`output` {path} cannot be written: {error}") from error
 
 
 if __name__ == "__main__":

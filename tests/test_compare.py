@@ -74,7 +74,7 @@ def test_two_sizes_are_refused_or_padded(folders, capsys):
     with pytest.raises(SystemExit) as stop:
         main([str(small), str(large)])
     assert stop.value.code == 2
-    assert "64 x 64 and 96 x 96: resize one, or pass --fit pad" in capsys.readouterr().err
+    assert "64 x 64 and 96 x 96: resize one, or let --fit be pad" in capsys.readouterr().err
     main([str(small), str(large), "--fit", "pad"])
     assert 0 < float(capsys.readouterr().out.splitlines()[1].split()[0]) < 1
 
@@ -85,7 +85,7 @@ def test_two_sizes_are_refused_or_padded(folders, capsys):
         (["a", "b/cat.webp"], "must be two images or two folders"),
         (["a/none.png", "b/cat.webp"], "Cannot read the image .*none.png"),
         (["a", "empty"], "there are no images in"),
-        (["a", "twice"], "x.png and .*x.webp have one name|x.webp and .*x.png have one name"),
+        (["a", "twice"], "x.png and .*x.webp have one name"),
         (["a", "other"], "no image of .* has the name"),
         (["a/cat.png", "b/cat.webp", "--layers", "relu5_1"], "ends at relu4_3"),
         (["a/cat.png", "b/cat.webp", "--resolution", "8"], "at least 16"),

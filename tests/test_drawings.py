@@ -1,6 +1,9 @@
 """The embedded drawings: deterministic, recognisably inked, and pixel-aligned with their photos."""
 
+import errno
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -116,7 +119,11 @@ def test_articles(tmp_path):
 
 @pytest.mark.parametrize(
     ("given", "named"),
-    [({"name": "hous"}, "'hous'.*lighthouse"), ({"style": "oil"}, "'oil'.*pen.*photo"), ({"size": 15}, "15.*16")],
+    [
+        ({"name": "hous"}, "'hous'.*lighthouse"),
+        ({"style": "oil"}, "'oil'.*pen.*photo"),
+        ({"size": 15}, "`size` must be at least 16 pixels, got 15"),
+    ],
 )
 def test_bad_arguments_are_named(given, named):
     with pytest.raises(InputError, match=named):
@@ -132,7 +139,62 @@ def test_an_unknown_class_or_style_writes_nothing(tmp_path):
 
 def test_command_line(tmp_path, capsys):
     main(["--output_dir", str(tmp_path), "--per_class", "1", "--size", "16", "--styles", "marker", "photo"])
-    assert capsys.readouterr().out == f"{2 * len(CLASSES)} pictures written to {tmp_path}\n"
+    assert capsys.readouterr().out == f"{2 * len(CLASSES)} images written to {tmp_path}\n"
     with pytest.raises(SystemExit):
         main(["--output_dir", str(tmp_path), "--styles", "oil"])
     assert "unknown style 'oil': choose from pen, marker, hatching, photo" in capsys.readouterr().err
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_drawing_again_into_a_folder_is_fine(tmp_path):
+    for count in (1, 2, 2):
+        write_folder(tmp_path, per_class=count, size=16, classes=("owl",))
+    written = contents(tmp_path)
+    (tmp_path / "metadata.jsonl").unlink()  # as if killed before the end
+    (tmp_path / "owl" / "0001.png").unlink()
+    write_folder(tmp_path, per_class=2, size=16, classes=("owl",))
+    assert contents(tmp_path) == written
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "sentence"),
+    [
+        ("metadata.jsonl", '{"file_name": "my/0.png", "text": "mine"}\n', "metadata.jsonl is there already and lists"),
+        ("metadata.jsonl", '{"file_name": "owl/0000.png", "text": "my owl"}\n', "metadata.jsonl is there already"),
+        ("metadata.jsonl", "\xff", "metadata.jsonl is there already"),
+        ("owl/0000.png", "mine", "0000.png is there already and is another image"),
+    ],
+)
+def test_no_file_of_the_user_is_replaced(name, text, sentence, tmp_path):
+    (tmp_path / "owl").mkdir()
+    (tmp_path / name).write_text(text, encoding="latin-1")
+    before = contents(tmp_path)
+    with pytest.raises(InputError, match=f"`output_dir`: .*{sentence}"):
+        write_folder(tmp_path, per_class=1, size=16, classes=("owl",))
+    assert contents(tmp_path) == before
+
+
+def test_a_dangling_link_is_not_followed(tmp_path):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "metadata.jsonl").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match="is there already"):
+        write_folder(tmp_path / "set", per_class=1, size=16, classes=("owl",))
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_what_cannot_be_written_is_a_sentence(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as stop:
+        main(["--output_dir", str(tmp_path / "file"), "--per_class", "1", "--size", "16"])
+    assert stop.value.code == 2
+    assert "--output_dir: " in capsys.readouterr().err
+
+    def full(self, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(InputError, match=r"house.0000\.png cannot be written: No space left on device"):
+        write_folder(tmp_path / "set", per_class=1, size=16)

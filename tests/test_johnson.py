@@ -1,5 +1,7 @@
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -7,9 +9,8 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
-from sketch_perceptual.errors import InputError
 from sketch_perceptual.johnson import main, stylize
-from sketch_perceptual.networks.johnson import JohnsonNet, load_johnson
+from sketch_perceptual.networks.johnson import JohnsonNet
 
 
 @pytest.fixture(scope="module")
@@ -23,37 +24,6 @@ def model(network, tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     network.save_pretrained(folder)
     return str(folder)
-
-
-@pytest.mark.parametrize("upsampling", ["transposed", "resize"])
-@pytest.mark.parametrize("size", [(1, 1), (3, 70), (8, 8), (33, 18), (64, 64)])
-def test_the_output_has_the_size_of_the_input(upsampling, size):
-    images = torch.rand(2, 3, *size) * 2 - 1
-    found = JohnsonNet(upsampling=upsampling, width=4)(images)
-    assert found.shape == images.shape
-    assert found.abs().max() < 150 / 127.5
-
-
-def test_the_published_network_has_its_weights():
-    network = JohnsonNet()
-    convolutions = [m for m in network.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.ConvTranspose2d)]
-    widths = [m.out_channels for m in convolutions]
-    assert widths == [32, 64, 128, *[128] * 10, 64, 32, 3]
-    assert [m.kernel_size[0] for m in convolutions] == [9, *[3] * 14, 9]
-    assert [m.stride[0] for m in convolutions] == [1, 2, 2, *[1] * 10, 2, 2, 1]
-    assert {m.padding_mode for m in convolutions if isinstance(m, torch.nn.Conv2d)} == {"reflect"}
-    assert sum(isinstance(m, torch.nn.InstanceNorm2d) for m in network.modules()) == 15
-    assert sum(isinstance(m, torch.nn.BatchNorm2d) for m in JohnsonNet("batch").modules()) == 15
-
-
-def test_it_loads_as_it_was_saved(network, model):
-    images = torch.rand(1, 3, 20, 30) * 2 - 1
-    assert torch.equal(load_johnson(model)(images), network(images))
-    for source, sentence in (("nowhere/net", "no style network at nowhere/net"), ("tests", "there is no config.json")):
-        with pytest.raises(InputError, match=sentence):
-            load_johnson(source)
-    with pytest.raises(InputError, match="--norm must be one of instance, batch"):
-        JohnsonNet("layer")
 
 
 def test_a_picture_keeps_its_size_transparency_and_exif(network, model, tmp_path, capsys):
@@ -111,16 +81,49 @@ def test_what_cannot_be_read_is_named_and_the_others_are_written(model, tmp_path
         (["--input", "empty"], "--input: there are no images in empty"),
         (["--input", "nowhere.png"], "nowhere.png: there is no such file"),
         (["--output", "sketch.xyz"], "--output sketch.xyz cannot be written"),
+        (["--batch_size", "0"], "--batch_size: must be a number of at least 1, got 0"),
+        (["--device", "gpu"], "--device gpu cannot be used, try cpu or cuda"),
+        (["--device", "cuda:99"], "--device cuda:99 cannot be used"),
+        (["--output", "one.png"], "--output one.png is the image one.png itself"),
+        (["--output", "empty/../one.png"], "one.png is the image one.png itself"),
+        (["--output", "hard.png"], "--output hard.png is the image one.png itself"),
+        (["--output", "soft.png"], "--output soft.png is the image one.png itself"),
+        (["--input", "photos", "--output", "photos"], "--output photos holds all of --input"),
+        (["--input", "photos", "--output", "empty/../photos"], "holds all of --input"),
+        (["--input", "photos", "--output", "."], "holds all of --input"),
+        (["--input", "photos", "--output", "twin"], "--output twin/a.png is the image photos/a.png itself"),
+        (
+            ["--input", "alike", "--output", "new"],
+            "alike/a.bmp.png would both be written to new/a.bmp.png",
+        ),
+        (["--input", "pipe.png"], "pipe.png: it is no file"),
     ],
 )
 def test_a_users_mistake_is_a_sentence(model, options, sentence, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
-    Image.new("RGB", (9, 9)).save("one.png")
+    for name in ("one.png", "photos/a.png", "alike/a.bmp", "alike/a.bmp.png"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (9, 9)).save(name)
+    os.link("one.png", "hard.png")
+    Path("soft.png").symlink_to("one.png")
+    Path("twin").mkdir()
+    Path("twin/a.png").symlink_to("../photos/a.png")
+    os.mkfifo("pipe.png")
+    before = {path: path.read_bytes() for path in Path().rglob("*.*") if path.is_file()}
     with pytest.raises(SystemExit) as exit:
         main(["--model", model, "--input", "one.png", "--output", "sketch.png", *options])
     assert exit.value.code == 2
     assert sentence in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in Path().rglob("*.*") if path.is_file()} == before
+
+
+def test_an_output_inside_the_input_is_no_input(model, tmp_path):
+    Image.new("RGB", (9, 9)).save(tmp_path / "one.png")
+    for _ in range(2):
+        main(["--model", model, "--input", str(tmp_path), "--output", str(tmp_path / "drawn")])
+    written = [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*.png"))]
+    assert written == ["drawn/one.png", "one.png"]
 
 
 def test_it_runs_as_a_module_without_a_warning():
