@@ -196,5 +196,5 @@ def test_what_cannot_be_written_is_a_sentence(tmp_path, monkeypatch, capsys):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(InputError, match=r"house.0000\.png cannot be written: No space left on device"):
+    with pytest.raises(InputError, match=r"boat.0000\.png cannot be written: No space left on device"):
         write_folder(tmp_path / "set", per_class=1, size=16)
