@@ -1,8 +1,12 @@
 """The README is true, and modules import one way only."""
 
 import ast
+import contextlib
+import io
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import datasets
@@ -18,63 +22,182 @@ import train_johnson
 import train_lora_sketch
 import train_retrieval
 from sketch_perceptual import __main__ as compare
+from sketch_perceptual import drawings, johnson
 
 ROOT = Path(train_lora_sketch.__file__).parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CODE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
+PACKAGE = ROOT / "sketch_perceptual"
+
+# The floors: what each room, or module beside them, may import of the others.
 MAY_IMPORT = {
     "errors": set(),
+    "arguments": set(),
     "seeds": set(),
     "figures": set(),
     "drawings": {"errors"},
-    "data": {"errors", "seeds", "running"},
+    "data": {"errors", "arguments", "seeds"},
     "networks": {"errors", "data"},
     "losses": {"errors", "data", "drawings", "networks"},
-    "diffusion": {"errors"},
+    "diffusion": {"errors", "losses"},
     "measures": {"errors", "data", "networks", "seeds"},
-    "running": {"errors", "data", "networks"},
-    "evaluation": {"errors", "data", "diffusion", "measures", "networks", "running", "seeds"},
-    "johnson": {"errors", "data", "networks"},
+    "running": {"errors", "arguments", "seeds"},
+    "evaluation": {
+        *("errors", "arguments", "seeds", "figures"),
+        *("data", "diffusion", "losses", "measures", "networks", "running"),
+    },
+    "johnson": {"errors", "arguments", "data", "networks"},
+    "__main__": {"errors", "data", "figures", "losses", "networks"},
 }
-TRAINING = {"accelerate", "diffusers", "peft", "transformers"}
-MAY_TRAIN = {"data", "running", "evaluation"}
+MAY_KNOW = {  # who may import what trains and draws
+    "accelerate": {"running", "evaluation"},
+    "diffusers": {"evaluation"},
+    "peft": {"evaluation"},
+    "transformers": {"evaluation"},
+}
+# Where options may be named: a library function's error names its argument, and the script the option.
+COMMANDS = {"__main__.py", "johnson.py", "drawings.py", "running/options.py", "data/options.py"}
 
-MODULES = {path.stem for path in (ROOT / "sketch_perceptual").glob("[a-z]*")} - {"assets"}
+MODULES = sorted(
+    {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in PACKAGE.rglob("*.py")} - {"__init__"}
+)
+FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 
 
-@pytest.mark.parametrize("module", sorted(MODULES))
+def tree(path):
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def test_every_room_has_its_floor():
+    assert sorted(MAY_IMPORT) == MODULES
+
+
+@pytest.mark.parametrize("module", MODULES)
 def test_modules_import_one_way_only(module):
     """A module, or a folder of them, which may import each other."""
-    path = ROOT / "sketch_perceptual" / module
-    files = path.glob("*.py") if path.is_dir() else [path.with_suffix(".py")]
-    nodes = [node for file in files for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))]
-    froms = [node for node in nodes if isinstance(node, ast.ImportFrom)]
-    ours = {node.module.split(".")[0] for node in froms if node.level == 1 + path.is_dir()}
-    outside = {name.name.split(".")[0] for node in nodes if isinstance(node, ast.Import) for name in node.names}
-    outside |= {node.module.split(".")[0] for node in froms if not node.level}
+    path = PACKAGE / module
+    ours, outside = set(), set()
+    for file in path.glob("*.py") if path.is_dir() else [PACKAGE / f"{module}.py"]:
+        for node in ast.walk(tree(file)):
+            if isinstance(node, ast.Import):
+                outside |= {name.name.split(".")[0] for name in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                outside.add(node.module.split(".")[0])
+            elif isinstance(node, ast.ImportFrom) and node.level == 1 + path.is_dir():
+                ours |= {node.module.split(".")[0]} if node.module else {name.name for name in node.names}
     assert ours <= MAY_IMPORT[module]
-    assert module in MAY_TRAIN or not outside & TRAINING
+    assert {name for name, rooms in MAY_KNOW.items() if module not in rooms} & outside == set()
 
 
-def test_options_and_files_in_the_readme_exist():
-    options = set(re.findall(r"`?(--\w+)", README))
-    data = ["--train_data_dir", "y"]
-    known = vars(train_lora_sketch.parse_args(["--pretrained_model_name_or_path", "x", *data]))
-    known |= vars(train_backbone.parse_args(data)) | vars(train_retrieval.parse_args(data))
-    known |= vars(train_johnson.parse_args([*data, "--style", "x"])) | {"input": None, "output": None}
-    for task in (
-        ["distance", *data],
-        ["retrieval", *data],
-        ["transfer", "--paired_data_dir", "x", "--models", "y"],
-        ["generation", *data, "--models", "y"],
-        ["search", "--query", "x", "--gallery", "y"],
-    ):
-        known |= vars(evaluate.parse_args(task))
-    known |= vars(compare.parse_args(["a.png", "b.png"]))
-    assert {option[2:] for option in options} <= set(known)
-    for path in re.findall(r"\]\((?!http|#)([^)]+)\)", README):
-        assert (ROOT / path).is_file(), path
+@pytest.mark.parametrize("file", FILES)
+def test_only_commands_name_options(file):
+    if file in COMMANDS or file.startswith("evaluation/"):
+        return
+    texts = [node.value for node in ast.walk(tree(PACKAGE / file)) if isinstance(node, ast.Constant)]
+    assert [text for text in texts if isinstance(text, str) and re.search(r"(?<![\w-])--\w", text)] == []
+
+
+@pytest.mark.parametrize("file", sorted(COMMANDS - {"running/options.py", "data/options.py"}))
+def test_errors_of_commands_name_arguments(file):
+    """Their help may name options, what they raise is put into options by `in_options`."""
+    raised = [node for node in ast.walk(tree(PACKAGE / file)) if isinstance(node, ast.Raise)]
+    texts = [node.value for error in raised for node in ast.walk(error) if isinstance(node, ast.Constant)]
+    assert texts
+    assert [text for text in texts if isinstance(text, str) and "--" in text] == []
+
+
+@pytest.mark.parametrize("code", ["import sketch_perceptual", "from sketch_perceptual import *; PerceptualLoss()"])
+def test_a_loss_needs_little(code):
+    heavy = "accelerate diffusers peft transformers datasets torchvision matplotlib".split()
+    code += f"; import sys; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def options_of(parse_args, *arguments):
+    """The options in a script's --help."""
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text), pytest.raises(SystemExit):
+        parse_args([*arguments, "--help"])
+    return set(re.findall(r"--\w+", text.getvalue()))
+
+
+TRAINERS = {
+    "train_lora_sketch.py": train_lora_sketch,
+    "train_backbone.py": train_backbone,
+    "train_johnson.py": train_johnson,
+    "train_retrieval.py": train_retrieval,
+}
+OPTIONS = {name: options_of(script.parse_args) for name, script in TRAINERS.items()}
+OPTIONS |= {
+    f"evaluate.py {task}": options_of(evaluate.parse_args, task)
+    for task in ("distance", "retrieval", "transfer", "generation", "search")
+}
+OPTIONS |= {
+    "sketch_perceptual": options_of(compare.main),
+    "sketch_perceptual.johnson": options_of(johnson.main),
+    "sketch_perceptual.drawings": options_of(drawings.main),
+}
+SCRIPT = re.compile(r"evaluate\.py \w+|train_\w+\.py|(?<=-m )sketch_perceptual(?:\.\w+)?")
+NOT_OURS = {"--mixed_precision"}  # of `accelerate launch`, where it stands before the script
+
+
+def commands():
+    """The commands of the README, one a line: each script's part of it."""
+    blocks = re.findall(r"(?:^    .*\n)+", README, re.MULTILINE)
+    for line in "\n".join(blocks).replace("\\\n", " ").split("\n"):
+        if script := SCRIPT.search(line):
+            yield script[0], line[script.end() :]
+
+
+COMMAND_LINES = list(commands())
+
+
+def sections():
+    """Title -> text, of each section of the README, and the scripts whose commands are in it."""
+    scripts = []
+    for section in re.split(r"^(?=##+ )", README, flags=re.MULTILINE)[1:]:
+        title, _, text = section.partition("\n")
+        if title.startswith("## "):
+            scripts = []
+        lines = "\n".join(re.findall(r"^    .*", text, re.MULTILINE))
+        scripts = SCRIPT.findall(lines) or scripts  # a section below another without commands is about those above
+        yield title.strip("# "), text, [script for script in scripts if script in OPTIONS]
+
+
+SECTIONS = {title: (text, scripts) for title, text, scripts in sections()}
+# Sections without a command that name options: of which scripts each of them must be.
+ABOUT = {
+    "What survives what": list(TRAINERS),
+    "Expected results": ["train_lora_sketch.py", "train_retrieval.py"],
+    "What the paper leaves open": ["train_lora_sketch.py"],
+}
+
+
+def test_commands_in_the_readme_have_their_own_options():
+    assert len(COMMAND_LINES) >= 12
+    for script, line in COMMAND_LINES:
+        assert set(re.findall(r"--\w+", line)) <= OPTIONS[script], (script, line)
+
+
+@pytest.mark.parametrize("title", SECTIONS)
+def test_options_in_a_section_are_those_of_its_scripts(title):
+    text, scripts = SECTIONS[title]
+    named = set(re.findall(r"`(--\w+)", text)) - NOT_OURS
+    if not named:
+        return
+    if title == "What survives what":  # the same for all trainers
+        known = set.intersection(*(OPTIONS[script] for script in ABOUT[title]))
+    else:
+        known = set.union(*(OPTIONS[script] for script in ABOUT.get(title, scripts)))
+    assert named <= known
+
+
+def test_files_in_the_readme_exist():
+    paths = re.findall(r"\]\((?!http|#)([^)]+)\)", README)
+    assert paths
+    assert [path for path in paths if not (ROOT / path.split("#")[0]).is_file()] == []
 
 
 def test_the_recipe_goes_into_a_plain_training_loop(tiny_sd):

@@ -1,0 +1,24 @@
+import argparse
+
+import pytest
+
+from sketch_perceptual.errors import InputError, check_choice, first_line, first_names, in_options
+
+
+def test_arguments_become_options_where_the_script_has_them():
+    args = argparse.Namespace(fit="crop")
+    message = "`fit` must be pad, `share` below 1; use `hf auth login`"
+    assert in_options(message, args) == "--fit must be pad, `share` below 1; use `hf auth login`"
+
+
+def test_a_choice_is_one_of_them():
+    check_choice("fit", "pad", ("crop", "pad"))
+    with pytest.raises(InputError, match="^`fit` must be one of crop, pad, got 'fill'"):
+        check_choice("fit", "fill", ("crop", "pad"))
+
+
+def test_long_lists_and_errors_are_cut():
+    assert first_names(["a", "b"]) == "a, b"
+    assert first_names(list("abcdefghijkl"), "\n", 2) == "a\nb\nand 10 more"
+    assert first_line(ValueError(" one\ntwo")) == "one"
+    assert first_line(ValueError()) == "ValueError"
