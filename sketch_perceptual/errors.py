@@ -1,19 +1,20 @@
 """What went wrong, in words for the user."""
 
+import argparse
 import re
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 
 class InputError(ValueError):
     """A mistake in what the user gave; the message names the file, argument or value and what to do.
 
-    An argument stands in backticks, as in "`fit` must be one of crop, pad": a script shows it as its option, --fit.
+    An argument stands in backticks, as in "`fit` must be one of crop, pad": a script shows it as its option.
     """
 
 
-def in_options(message: str, options: Container[str]) -> str:
-    """The message of a library function in the words of a command line: of the `options`, `fit` becomes --fit."""
-    return re.sub(r"`(\w+)`", lambda name: f"--{name[1]}" if name[1] in options else name[0], message)
+def in_options(message: str, args: argparse.Namespace) -> str:
+    """The message of a library function, whose arguments stand in backticks, in the words of the command line."""
+    return re.sub(r"`(\w+)`", lambda name: f"--{name[1]}" if name[1] in args else name[0], message)
 
 
 def first_line(error: Exception) -> str:

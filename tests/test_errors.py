@@ -13,7 +13,7 @@ def test_arguments_become_options_where_the_script_has_them():
 
 def test_a_choice_is_one_of_them():
     check_choice("fit", "pad", ("crop", "pad"))
-    with pytest.raises(InputError, match="^`fit` must be one of crop, pad, got 'fill'"):
+    with pytest.raises(InputError, match=r"^`fit` must be one of crop, pad, got 'fill'"):
         check_choice("fit", "fill", ("crop", "pad"))
 
 
