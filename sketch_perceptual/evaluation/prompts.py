@@ -23,9 +23,9 @@ def read_prompts(path: str | Path) -> list[str]:
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"`prompts`: {path} cannot be read: {error}") from error
+        raise InputError(f"`prompts` {path} cannot be read: {error}") from error
     if not (prompts := [line.strip() for line in lines if line.strip()]):
-        raise InputError(f"`prompts`: {path} holds no prompts")
+        raise InputError(f"`prompts` {path} holds no prompts")
     return prompts
 
 

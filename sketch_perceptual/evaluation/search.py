@@ -67,7 +67,8 @@ def find_similar(
     Only what `open_cache` lacks is read.
     """
     background = embedder.background
-    paths = [Path(gallery, image) for image in find_images(Path(gallery), "gallery")[1]]
+    picture = load_image(query, background)
+    paths = [Path(gallery, image) for image in find_images(Path(gallery), "`gallery`")[1]]
     with ThreadPoolExecutor(8) as pool:
         query_key, *keys = pool.map(file_key, [Path(query), *paths])
     same = [path for path, key in zip(paths, keys, strict=True) if key == query_key]
@@ -85,7 +86,7 @@ def find_similar(
     with accelerator.autocast():
         vector = embedder.to(accelerator.device).embed([query])[0]
     similarities, order = search(vector, embed_cached(embedder, cache, keys, accelerator.device), count)
-    return Matches(load_image(query, background), same, similarities, data, order)
+    return Matches(picture, same, similarities, data, order)
 
 
 def find_readable(data: Images, unread: list[int], on_bad_image: str) -> list[int]:

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..errors import InputError, first_line
+from ..errors import InputError, first_line, first_names
 from . import interruption
 
 logger = get_logger(__name__, log_level="INFO")
@@ -122,9 +122,9 @@ class FeatureCache:
         for path in self.damaged:
             with suppress(OSError):  # a folder to read from alone: it stays, and is computed again
                 path.unlink()
-        names = ", ".join(f"{path.name} ({reason})" for path, reason in sorted(self.damaged.items()))
+        names = [f"{path.name} ({reason})" for path, reason in sorted(self.damaged.items())]
         self.damaged = {}
-        return f"{self.folder}: damaged, and computed again: {names}"
+        return f"{self.folder}: damaged, and computed again: {first_names(names)}"
 
     def _open(self, path: Path):
         try:

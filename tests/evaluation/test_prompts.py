@@ -40,9 +40,9 @@ def test_prompts_of_a_file(tmp_path):
     assert read_prompts(path) == ["a fox", "ein Fuchs für Ümit"]
     for damage in (b" \n", b"\xff\xfe\x00"):
         path.write_bytes(damage)
-        with pytest.raises(InputError, match=r"`prompts`: .*prompts\.txt"):
+        with pytest.raises(InputError, match=r"`prompts` .*prompts\.txt"):
             read_prompts(path)
-    with pytest.raises(InputError, match=r"`prompts`: nowhere\.txt cannot be read"):
+    with pytest.raises(InputError, match=r"`prompts` nowhere\.txt cannot be read"):
         read_prompts("nowhere.txt")
 
 
