@@ -13,9 +13,7 @@ into `train_lora_sketch.py --backbone`.
 import argparse
 import json
 import math
-import os
 import shutil
-import sys
 import time
 from pathlib import Path
 
@@ -26,8 +24,8 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import set_seed
 from huggingface_hub import ModelCardData
-from tqdm.auto import tqdm
 
+from sketch_perceptual.arguments import at_least
 from sketch_perceptual.data.batches import make_loader
 from sketch_perceptual.data.checks import read_once
 from sketch_perceptual.data.class_names import are_imagenets, class_names
@@ -39,15 +37,17 @@ from sketch_perceptual.figures import learning_curve
 from sketch_perceptual.losses import calibrate
 from sketch_perceptual.networks.backbone import AttentionVGG16, is_vgg16_weights, load_backbone
 from sketch_perceptual.networks.hub_model import fingerprint
-from sketch_perceptual.running import cards
-from sketch_perceptual.running.checkpoints import keep_whole, load_checkpoint, save_checkpoint
-from sketch_perceptual.running.interruption import catch_signals
-from sketch_perceptual.running.optimizers import make_lr_scheduler, make_optimizer, plan_steps
-from sketch_perceptual.running.options import add_training_options, at_least
-from sketch_perceptual.running.startup import check_space, run, start
-from sketch_perceptual.running.steps import NonFiniteGuard
+from sketch_perceptual.running import cards, startup
+from sketch_perceptual.running.files import replacing
+from sketch_perceptual.running.identity import digest
+from sketch_perceptual.running.interruption import ignore_in_worker
+from sketch_perceptual.running.options import add_training_options
+from sketch_perceptual.running.processes import on_main
+from sketch_perceptual.running.run import Run
+from sketch_perceptual.running.startup import check_space, start
+from sketch_perceptual.running.steps import Meter, Steps
 from sketch_perceptual.running.trackers import start_trackers
-from sketch_perceptual.seeds import generator
+from sketch_perceptual.running.training import make_lr_scheduler, make_optimizer, make_steps
 
 logger = get_logger(__name__, log_level="INFO")
 
@@ -105,183 +105,132 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    accelerator = start(args)
-    data = load_data(args, accelerator)
-    network, untouched, origin = build_network(args, data.classes)
-    repo_id = None
-    if args.push_to_hub and accelerator.is_main_process:
-        repo_id = cards.create_repo(cards.model_name(args.hub_model_id, args.output_dir), args.hub_token)
-    train_data, validation_data, split_record = split_data(args, accelerator, data)
+    run = start(args)
+    accelerator = run.accelerator
+    data = load_labelled(args, run.seed, resolution=args.resolution)
+    network, untouched, origin = build_network(args, data.classes, run.seed)
+    train_data, validation_data, split_record = split_data(args, run, data, origin)
+    repo_id = cards.create_repo(args, accelerator)
+    start_trackers(accelerator, "sketch-backbone", args)
 
     network.to(memory_format=torch.channels_last)
     network.gradient_checkpointing = args.gradient_checkpointing
     if args.torch_compile:
         network.compile()
     trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    sampler, loader = make_loader(args, train_data, collate)
+    workers = {"num_workers": args.dataloader_num_workers, "worker_init_fn": ignore_in_worker}
+    loader, sampler = make_loader(train_data, args.train_batch_size, run.seed, collate, **workers)
     optimizer = make_optimizer(args, trainable, fused=True)
     model, prepared_optimizer, loader, validation_loader = accelerator.prepare(
-        network, optimizer, loader, make_validation_loader(args, validation_data)
+        network, optimizer, loader, make_validation_loader(validation_data, args.train_batch_size, **workers)
     )
-    plan_steps(args, len(loader))
-    lr_scheduler = make_lr_scheduler(args, optimizer)
-    keep_whole(accelerator, load_backbone)
-    settings = resumable_settings(args, accelerator, origin, split_record)
-    state = {"global_step": 0, "epoch": 0, "batch": 0, "epoch_sums": [0, 0, 0], "skipped_steps": 0, "history": []}
-    state |= load_checkpoint(accelerator, args, settings) or {"settings": settings}
-    if "lr_scheduler" in state:
-        lr_scheduler.load_state_dict(state["lr_scheduler"])
-    guard = NonFiniteGuard(state["skipped_steps"], scaled=accelerator.scaler is not None)
-    start_trackers(accelerator, "sketch-backbone", args)
-    logger.info(run_summary(args, accelerator, network, len(train_data), len(validation_data)))
-    if untouched is not None and not state["global_step"]:
-        untouched = accelerator.prepare_model(untouched, evaluation_mode=True)
-        state["before_tuning"] = evaluate(accelerator, untouched, validation_loader, data.classes)
-        logger.info(f"before tuning: {accuracies(state['before_tuning'])}")
+    steps = make_steps(args, run, loader, sampler)
+    lr_scheduler = make_lr_scheduler(args, run, optimizer, steps)
+    meter = Meter(accelerator)
+    logger.info(run_summary(args, run, steps, network, len(train_data), len(validation_data)))
+    run.state = {"history": [], "epoch_sums": [0, 0, 0]} | run.state
+    score_untouched(run, untouched, validation_loader, data.classes)
     del untouched
+    checkpoint = Checkpoint(accelerator, network, Path(args.output_dir, "best"))
+    run.begin(steps, meter, optimizer, checkpoint.save, checkpoint.load, lr_scheduler)
 
-    def save(**place) -> None:
-        state.update(place, global_step=step, skipped_steps=guard.total, lr_scheduler=lr_scheduler.state_dict())
-        saved = save_checkpoint(accelerator, args, state)
-        logger.info(f"saved {saved}")
+    model.train()
+    clock = Clock(steps)
+    for batch in steps:
+        with accelerator.accumulate(model):
+            torch.manual_seed(steps.draw("dropout").initial_seed())
+            logits = model(batch["pixel_values"]).float()
+            losses = F.cross_entropy(logits, batch["label"], reduction="none")
+            accelerator.backward(losses.mean())
+            meter.add(batch["name"], {"loss": losses, "hits": logits.argmax(1) == batch["label"]})
+            if not accelerator.sync_gradients:
+                continue
+            grad_norm = accelerator.clip_grad_norm_(trainable, args.max_grad_norm or math.inf)
+            optimizer.found_inf = (~grad_norm.isfinite()).float()  # a fused optimizer then skips by itself
+            meter.close(steps.done, grad_norm)
+            prepared_optimizer.step()
+            lr_scheduler.step()
+            prepared_optimizer.zero_grad()
 
-    stop = catch_signals()
-    step = first_step = state["global_step"]
-    ledger = Ledger(accelerator.device)
-    progress = tqdm(
-        total=args.max_train_steps, initial=step, desc="Steps", disable=not accelerator.is_local_main_process
-    )
-    for epoch in range(state["epoch"], args.num_train_epochs):
-        model.train()
-        sampler.epoch = epoch
-        first = state["batch"]
-        batches = loader
-        if first:  # accelerate 1.8 trips over a loader with nothing left in it
-            batches = accelerator.skip_first_batches(loader, first) if first < len(loader) else []
-        for number, batch in enumerate(batches, first):
-            if step >= args.max_train_steps:
-                break
-            with accelerator.accumulate(model):
-                draw = generator(args.seed, "dropout", epoch, number, accelerator.process_index)
-                torch.manual_seed(draw.initial_seed())
-                logits = model(batch["pixel_values"]).float()
-                losses = F.cross_entropy(logits, batch["label"], reduction="none")
-                accelerator.backward(losses.mean())
-                ledger.add(batch["name"], losses.detach(), logits.argmax(1) == batch["label"])
-                if not accelerator.sync_gradients:
-                    continue
-                grad_norm = accelerator.clip_grad_norm_(trainable, args.max_grad_norm or math.inf)
-                optimizer.found_inf = (~grad_norm.isfinite()).float()  # a fused optimizer then skips by itself
-                prepared_optimizer.step()
-                lr_scheduler.step()
-                prepared_optimizer.zero_grad()
+        steps.advance()
+        stopped = run.stopped()
+        is_due = steps.due(args.checkpointing_steps) or (steps.at_epoch_end and args.checkpointing_steps is None)
+        if steps.due(args.logging_steps) or steps.at_epoch_end or is_due or stopped or clock.is_early():
+            run.log(read_meter(run, lr_scheduler, clock))  # at no other step anybody waits for a number
+        if clock.is_over():
+            logger.info(cost_forecast(args, network, steps, clock, len(train_data), len(validation_data)))
+        if steps.at_epoch_end:
+            end_epoch(args, run, model, validation_loader, split_record)
+        run.end_step(is_due, stopped)
+        if is_due or steps.at_epoch_end:
+            clock.restart()
 
-            ledger.close(step, grad_norm)
-            step += 1
-            progress.update()
-            is_due = args.checkpointing_steps is not None and step % args.checkpointing_steps == 0
-            is_last = number + 1 == len(loader) or step == args.max_train_steps
-            is_early = step - first_step in FORECAST_STEPS
-            is_alone = accelerator.num_processes == 1
-            if not (is_due or is_last or is_early or step % args.logging_steps == 0 or (is_alone and stop())):
-                continue  # nobody waits for a number
-            sums, logs, stopped = ledger.read(accelerator, guard, stop() > 0)
-            state["epoch_sums"] = [old + new for old, new in zip(state["epoch_sums"], sums, strict=True)]
-            logs["lr"] = lr_scheduler.get_last_lr()[0]
-            progress.set_postfix({name: f"{value:.3g}" for name, value in logs.items()}, refresh=False)
-            accelerator.log(logs, step)
-            if step - first_step == FORECAST_STEPS[1]:
-                logger.info(
-                    cost_forecast(args, network, logs["images_per_second"], len(train_data), len(validation_data))
-                )
-            if is_due or stopped:
-                save(epoch=epoch, batch=number + 1)
-                ledger.restart_clock()
-            if stopped:
-                logger.warning(f"interrupted after step {step}; go on with --resume_from_checkpoint latest")
-                accelerator.end_training()
-                sys.exit(128 + (stop() or 15))
-
-        loss, correct, images = state["epoch_sums"]
-        found = evaluate(accelerator, model, validation_loader, data.classes)
-        record = {"epoch": epoch + 1, "step": step, "train_loss": loss / images, "train_top1": correct / images}
-        state["history"].append(record | found)
-        accelerator.log({"epoch": epoch + 1} | {f"validation_{k}": found[k] for k in ("loss", "top1", "top5")}, step)
-        logger.info(f"epoch {epoch + 1}: train loss {record['train_loss']:.3f}, validation {accuracies(found)}")
+    with run.finishing():
+        run.check_weights()
         if accelerator.is_main_process:
-            report(args, accelerator.unwrap_model(model), state, split_record)
-        state["epoch_sums"] = [0, 0, 0]
-        if args.checkpointing_steps is None:
-            save(epoch=epoch + 1, batch=0)
-        state["batch"] = 0
-        ledger.restart_clock()
-
-    progress.close()
-    if accelerator.is_main_process:
-        finish(args, accelerator.unwrap_model(model), state, guard)
-        if repo_id:
-            cards.push(Path(args.output_dir, "best"), repo_id, FILES, args.hub_token)
-    accelerator.end_training()
+            finish(args, run, accelerator.unwrap_model(model))
+    if repo_id:
+        cards.push(Path(args.output_dir, "best"), repo_id, FILES, args.hub_token)
+    run.close()
 
 
-class Ledger:
-    """What the steps since the last look did; it stays on the device, so that no step waits for a number."""
+class Clock:
+    """Images a second since the last look, and the first steps, which tell what the run will take."""
 
-    def __init__(self, device: torch.device):
-        self.sums, self.steps, self.seen = torch.zeros(3, device=device), [], []
-        self.restart_clock()
+    def __init__(self, steps: Steps):
+        self.steps, self.first, self.images_per_second = steps, steps.done, 0.0
+        self.restart()
 
-    def restart_clock(self) -> None:
-        self.clock = time.perf_counter()
+    def restart(self) -> None:
+        self.since = time.perf_counter()
 
-    def add(self, names: list[str], losses: torch.Tensor, hits: torch.Tensor) -> None:
-        finite = losses.isfinite()
-        self.sums += torch.stack([torch.where(finite, losses, 0).sum(), hits.sum(), finite.sum()])
-        self.seen.append((names, losses))
+    def read(self, images: float) -> float:
+        self.images_per_second = images / (time.perf_counter() - self.since)
+        self.restart()
+        return self.images_per_second
 
-    def close(self, step: int, grad_norm: torch.Tensor) -> None:
-        self.steps.append((step, grad_norm, self.seen))
-        self.seen = []
+    def is_early(self) -> bool:
+        return self.steps.done - self.first in FORECAST_STEPS
 
-    def read(self, accelerator: Accelerator, guard: NonFiniteGuard, stop: bool) -> tuple[list, dict, bool]:
-        """Sums over all processes of loss, hits and images; what to log; whether any process was told to stop."""
-        *sums, stopped = accelerator.reduce(torch.cat([self.sums, self.sums.new_tensor([stop])]), "sum").tolist()
-        norms = torch.stack([norm for _, norm, _ in self.steps]).tolist()
-        elapsed = time.perf_counter() - self.clock
-        for norm, (step, _, seen) in zip(norms, self.steps, strict=True):
-            guard.is_finite(step, [norm], seen)
-        logs = {
-            "train_loss": sums[0] / max(1, sums[2]),
-            "grad_norm": norms[-1],
-            "images_per_second": sums[2] / elapsed,
-        }
-        self.sums, self.steps = torch.zeros_like(self.sums), []
-        self.restart_clock()
-        return sums, logs | ({"skipped_steps": guard.total} if guard.total else {}), stopped > 0
+    def is_over(self) -> bool:
+        return self.steps.done - self.first == FORECAST_STEPS[1]
 
 
-def load_data(args, accelerator: Accelerator) -> LabelledImages:
-    return load_labelled(args, accelerator, resolution=args.resolution, seed=args.seed)
+class Checkpoint:
+    """The network, and the best of the epochs before, without which a run cannot go on."""
+
+    def __init__(self, accelerator: Accelerator, network: AttentionVGG16, best: Path):
+        self.accelerator, self.network, self.best = accelerator, network, best
+
+    def save(self, folder: Path) -> None:
+        self.network.save_pretrained(folder)
+        if self.best.is_dir():
+            shutil.copytree(self.best, folder / "best")
+
+    def load(self, folder: Path) -> None:
+        self.network.load_state_dict(load_backbone(folder).state_dict())
+        if self.accelerator.is_main_process and (folder / "best").is_dir():
+            with replacing(self.best) as partial:
+                shutil.copytree(folder / "best", partial, dirs_exist_ok=True)
 
 
-def split_data(args, accelerator: Accelerator, data: LabelledImages) -> tuple[LabelledImages, LabelledImages, dict]:
+def split_data(args, run: Run, data: LabelledImages, origin: dict) -> tuple[LabelledImages, LabelledImages, dict]:
     """Training and validation images, each of which has been read once, and the split as it is saved."""
-    data, keys, copies = read_once(args, accelerator, data)
+    positions, keys, copies = on_main(run.accelerator, read_once, data, args.on_bad_image)
+    data = data.select(positions)
     result = split(data.labels, keys, copies, data.groups, args.validation_share)
     logger.info(result.summary)
+    record = describe_split(result, keys, args.validation_share, args.group_column)
+    rows = digest(zip(keys, (data.classes[label] for label in data.labels), strict=True))
+    run.settle(data=f"{len(data)} images {rows}", split=split_hash(record), **origin)
     validation_data = data.select(result.validation)
     validation_data.augment = False
-    return data.select(result.train), validation_data, describe_split(args, result, keys)
+    return data.select(result.train), validation_data, record
 
 
-def make_validation_loader(args, data: LabelledImages) -> torch.utils.data.DataLoader:
-    return torch.utils.data.DataLoader(
-        data,
-        args.train_batch_size,
-        sampler=[(0, index) for index in range(len(data))],
-        collate_fn=collate,
-        num_workers=args.dataloader_num_workers,
-    )
+def make_validation_loader(data: LabelledImages, batch_size: int, **workers) -> torch.utils.data.DataLoader:
+    sampler = [(0, index) for index in range(len(data))]
+    return torch.utils.data.DataLoader(data, batch_size, sampler=sampler, collate_fn=collate, **workers)
 
 
 def collate(examples: list[dict]) -> dict:
@@ -293,9 +242,9 @@ def collate(examples: list[dict]) -> dict:
     }
 
 
-def build_network(args, classes: list[str]) -> tuple[AttentionVGG16, AttentionVGG16 | None, dict]:
+def build_network(args, classes: list[str], seed: int) -> tuple[AttentionVGG16, AttentionVGG16 | None, dict]:
     """The network to train; the one its weights come from, if that one knows these classes; where they come from."""
-    set_seed(args.seed)  # new weights depend on the seed alone
+    set_seed(seed)  # new weights depend on the seed alone
     network = AttentionVGG16(
         args.attention,
         args.pool_after_attention,
@@ -320,7 +269,6 @@ def build_network(args, classes: list[str]) -> tuple[AttentionVGG16, AttentionVG
             parameter.requires_grad_(args.freeze == "convolutions" and ".attention." in name)
     convolutions = torch.nn.ModuleList(layer for layer in network.features if isinstance(layer, torch.nn.Conv2d))
     origin = {
-        "init_weights": "torchvision's vgg16, IMAGENET1K_V1" if source == "imagenet" else Path(source).name,
         "init_convolutions": fingerprint(convolutions),
         "init_all": fingerprint(network),
         "new_weights": ", ".join(sorted({name.split(".weight")[0].split(".bias")[0] for name in new})) or "none",
@@ -328,54 +276,90 @@ def build_network(args, classes: list[str]) -> tuple[AttentionVGG16, AttentionVG
     return network, untouched, origin
 
 
+def origin_of(args) -> str:
+    return "torchvision's vgg16, IMAGENET1K_V1" if args.init_weights == "imagenet" else Path(args.init_weights).name
+
+
 def take_over(network: AttentionVGG16, saved: AttentionVGG16, source: str) -> list[str]:
     """Copy a saved network's weights; the names of what stays new, a classifier of other classes."""
     for name in ("attention", "pool_after_attention", "last_layer"):
         if getattr(saved, name) != getattr(network, name):
             raise InputError(
-                f"--init_weights {source} was saved with {name}={getattr(saved, name)}, this run has"
+                f"`init_weights` {source} was saved with {name}={getattr(saved, name)}, this run has"
                 f" {name}={getattr(network, name)}"
             )
     own, theirs = network.state_dict(), saved.state_dict()
     same_head = saved.classes == network.classes and saved.head == network.head
     taken = {name: weight for name, weight in theirs.items() if same_head or not name.startswith("classifier.")}
     if wrong := [name for name, weight in taken.items() if weight.shape != own[name].shape]:
-        raise InputError(f"--init_weights {source}: {wrong[0]} is of another shape; see --spatial_kernel, --reduction")
+        raise InputError(
+            f"`init_weights` {source}: {wrong[0]} is of another shape; see `spatial_kernel` and `reduction`"
+        )
     network.load_state_dict(own | taken)
     return [name for name in own if name not in taken]
 
 
-def resumable_settings(args, accelerator: Accelerator, origin: dict, split_record: dict) -> dict:
-    """What a resumed run must share with the run that it continues."""
-    names = """attention pool_after_attention spatial_kernel reduction head freeze dataset_name train_data_dir
-        group_column validation_share resolution seed train_batch_size gradient_accumulation_steps"""
-    settings = {name: getattr(args, name) for name in names.split()} | origin
-    for name in ("train_images", "validation_images"):
-        settings[name] = split_record[name]
-    return settings | {"split": split_hash(split_record), "processes": accelerator.num_processes}
+def score_untouched(run: Run, untouched: AttentionVGG16 | None, loader, classes: list[str]) -> None:
+    """What the network was before tuning, if it already knows these classes."""
+    if untouched is None or "before_tuning" in run.state:
+        return
+    untouched = run.accelerator.prepare_model(untouched, evaluation_mode=True)
+    run.state["before_tuning"] = evaluate(run.accelerator, untouched, loader, classes)
+    logger.info(f"before tuning: {accuracies(run.state['before_tuning'])}")
 
 
-def run_summary(args, accelerator: Accelerator, network: AttentionVGG16, train: int, validation: int) -> str:
+def read_meter(run: Run, lr_scheduler, clock: Clock) -> dict[str, float]:
+    """What is to be logged of the steps since the last reading, which are added to the epoch's sums."""
+    totals = run.meter.read()
+    sums = [totals[name] for name in ("loss", "hits", "rows")]
+    run.state["epoch_sums"] = [old + new for old, new in zip(run.state["epoch_sums"], sums, strict=True)]
+    logs = {"grad_norm": totals["grad_norm"], "lr": lr_scheduler.get_last_lr()[0]}
+    logs["images_per_second"] = clock.read(totals["rows"])
+    if totals["rows"]:
+        logs["train_loss"] = totals["loss"] / totals["rows"]
+    return logs | ({"skipped_steps": run.meter.skipped} if run.meter.skipped else {})
+
+
+def end_epoch(args, run: Run, model, validation_loader, split_record: dict) -> None:
+    """Score the network and keep it if it is the best so far."""
+    network = run.accelerator.unwrap_model(model)
+    results = evaluate(run.accelerator, model, validation_loader, network.classes)
+    loss, hits, images = run.state["epoch_sums"]
+    epoch, step = run.steps.epoch + 1, run.steps.done
+    record = {"epoch": epoch, "step": step}
+    if images:  # of an epoch without a finite loss there is nothing to tell
+        record |= {"train_loss": loss / images, "train_top1": hits / images}
+    run.state["history"].append(record | results)
+    run.state["epoch_sums"] = [0, 0, 0]
+    run.log({"epoch": epoch} | {f"validation_{name}": results[name] for name in ("loss", "top1", "top5")})
+    train_loss = f"train loss {record['train_loss']:.3f}, " if images else ""
+    logger.info(f"epoch {epoch}: {train_loss}validation {accuracies(results)}")
+    run.check_weights()
+    if run.accelerator.is_main_process:
+        report(args, run, network, split_record)
+
+
+def run_summary(args, run: Run, steps: Steps, network: AttentionVGG16, train: int, validation: int) -> str:
     """What will be trained and written; InputError if the disk cannot hold it."""
     weights = sum(parameter.numel() for parameter in network.parameters())
     trained = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
-    every = args.checkpointing_steps or math.ceil(args.max_train_steps / args.num_train_epochs)
-    saves, beside = math.ceil(args.max_train_steps / every), 3  # best, last, and the one that replaces either
-    space = check_space(args, saves, 4 * weights + 8 * trained, beside * 4 * weights)
+    saves = math.ceil(steps.total / (args.checkpointing_steps or steps.ends[0]))
+    checkpoint, beside = 8 * weights + 8 * trained, 3  # best, last, and the one that replaces either
+    space = check_space(args.output_dir, saves, args.checkpoints_total_limit, checkpoint, beside * 4 * weights)
     return (
-        f"{train} images to train on, {validation} to validate; {args.max_train_steps} steps of"
-        f" {args.train_batch_size} x {accelerator.num_processes} x {args.gradient_accumulation_steps} images, seed"
-        f" {args.seed}\n{trained / 1e6:.1f} of {weights / 1e6:.1f} M weights are trained; {space}"
+        f"{train} images to train on, {validation} to validate; {steps.total} steps of"
+        f" {args.train_batch_size} x {run.accelerator.num_processes} x {args.gradient_accumulation_steps} images, seed"
+        f" {run.seed}\n{trained / 1e6:.1f} of {weights / 1e6:.1f} M weights are trained; {space}"
     )
 
 
-def cost_forecast(args, network: AttentionVGG16, images_per_second: float, train: int, validation: int) -> str:
+def cost_forecast(args, network: AttentionVGG16, steps: Steps, clock: Clock, train: int, validation: int) -> str:
     """Time and memory as the first steps foretell them, and what makes them less."""
-    epoch = (train + validation / 3) / images_per_second  # validation is the forward pass alone
+    epoch = (train + validation / 3) / clock.images_per_second  # validation is the forward pass alone
     memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else psutil.Process().memory_info().rss
-    total = epoch * args.max_train_steps / math.ceil(args.max_train_steps / args.num_train_epochs)
+    total = epoch * steps.total / steps.ends[0]
     lines = [
-        f"{images_per_second:.1f} images a second: {duration(epoch)} an epoch, {duration(total)} in all;"
+        f"{clock.images_per_second:.1f} images a second: {duration(epoch)} an epoch, {duration(total)} in all;"
         f" {memory / 1e9:.1f} GB of memory"
     ]
     if network.attention == "cbam" and not network.pool_after_attention:
@@ -435,18 +419,18 @@ def accuracies(found: dict) -> str:
     return f"top-1 {found['top1']:.1%}, top-5 {found['top5']:.1%}"
 
 
-def report(args, network: AttentionVGG16, state: dict, split_record: dict) -> None:
+def report(args, run: Run, network: AttentionVGG16, split_record: dict) -> None:
     """Keep the network if it is the best so far, and all that is to be told of it, in `best/`."""
-    folder, best = Path(args.output_dir, "best"), best_epoch(state)
-    if best is state["history"][-1]:
+    folder, best = Path(args.output_dir, "best"), best_epoch(run.state)
+    if best is run.state["history"][-1]:
         save_network(network, folder)
-    metrics = {"best": best} | {
-        name: state[name] for name in ("history", "before_tuning", "settings") if name in state
-    }
-    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2), encoding="utf-8")
-    (folder / "split.json").write_text(json.dumps(split_record, indent=1), encoding="utf-8")
-    learning_curve(state["history"]).savefig(folder / "curve.png")
-    write_card(args, folder, network, state, split_record)
+    metrics = {"best": best} | {name: run.state[name] for name in ("history", "before_tuning") if name in run.state}
+    metrics |= {"settings": {"init_weights": origin_of(args)} | run.identity, "changes": run.changes}
+    with replacing(folder) as partial:
+        (partial / "metrics.json").write_text(json.dumps(metrics, indent=2), encoding="utf-8")
+        (partial / "split.json").write_text(json.dumps(split_record, indent=1), encoding="utf-8")
+        learning_curve(run.state["history"]).savefig(partial / "curve.png")
+        write_card(args, partial, network, run, split_record)
 
 
 def best_epoch(state: dict) -> dict:
@@ -455,41 +439,36 @@ def best_epoch(state: dict) -> dict:
 
 
 def save_network(network: AttentionVGG16, folder: Path) -> None:
-    """Write the network, calibrated, aside, then move its files into `folder`, so that none is ever half there."""
+    """Write the network, calibrated."""
     network.calibration = {}
     calibrate(network, network.tap_index)
-    partial = folder.with_name(f".{folder.name}.partial")
-    network.save_pretrained(partial)
-    folder.mkdir(exist_ok=True)
-    for name in ("config.json", "model.safetensors"):
-        os.replace(partial / name, folder / name)
-    shutil.rmtree(partial)
+    with replacing(folder) as partial:
+        network.save_pretrained(partial)
 
 
-def finish(args, network: AttentionVGG16, state: dict, guard: NonFiniteGuard) -> None:
+def finish(args, run: Run, network: AttentionVGG16) -> None:
     save_network(network, Path(args.output_dir, "last"))
-    best = best_epoch(state)
+    best = best_epoch(run.state)
     for worst in best["worst_classes"]:
         logger.info(
             f"{worst['class']}: {worst['top1']:.0%} of {worst['images']} right, {worst['times']} taken for"
             f" {worst['taken_for']}"
         )
-    if guard.total:
-        logger.warning(f"{guard.total} steps were skipped: their loss or gradient was not finite")
+    if run.meter.skipped:
+        logger.warning(f"{run.meter.skipped} steps were skipped: their loss or gradient was not finite")
     logger.info(f"best epoch {best['epoch']}: {accuracies(best)}")
     print(Path(args.output_dir, "best"))
 
 
-def write_card(args, folder: Path, network: AttentionVGG16, state: dict, split_record: dict) -> None:
-    best, settings = best_epoch(state), dict(state["settings"])
+def write_card(args, folder: Path, network: AttentionVGG16, run: Run, split_record: dict) -> None:
+    best, before = best_epoch(run.state), run.state.get("before_tuning")
     where = args.hub_model_id or "path/to/this/folder"
     on_hub = cards.dataset_id(args.dataset_name)
-    settings = {k: v for k, v in settings.items() if k not in ("dataset_name", "train_data_dir")}
     kind = "VGG-16" if args.attention == "none" else "VGG-16 with attention in place of its first two max-pools"
     if args.pool_after_attention:
         kind = "VGG-16 with attention before its first two max-pools"
     apart = f" by {args.group_column}" if args.group_column else ""
-    before = f" Before tuning: {accuracies(state['before_tuning'])}." if "before_tuning" in state else ""
+    before = f" Before tuning: {accuracies(before)}." if before else ""
     snippet = f"""import torch
 from sketch_perceptual import AttentionVGG16, PerceptualLoss
 
@@ -508,14 +487,14 @@ print(PerceptualLoss(network)(images, target))"""
         ),
         title=f"Sketch backbone - {cards.model_name(args.hub_model_id, args.output_dir)}",
         description=f"{kind} (Seo 2025), tuned to tell {len(network.classes)} classes of drawings apart, on"
-        f" {on_hub or 'a data set of its own'}. On {split_record['validation_images']} drawings kept apart{apart},"
+        f" {on_hub or 'a data set of its own'}. On {split_record['validation_images']} held-out drawings{apart},"
         f" which share no copy with the {split_record['train_images']} trained on: {accuracies(best)} after epoch"
-        f" {best['epoch']} of {args.num_train_epochs}.{before} {split_record['summary']}.",
+        f" {best['epoch']} of {run.steps.epochs}.{before} {split_record['summary']}.",
         snippet=snippet,
-        options=settings | {"learning_rate": args.learning_rate, "lr_scheduler": args.lr_scheduler},
+        options={"init_weights": origin_of(args)} | run.record(),
         pictures=["curve.png"],
     )
 
 
 if __name__ == "__main__":
-    run(main, parse_args())
+    startup.run(main, parse_args())

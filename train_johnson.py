@@ -12,8 +12,9 @@ batches of 4, Adam at 1e-3, one epoch. `python -m sketch_perceptual.johnson` the
 """
 
 import argparse
+import copy
 import json
-import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,34 +26,43 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from sketch_perceptual.arguments import at_least
 from sketch_perceptual.data.batches import make_loader
-from sketch_perceptual.data.checks import Scan, drop_bad, scan_images
+from sketch_perceptual.data.checks import read_keys, readable, scan
 from sketch_perceptual.data.folders import find_images
 from sketch_perceptual.data.image_sets import CaptionedImages, Images
 from sketch_perceptual.data.images import fit_image, to_pil, to_tensor
 from sketch_perceptual.data.options import add_data_options, choose_samples
 from sketch_perceptual.data.paired import find_pairs
 from sketch_perceptual.data.rows import image_column_of, load_rows
-from sketch_perceptual.errors import InputError
-from sketch_perceptual.figures import sheet
+from sketch_perceptual.data.splits import content_key
+from sketch_perceptual.errors import InputError, first_line
+from sketch_perceptual.figures import sheet as image_grid
 from sketch_perceptual.losses import DEFAULT_LAYERS, StyleLoss, gram_matrix, total_variation
-from sketch_perceptual.networks.backbone import BUNDLED, load_backbone
+from sketch_perceptual.networks.backbone import BUNDLED, AttentionVGG16, load_backbone
 from sketch_perceptual.networks.hub_model import fingerprint
 from sketch_perceptual.networks.johnson import NORMS, UPSAMPLING, JohnsonNet, load_johnson
-from sketch_perceptual.running import cards
-from sketch_perceptual.running.checkpoints import keep_whole, load_checkpoint, save_checkpoint
-from sketch_perceptual.running.interruption import catch_signals
-from sketch_perceptual.running.optimizers import make_lr_scheduler, make_optimizer, plan_steps
-from sketch_perceptual.running.options import add_training_options, at_least
-from sketch_perceptual.running.startup import check_space, run, start, versions
-from sketch_perceptual.running.steps import NonFiniteGuard
+from sketch_perceptual.running import cards, startup
+from sketch_perceptual.running.files import replacing
+from sketch_perceptual.running.identity import digest
+from sketch_perceptual.running.interruption import ignore_in_worker, interruptible
+from sketch_perceptual.running.options import add_training_options
+from sketch_perceptual.running.processes import on_main
+from sketch_perceptual.running.run import Run
+from sketch_perceptual.running.startup import check_space, start, versions
+from sketch_perceptual.running.steps import Meter, Steps
 from sketch_perceptual.running.trackers import start_trackers, track_images
+from sketch_perceptual.running.training import make_lr_scheduler, make_optimizer, make_steps
 from sketch_perceptual.seeds import generator
 
 logger = get_logger(__name__, log_level="INFO")
 
 PROBES = 8  # content pictures on which the losses of the untrained network are measured
 FILES = ["config.json", "model.safetensors", "README.md", "metrics.json", "validation.png"]
+
+
+class ExportError(Exception):
+    """What was written is not what was trained."""
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -114,107 +124,86 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    accelerator = start(args)
-    style_loss = StyleLoss(load_backbone(args.backbone, attention="none"), args.style_layers).to(accelerator.device)
-    style_loss.backbone.find_taps([args.content_layer])
+    run = start(args)
+    accelerator, seed = run.accelerator, run.seed
+    backbone = load_backbone(
+        args.backbone, attention="none", layers=dict.fromkeys([args.content_layer, *args.style_layers])
+    )
+    style_loss = StyleLoss(backbone, args.style_layers).to(accelerator.device)
     pairs = find_pairs(args.paired_data_dir, "train", args.paired_style) if args.paired_data_dir else None
-    content, style = load_content(args, accelerator, pairs), load_style(args, accelerator, pairs)
-    repo_id = None
-    if args.push_to_hub and accelerator.is_main_process:
-        repo_id = cards.create_repo(cards.model_name(args.hub_model_id, args.output_dir), args.hub_token)
+    content, style, data = load_data(args, accelerator, pairs, seed)
+    run.settle(data=data, backbone=digest([fingerprint(backbone), backbone.attention, backbone.calibration]))
+    repo_id = cards.create_repo(args, accelerator)
+    start_trackers(accelerator, "sketch-style", args)
 
-    set_seed(args.seed)  # new weights depend on the seed alone
+    set_seed(seed)  # new weights depend on the seed alone
     network = JohnsonNet(args.norm, args.upsampling, args.width).to(accelerator.device)
-    draw_style = StyleTarget(args, style_loss, style)
-    probes = [content[0, index]["pixel_values"] for index in spaced(len(content), PROBES)]
-    scales = measure_losses(args, style_loss, network, probes, draw_style)
-    sampler, loader = make_loader(args, content, collate)
+    draw_style = StyleTarget(args, style_loss, style, seed)
+    if "scales" not in run.state:
+        run.state |= {"scales": measure_losses(args, style_loss, network, content, draw_style), "history": []}
+    loader, sampler = make_loader(
+        content, args.train_batch_size, seed, collate, args.dataloader_num_workers, worker_init_fn=ignore_in_worker
+    )
     optimizer = make_optimizer(args, list(network.parameters()))
     model, prepared_optimizer, loader = accelerator.prepare(network, optimizer, loader)
-    plan_steps(args, len(loader))
-    lr_scheduler = make_lr_scheduler(args, optimizer)
-    keep_whole(accelerator, load_johnson)
-    settings = resumable_settings(args, accelerator, style_loss, len(content), len(style))
-    state = {"global_step": 0, "epoch": 0, "batch": 0, "skipped_steps": 0, "scales": scales, "history": []}
-    state |= load_checkpoint(accelerator, args, settings) or {"settings": settings}
-    if "lr_scheduler" in state:
-        lr_scheduler.load_state_dict(state["lr_scheduler"])
-    guard = NonFiniteGuard(state["skipped_steps"], scaled=accelerator.scaler is not None)
-    start_trackers(accelerator, "sketch-style", args)
-    logger.info(run_summary(args, accelerator, network, len(content), len(style), scales))
+    steps = make_steps(args, run, loader, sampler)
+    lr_scheduler = make_lr_scheduler(args, run, optimizer, steps)
+    meter = Meter(accelerator)
+    logger.info(run_summary(args, run, steps, network, len(content), len(style)))
+    load = partial(load_weights, network)
+    run.begin(steps, meter, optimizer, network.save_pretrained, load, lr_scheduler)
     photos = [content.image(index) for index in spaced(len(content), args.num_validation_images)]
 
-    stop = catch_signals()
-    step, sums, seen = state["global_step"], 0, []
-    progress = tqdm(
-        total=args.max_train_steps, initial=step, desc="Steps", disable=not accelerator.is_local_main_process
-    )
-    for epoch in range(state["epoch"], args.num_train_epochs):
-        model.train()
-        sampler.epoch = epoch
-        first = state["batch"]
-        state["batch"] = 0
-        batches = accelerator.skip_first_batches(loader, first) if first else loader
-        for number, batch in enumerate(batches, first):
-            if step >= args.max_train_steps:
-                break
-            with accelerator.accumulate(model):
-                images = batch["pixel_values"]
-                losses = transfer_losses(args, style_loss, model(images), images, draw_style(step))
-                total = weigh(args, losses, state["scales"])
-                accelerator.backward(total.mean())
-                rows = torch.stack([total, *losses.values(), torch.ones_like(total)]).detach()
-                sums = sums + rows.sum(1)
-                seen.append((batch["name"], total.detach()))
-                if not accelerator.sync_gradients:
-                    continue
-                grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-                *totals, stopped = accelerator.reduce(torch.cat([sums, sums.new_tensor([stop() > 0])]), "sum").tolist()
-                is_finite = guard.is_finite(step, [*totals, float(grad_norm)], seen)
-                if is_finite or guard.scaled:
-                    prepared_optimizer.step()
-                lr_scheduler.step()
-                prepared_optimizer.zero_grad()
+    model.train()
+    for batch in steps:
+        with accelerator.accumulate(model):
+            images = batch["pixel_values"]
+            losses = transfer_losses(args, style_loss, model(images), images, draw_style(steps.done))
+            total = weigh(args, losses, run.state["scales"])
+            accelerator.backward(total.mean())
+            meter.add(batch["name"], {"train_loss": total} | losses)
+            if not accelerator.sync_gradients:
+                continue
+            grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+            meter.close(steps.done, grad_norm)
+            logs = step_logs(meter.read(), lr_scheduler, meter)  # before the step, which no NaN must take
+            if meter.may_step():
+                prepared_optimizer.step()
+            lr_scheduler.step()
+            prepared_optimizer.zero_grad()
 
-            step, sums, seen = step + 1, 0, []
-            *means, images_seen = totals
-            names = ("train_loss", "content_loss", "style_loss", "total_variation")
-            logs = {name: value / images_seen for name, value in zip(names, means, strict=True)}
-            logs |= {"grad_norm": float(grad_norm), "lr": lr_scheduler.get_last_lr()[0]}
-            logs |= {"skipped_steps": guard.total} if guard.total else {}
-            progress.set_postfix({name: f"{value:.3g}" for name, value in logs.items()}, refresh=False)
-            progress.update()
-            accelerator.log(logs, step)
-            if step % args.validation_steps == 0 or step == args.max_train_steps:
-                state["history"].append({"step": step} | logs)
+        steps.advance()
+        run.log(logs)
+        if steps.due(args.validation_steps) or steps.at_end:
+            run.state["history"].append({"step": steps.done} | logs)
+            with interruptible():  # nobody waits for pictures to stop a run
                 if accelerator.is_main_process:
-                    validate(args, accelerator, network, photos, step)
-            if step % args.checkpointing_steps == 0 or stopped:
-                next_epoch, next_batch = divmod(epoch * len(loader) + number + 1, len(loader))
-                state |= {"global_step": step, "epoch": next_epoch, "batch": next_batch, "skipped_steps": guard.total}
-                state["lr_scheduler"] = lr_scheduler.state_dict()
-                saved = save_checkpoint(accelerator, args, state)
-                logger.info(f"saved {saved}")
-                state["batch"] = 0
-            if stopped:
-                logger.warning(f"interrupted after step {step}; go on with --resume_from_checkpoint latest")
-                accelerator.end_training()
-                sys.exit(128 + (stop() or 15))
+                    validate(args, accelerator, network, photos, steps.done)
+        run.end_step(save=steps.due(args.checkpointing_steps))
 
-    progress.close()
-    if accelerator.is_main_process:
-        accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # takes accelerate's autocast off the network
-        finish(args, network, photos, state, guard)
-        if repo_id:
-            cards.push(args.output_dir, repo_id, FILES, args.hub_token)
-    accelerator.end_training()
+    with run.finishing():
+        run.check_weights()
+        if accelerator.is_main_process:
+            accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # takes accelerate's autocast off the network
+            finish(args, run, network, photos, describe(backbone, len(content), len(style), steps.total))
+    if repo_id:
+        cards.push(args.output_dir, repo_id, FILES, args.hub_token)
+    run.close()
 
 
-def load_content(args, accelerator: Accelerator, pairs) -> CaptionedImages:
-    """The photos, each of which has been read once."""
+def load_data(args, accelerator: Accelerator, pairs, seed: int) -> tuple[CaptionedImages, Images, str]:
+    """The photos, the drawings, each of which has been read once, and their contents for the run's identity."""
+    content = choose_samples(open_content(args, pairs, seed), args.max_train_samples, seed)
+    positions, keys = on_main(accelerator, read_content, content, args.on_bad_image)
+    style = open_style(args, pairs)
+    good, style_keys = on_main(accelerator, read_keys, style, args.on_bad_image)
+    contents = f"{len(positions)} photos, {len(good)} drawings {digest([keys, style_keys])}"
+    return content.select(positions), style.select(good), contents
+
+
+def open_content(args, pairs, seed: int) -> CaptionedImages:
     if args.dataset_name is not None:
-        with accelerator.main_process_first():
-            rows = load_rows(args.dataset_name, args.dataset_config_name, args.train_data_dir, args.cache_dir)
+        rows = load_rows(args.dataset_name, args.dataset_config_name, args.train_data_dir, args.cache_dir)
         sources, names = image_column_of(rows, args.dataset_name, args.image_column)
     elif args.train_data_dir is not None:
         root = Path(args.train_data_dir)
@@ -222,7 +211,7 @@ def load_content(args, accelerator: Accelerator, pairs) -> CaptionedImages:
         names = list(map(str, sources))
     else:
         sources, names = pairs.photos, list(map(str, pairs.photos))
-    data = CaptionedImages(
+    return CaptionedImages(
         sources,
         names,
         [""] * len(names),
@@ -230,42 +219,39 @@ def load_content(args, accelerator: Accelerator, pairs) -> CaptionedImages:
         fit=args.fit,
         random_flip=args.random_flip,
         background=args.background,
-        seed=args.seed,
+        seed=seed,
     )
-    data = choose_samples(args, data)
-    good, found = check_images(args, accelerator, data)
-    blank = {data.rows[index] for index in found.blank}
-    kept = [index for index, row in enumerate(good.rows) if row not in blank]
-    if not kept:
-        raise InputError("all photos are near-constant, there is no content to keep")
-    if blank:
-        logger.warning(f"{len(blank)} near-constant photos are left out: normalisation explodes on them")
-    return good.select(kept)
 
 
-def load_style(args, accelerator: Accelerator, pairs) -> Images:
-    """The drawings, each of which has been read once."""
+def open_style(args, pairs) -> Images:
     if pairs is not None:
         logger.info(pairs.summary)
         sources = pairs.sketches
     else:
         root = Path(args.style)
-        sources = [root / name for name in find_images(root, "--style")[1]] if root.is_dir() else [root]
-    return check_images(args, accelerator, Images(sources, list(map(str, sources)), args.background))[0]
+        sources = [root / name for name in find_images(root)[1]] if root.is_dir() else [root]
+    return Images(sources, list(map(str, sources)), args.background)
 
 
-def check_images(args, accelerator: Accelerator, data: Images) -> tuple[Images, Scan]:
-    """The images that can be read, and what reading them found."""
-    found = scan_images(accelerator, data)
-    logger.info(found.summary)
-    return drop_bad(data, found, args.on_bad_image), found
+def read_content(data: CaptionedImages, on_bad_image: str) -> tuple[list[int], list[str]]:
+    """Positions and keys of the photos that can be read and are not near-constant."""
+    keys: dict[int, str] = {}
+    scanned = scan(data, lambda index, image: keys.update({index: content_key(image)}))
+    logger.info(scanned.summary)
+    constant = set(scanned.blank)
+    positions = [index for index in readable(data, scanned, on_bad_image) if index not in constant]
+    if not positions:
+        raise InputError("all photos are near-constant, there is no content to keep")
+    if constant:
+        logger.warning(f"{len(constant)} near-constant photos are left out: normalization explodes on them")
+    return positions, [keys[index] for index in positions]
 
 
 class StyleTarget:
     """The Gram matrices to reach in a step: the mean over the drawings, or those of one that (seed, step) decides."""
 
-    def __init__(self, args, style_loss: StyleLoss, style: Images):
-        self.args, self.style_loss, self.style = args, style_loss, style
+    def __init__(self, args, style_loss: StyleLoss, style: Images, seed: int):
+        self.args, self.style_loss, self.style, self.seed = args, style_loss, style, seed
         self.mean: dict[str, Tensor] | None = None
         if args.style_target == "mean":
             self.mean = {}
@@ -276,7 +262,7 @@ class StyleTarget:
     def __call__(self, step: int) -> dict[str, Tensor]:
         if self.mean is not None:
             return self.mean
-        draw = generator(self.args.seed, "style", step)
+        draw = generator(self.seed, "style", step)
         return self.grams(int(torch.randint(len(self.style), (), generator=draw)))
 
     @torch.no_grad()
@@ -305,13 +291,15 @@ def transfer_losses(
 
 
 @torch.no_grad()
-def measure_losses(args, style_loss: StyleLoss, network: JohnsonNet, probes: list[Tensor], draw_style) -> dict:
+def measure_losses(args, style_loss: StyleLoss, network: JohnsonNet, content: CaptionedImages, draw_style) -> dict:
     """What content and style are for the untrained network; 1 for each without --normalize_losses."""
     if not args.normalize_losses:
         return {"content": 1.0, "style": 1.0}
+    probes = [content[0, index]["pixel_values"] for index in spaced(len(content), PROBES)]
     images = torch.stack(probes).to(style_loss.backbone.mean.device)
+    untouched = copy.deepcopy(network)  # batch normalization keeps count of what it sees
     losses = [
-        transfer_losses(args, style_loss, network(image), image, draw_style(step))
+        transfer_losses(args, style_loss, untouched(image), image, draw_style(step))
         for step, image in enumerate(images.split(1))
     ]
     return {name: float(sum(loss[name] for loss in losses)) / len(losses) or 1.0 for name in ("content", "style")}
@@ -337,29 +325,28 @@ def collate(examples: list[dict]) -> dict:
     }
 
 
-def resumable_settings(args, accelerator: Accelerator, style_loss: StyleLoss, photos: int, drawings: int) -> dict:
-    """What a resumed run must share with the run that it continues."""
-    names = """norm upsampling width content_layer style_layers content_weight style_weight tv_weight normalize_losses
-        style_target train_data_dir dataset_name style paired_data_dir paired_style resolution fit random_flip seed
-        train_batch_size gradient_accumulation_steps"""
-    return {
-        "backbone": "the bundled one" if args.backbone == str(BUNDLED) else Path(args.backbone).name,
-        "backbone_weights": fingerprint(style_loss.backbone),
-        "attention": style_loss.backbone.attention,
-        **{name: getattr(args, name) for name in names.split()},
-        "photos": photos,
-        "drawings": drawings,
-        "processes": accelerator.num_processes,
-    }
+def load_weights(network: JohnsonNet, folder: Path) -> None:
+    network.load_state_dict(load_johnson(folder).state_dict())
 
 
-def run_summary(args, accelerator, network: JohnsonNet, photos: int, drawings: int, scales: dict) -> str:
+def step_logs(totals: dict[str, float], lr_scheduler, meter: Meter) -> dict[str, float]:
+    """Means of one optimizer step."""
+    logs = {"grad_norm": totals["grad_norm"], "lr": lr_scheduler.get_last_lr()[0]}
+    if rows := totals["rows"]:
+        names = {"train_loss": "train_loss", "content_loss": "content", "style_loss": "style"}
+        names["total_variation"] = "total_variation"
+        logs |= {name: totals[quantity] / rows for name, quantity in names.items()}
+    return logs | ({"skipped_steps": meter.skipped} if meter.skipped else {})
+
+
+def run_summary(args, run: Run, steps: Steps, network: JohnsonNet, photos: int, drawings: int) -> str:
     """What will be trained and written; InputError if the disk cannot hold it."""
-    weights = sum(weight.numel() for weight in network.parameters())
-    space = check_space(args, 1 + args.max_train_steps // args.checkpointing_steps, 12 * weights, 4 * weights)
+    weights, scales = sum(weight.numel() for weight in network.parameters()), run.state["scales"]
+    saves = 1 + steps.total // args.checkpointing_steps
+    space = check_space(args.output_dir, saves, args.checkpoints_total_limit, 12 * weights, 4 * weights)
     return (
-        f"{photos} photos, {drawings} drawings; {args.max_train_steps} steps of {args.train_batch_size} x"
-        f" {accelerator.num_processes} x {args.gradient_accumulation_steps} images, seed {args.seed};"
+        f"{photos} photos, {drawings} drawings; {steps.total} steps of {args.train_batch_size} x"
+        f" {run.accelerator.num_processes} x {args.gradient_accumulation_steps} images, seed {run.seed};"
         f" {weights / 1e6:.1f} M weights are trained; {space}\ncontent is divided by {scales['content']:.3g}, style by"
         f" {scales['style']:.3g}"
     )
@@ -378,41 +365,49 @@ def draw(args, network: JohnsonNet, photos: list[Image.Image]) -> dict[str, list
 
 
 def validate(args, accelerator: Accelerator, network: JohnsonNet, photos: list[Image.Image], step: int) -> None:
-    """Draw the validation photos to the trackers and to disk."""
+    """Draw the validation photos to the trackers and to disk; what goes wrong must not end a training."""
     try:
         rows = draw(args, network, photos)
-    except (torch.OutOfMemoryError, InputError) as error:  # must not end a training
-        logger.warning(f"no validation images: {error}")
-        return
-    folder = Path(args.output_dir, "validation")
-    folder.mkdir(exist_ok=True)
-    sheet(rows).save(folder / f"step-{step:06d}.png")
-    track_images(accelerator, "validation", rows, step)
+        with replacing(Path(args.output_dir, "validation")) as folder:
+            image_grid(rows).save(folder / f"step-{step:06d}.png")
+        track_images(accelerator, "validation", rows, step)
+    except (RuntimeError, MemoryError, OSError, InputError) as error:
+        logger.warning(f"no validation images: {first_line(error)}")
 
 
-def finish(args, network: JohnsonNet, photos: list[Image.Image], state: dict, guard: NonFiniteGuard) -> None:
+def finish(args, run: Run, network: JohnsonNet, photos: list[Image.Image], description: str) -> None:
     """Export the network, reload it and check what it draws, write the card."""
     folder = Path(args.output_dir)
-    network.save_pretrained(folder)
+    with replacing(folder) as partial_folder:
+        network.save_pretrained(partial_folder)
     rows, again = (draw(args, drawer, photos) for drawer in (network.float().cpu(), load_johnson(folder)))
     if any(one.tobytes() != other.tobytes() for one, other in zip(rows["sketch"], again["sketch"], strict=True)):
-        raise RuntimeError(f"{folder} does not load as it was trained")
-    sheet(rows).save(folder / "validation.png")
+        raise ExportError(f"{folder} does not load as it was trained")
     if flat := sum(len(set(picture.convert("L").tobytes())) < 8 for picture in rows["sketch"]):
         logger.warning(f"{flat} of {len(photos)} validation pictures are of nearly one colour; see validation.png")
-    if guard.total:
-        logger.warning(f"{guard.total} steps were skipped: their loss or gradient was not finite")
-    metrics = {name: state[name] for name in ("history", "scales", "settings")} | {"versions": versions()}
-    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2), encoding="utf-8")
-    write_card(args, state["settings"])
+    if run.meter.skipped:
+        logger.warning(f"{run.meter.skipped} steps were skipped: their loss or gradient was not finite")
+    metrics = {name: run.state[name] for name in ("history", "scales")}
+    metrics |= {"settings": run.identity, "changes": run.changes, "versions": versions()}
+    with replacing(folder) as partial_folder:
+        image_grid(rows).save(partial_folder / "validation.png")
+        (partial_folder / "metrics.json").write_text(json.dumps(metrics, indent=2), encoding="utf-8")
+    write_card(args, run, description)
     print(folder / "validation.png")
 
 
-def write_card(args, settings: dict) -> None:
+def describe(backbone: AttentionVGG16, photos: int, drawings: int, steps: int) -> str:
+    eyes = "without" if backbone.attention == "none" else "with"
+    return (
+        "Johnson's image transformation network (Johnson et al. 2016), which redraws photos in the style of"
+        f" {drawings} drawings, as a VGG-16 {eyes} attention sees it (Seo 2025). Trained on {photos} photos for"
+        f" {steps} steps."
+    )
+
+
+def write_card(args, run: Run, description: str) -> None:
     where = args.hub_model_id or "path/to/this/folder"
     on_hub = cards.dataset_id(args.dataset_name)
-    attention = "without" if settings["attention"] == "none" else "with"
-    private = ("train_data_dir", "dataset_name", "style", "paired_data_dir")
     snippet = f"""from PIL import Image
 from sketch_perceptual.johnson import load_johnson, stylize
 
@@ -429,14 +424,12 @@ stylize(network, [photo])[0].save("sketch.png")"""
             tags=["sketch", "style-transfer", "image-to-image"],
         ),
         title=f"Sketch style - {cards.model_name(args.hub_model_id, args.output_dir)}",
-        description="Johnson's image transformation network (Johnson et al. 2016), which redraws photos in the style"
-        f" of {settings['drawings']} drawings, as a VGG-16 {attention} attention sees it (Seo 2025). Trained on"
-        f" {settings['photos']} photos for {args.max_train_steps} steps.",
+        description=description,
         snippet=snippet,
-        options={name: value for name, value in settings.items() if name not in private},
+        options=run.record(),
         pictures=["validation.png"],
     )
 
 
 if __name__ == "__main__":
-    run(main, parse_args())
+    startup.run(main, parse_args())

@@ -12,16 +12,16 @@ with the drawing by a network that knows drawings; --perceptual_weight 0 is the 
 """
 
 import argparse
-import functools
 import math
-import sys
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import broadcast_object_list, set_seed
+from accelerate.utils import set_seed
 from diffusers import AutoencoderTiny, DDPMScheduler, StableDiffusionPipeline
 from diffusers.training_utils import cast_training_params
 from diffusers.utils import convert_state_dict_to_diffusers, convert_unet_state_dict_to_peft
@@ -29,8 +29,8 @@ from huggingface_hub import ModelCardData
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import save_file
-from tqdm.auto import tqdm
 
+from sketch_perceptual.arguments import at_least
 from sketch_perceptual.data.batches import make_loader
 from sketch_perceptual.data.checks import read_keys
 from sketch_perceptual.data.image_sets import CaptionedImages
@@ -45,20 +45,24 @@ from sketch_perceptual.diffusion import (
     min_snr_weights,
     sample_latents,
 )
-from sketch_perceptual.errors import InputError
+from sketch_perceptual.errors import InputError, first_line
 from sketch_perceptual.evaluation.pipelines import add_pipeline_options, load_pipeline
-from sketch_perceptual.figures import sheet
+from sketch_perceptual.figures import sheet as image_grid
 from sketch_perceptual.losses import LOSSES, build_loss
+from sketch_perceptual.networks.backbone import AttentionVGG16
 from sketch_perceptual.networks.hub_model import fingerprint
-from sketch_perceptual.running import cards
-from sketch_perceptual.running.checkpoints import load_checkpoint, save_checkpoint
-from sketch_perceptual.running.feature_cache import FeatureCache, fill_cache
-from sketch_perceptual.running.interruption import catch_signals
-from sketch_perceptual.running.optimizers import make_lr_scheduler, make_optimizer, plan_steps
-from sketch_perceptual.running.options import CACHE, add_training_options, at_least
-from sketch_perceptual.running.startup import check_space, run, start
-from sketch_perceptual.running.steps import NonFiniteGuard
+from sketch_perceptual.running import cards, startup
+from sketch_perceptual.running.feature_cache import FeatureCache, cache_folder, fill_cache
+from sketch_perceptual.running.files import replacing
+from sketch_perceptual.running.identity import digest
+from sketch_perceptual.running.interruption import ignore_in_worker, interruptible
+from sketch_perceptual.running.options import add_feature_dir, add_training_options
+from sketch_perceptual.running.processes import on_main
+from sketch_perceptual.running.run import Run
+from sketch_perceptual.running.startup import check_space, start
+from sketch_perceptual.running.steps import Meter, Steps
 from sketch_perceptual.running.trackers import start_trackers, track_images
+from sketch_perceptual.running.training import make_lr_scheduler, make_optimizer, make_steps
 from sketch_perceptual.seeds import generator
 
 logger = get_logger(__name__, log_level="INFO")
@@ -70,6 +74,10 @@ KOHYA_WEIGHTS = "pytorch_lora_weights_kohya.safetensors"
 BEFORE_AFTER = "before_after.png"
 FEW_PROMPTS = 1000
 RANDOM_CROPS = "images that are not square are cropped at random: add --fit pad or --center_crop"
+
+
+class ExportError(Exception):
+    """What was written is not what was trained."""
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -95,7 +103,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     cache = {"action": argparse.BooleanOptionalAction, "default": None}
     add("--cache_latents", **cache, help="encode each image once; default: where nothing is cropped at random")
     add("--cache_prompts", **cache, help=f"embed each caption once; default: if there are at most {FEW_PROMPTS}")
-    add("--feature_dir", default=CACHE, help="latents are kept here, by content, VAE, resolution, fit and precision")
+    add_feature_dir(add, "latents are kept here, by content, VAE, resolution, fit and precision")
 
     add = parser.add_argument_group("perceptual term").add_argument
     add("--perceptual_weight", type=rate, default=0.03, help="1 weighs unrelated drawings as 1; 0 is the plain script")
@@ -132,94 +140,72 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    accelerator = start(args)
+    run = start(args)
+    accelerator, seed = run.accelerator, run.seed
     pipeline, noise_scheduler = load_models(args, accelerator)
     perceptual_term = build_term(args, pipeline.vae, noise_scheduler)
-    data, keys = load_data(args, accelerator, pipeline.tokenizer)
-    embed = PromptEmbedder(args, pipeline, data)
-    repo_id = None
-    if args.push_to_hub and accelerator.is_main_process:
-        repo_id = cards.create_repo(cards.model_name(args.hub_model_id, args.output_dir), args.hub_token)
+    data, keys, random_crops = load_data(args, accelerator, pipeline.tokenizer, seed)
+    run.settle(**contents(pipeline, perceptual_term, data, keys))
+    repo_id = cards.create_repo(args, accelerator)
+    start_trackers(accelerator, "text2image-fine-tune", args)
 
-    lora_parameters = add_lora(args, pipeline.unet)
-    sampler, loader = make_loader(args, data, collate)
+    embed = PromptEmbedder(args, pipeline, data)
+    lora_parameters = add_lora(args, pipeline.unet, seed)
+    loader, sampler = make_loader(
+        data, args.train_batch_size, seed, collate, args.dataloader_num_workers, worker_init_fn=ignore_in_worker
+    )
     optimizer = make_optimizer(args, lora_parameters, adam(args))
     unet, prepared_optimizer, loader = accelerator.prepare(pipeline.unet, optimizer, loader)
-    plan_steps(args, len(loader))
-    cache_latents(args, accelerator, pipeline.vae, data, keys, perceptual_term)
-    lr_scheduler = make_lr_scheduler(args, optimizer)
-    register_adapter_hooks(accelerator)
-    settings = resumable_settings(args, accelerator, data, perceptual_term)
-    resumed = load_checkpoint(accelerator, args, settings) or {"global_step": 0, "epoch": 0, "batch": 0}
-    if "lr_scheduler" in resumed:
-        lr_scheduler.load_state_dict(resumed["lr_scheduler"])
-    guard = NonFiniteGuard(resumed.get("skipped_steps", 0), scaled=accelerator.scaler is not None)
-    start_trackers(accelerator, "text2image-fine-tune", args)
-    logger.info(run_summary(args, accelerator, loader, perceptual_term, lora_parameters))
+    steps = make_steps(args, run, loader, sampler)
+    lr_scheduler = make_lr_scheduler(args, run, optimizer, steps)
+    if choose_caching(args, run, steps, data, random_crops):
+        cache_latents(args, accelerator, pipeline.vae, data, keys, perceptual_term)
+    meter = Meter(accelerator)
+    logger.info(run_summary(args, run, steps, perceptual_term, lora_parameters))
+    adapter = accelerator.unwrap_model(unet)
+    run.begin(steps, meter, optimizer, partial(save_adapter, adapter), partial(load_adapter, adapter), lr_scheduler)
 
-    stop = catch_signals()
-    step, sums, seen = resumed["global_step"], 0, []
-    progress = tqdm(
-        total=args.max_train_steps, initial=step, desc="Steps", disable=not accelerator.is_local_main_process
-    )
-    for epoch in range(resumed["epoch"], args.num_train_epochs):
-        unet.train()
-        sampler.epoch = epoch
-        first = resumed["batch"] if epoch == resumed["epoch"] else 0
-        batches = accelerator.skip_first_batches(loader, first) if first else loader
-        for number, batch in enumerate(batches, first):
-            if step >= args.max_train_steps:
-                break
-            with accelerator.accumulate(unet):
-                draw = generator(args.seed, "noise", epoch, number, accelerator.process_index)
-                denoising, perceptual, gate, timesteps = compute_losses(
-                    args, pipeline.vae, unet, embed, noise_scheduler, perceptual_term, batch, draw, step
-                )
-                accelerator.backward(denoising.mean() + args.perceptual_weight * perceptual.mean())
-                rows = torch.stack([denoising, perceptual, gate, torch.ones_like(gate)]).detach()
-                sums = sums + rows.sum(1)
-                seen.append((batch["name"], rows.sum(0), timesteps))
-                if not accelerator.sync_gradients:
-                    continue
-                grad_norm = accelerator.clip_grad_norm_(lora_parameters, args.max_grad_norm)
-                *totals, stopped = accelerator.reduce(torch.cat([sums, sums.new_tensor([stop() > 0])]), "sum").tolist()
-                if guard.is_finite(step, [*totals, float(grad_norm)], seen) or guard.scaled:
-                    prepared_optimizer.step()
-                lr_scheduler.step()
-                prepared_optimizer.zero_grad()
+    unet.train()
+    for batch in steps:
+        with accelerator.accumulate(unet):
+            losses, timesteps = compute_losses(
+                args, pipeline.vae, unet, embed, noise_scheduler, perceptual_term, batch, steps
+            )
+            accelerator.backward(losses["denoising"].mean() + args.perceptual_weight * losses["perceptual"].mean())
+            meter.add(batch["name"], losses, timesteps)
+            if not accelerator.sync_gradients:
+                continue
+            grad_norm = accelerator.clip_grad_norm_(lora_parameters, args.max_grad_norm)
+            meter.close(steps.done, grad_norm)
+            totals = meter.read()  # before the step, which a loss that is not finite must not take
+            if meter.may_step():
+                prepared_optimizer.step()
+            lr_scheduler.step()
+            prepared_optimizer.zero_grad()
 
-            step, sums, seen = step + 1, 0, []
-            logs = step_logs(args, totals, float(grad_norm), lr_scheduler, guard)
-            progress.set_postfix({k: f"{v:.3g}" for k, v in logs.items()}, refresh=False)
-            progress.update()
-            accelerator.log(logs, step)
-            if step % args.checkpointing_steps == 0 or stopped:
-                next_epoch, next_batch = divmod(epoch * len(loader) + number + 1, len(loader))
-                state = {"global_step": step, "epoch": next_epoch, "batch": next_batch, "skipped_steps": guard.total}
-                state |= {"lr_scheduler": lr_scheduler.state_dict(), "settings": settings}
-                saved = save_checkpoint(accelerator, args, state)
-                logger.info(f"saved {saved}")
-            if stopped:
-                logger.warning(f"interrupted after step {step}; go on with --resume_from_checkpoint latest")
-                accelerator.end_training()
-                sys.exit(128 + (stop() or 15))
-        if args.validation_prompt and epoch % args.validation_epochs == 0 and accelerator.is_main_process:
-            validate(args, accelerator, pipeline, embed, step)
+        steps.advance()
+        run.log(step_logs(args, totals, lr_scheduler, meter))
+        if args.validation_prompt and steps.at_epoch_end and steps.epoch % args.validation_epochs == 0:
+            with interruptible():  # nobody waits for pictures to stop a run
+                if accelerator.is_main_process:
+                    validate(args, accelerator, pipeline, embed, seed, steps.done)
+        run.end_step(save=steps.due(args.checkpointing_steps))
 
-    progress.close()
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        accelerator.unwrap_model(unet, keep_fp32_wrapper=False)  # takes accelerate's autocast off pipeline.unet
-        files = finish(args, accelerator, pipeline, embed, settings, guard)
-        if repo_id:
-            cards.push(args.output_dir, repo_id, files, args.hub_token)
-    accelerator.end_training()
+    with run.finishing():
+        run.check_weights()
+        if accelerator.is_main_process:
+            accelerator.unwrap_model(unet, keep_fp32_wrapper=False)  # takes accelerate's autocast off pipeline.unet
+            files = finish(args, run, pipeline, embed)
+    if repo_id:
+        cards.push(args.output_dir, repo_id, files, args.hub_token)
+    run.close()
 
 
 def compute_losses(
-    args, vae, unet, embed, noise_scheduler, perceptual_term, batch, draw, step
-) -> tuple[torch.Tensor, ...]:
-    """Denoising loss, perceptual loss, gate (1 where the term is open) and timesteps of one batch, each (B,)."""
+    args, vae, unet, embed, noise_scheduler, perceptual_term, batch: dict, steps: Steps
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Denoising loss, perceptual loss and gate (1 where the term is open) of one batch, and timesteps, each (B,)."""
+    draw = steps.draw("noise")
     with torch.no_grad():
         moments = batch["moments"] if "moments" in batch else encode_moments(vae, batch["pixel_values"])
         latents = sample_latents(vae, moments, draw).float()
@@ -229,7 +215,7 @@ def compute_losses(
         noise += args.noise_offset * torch.randn(*latents.shape[:2], 1, 1, generator=draw)
     noise = noise.to(latents.device)
     timesteps = torch.randint(noise_scheduler.config.num_train_timesteps, (len(latents),), generator=draw)
-    gate = torch.zeros(len(latents)) if perceptual_term is None else perceptual_term.gate(timesteps, step)
+    gate = torch.zeros(len(latents)) if perceptual_term is None else perceptual_term.gate(timesteps, steps.done)
     timesteps = timesteps.to(latents.device)
     noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
     model_pred = unet(noisy_latents.to(prompt_embeds.dtype), timesteps, prompt_embeds, return_dict=False)[0].float()
@@ -240,16 +226,16 @@ def compute_losses(
         denoising = denoising * min_snr_weights(timesteps, args.snr_gamma, noise_scheduler)
     perceptual = torch.zeros_like(denoising)
     if perceptual_term is not None:
-        perceptual = perceptual_term(model_pred, noisy_latents, timesteps, batch["pixel_values"], step, draw)
-    return denoising, perceptual, gate.to(denoising), timesteps
+        perceptual = perceptual_term(model_pred, noisy_latents, timesteps, batch["pixel_values"], steps.done, draw)
+    return {"denoising": denoising, "perceptual": perceptual, "gated": gate.to(denoising)}, timesteps
 
 
 def load_models(args, accelerator: Accelerator) -> tuple[StableDiffusionPipeline, DDPMScheduler]:
     """The frozen pipeline on its device, in the precision of the run, and the scheduler that adds the noise."""
-    pipeline = load_pipeline(args, accelerator, safety_checker=None, requires_safety_checker=False)
-    noise_scheduler = DDPMScheduler.from_pretrained(
-        args.pretrained_model_name_or_path, subfolder="scheduler", revision=args.revision, cache_dir=args.cache_dir
-    )
+    source, place = args.pretrained_model_name_or_path, {"revision": args.revision, "cache_dir": args.cache_dir}
+    unchecked = {"safety_checker": None, "requires_safety_checker": False}
+    pipeline = load_pipeline(accelerator, source, args.resolution, variant=args.variant, **place, **unchecked)
+    noise_scheduler = DDPMScheduler.from_pretrained(source, subfolder="scheduler", **place)
     if args.prediction_type is not None:
         noise_scheduler.register_to_config(prediction_type=args.prediction_type)
         pipeline.scheduler = type(pipeline.scheduler).from_config(
@@ -261,30 +247,48 @@ def load_models(args, accelerator: Accelerator) -> tuple[StableDiffusionPipeline
         try:
             pipeline.unet.enable_xformers_memory_efficient_attention()
         except (ImportError, ValueError) as error:
-            raise InputError(f"--enable_xformers_memory_efficient_attention: {error}") from error
+            raise InputError(f"`enable_xformers_memory_efficient_attention`: {error}") from error
     return pipeline, noise_scheduler
 
 
-def load_data(args, accelerator: Accelerator, tokenizer) -> tuple[CaptionedImages, list[str]]:
-    """The captioned images, each of which has been read once, and what stands for the contents of each."""
+def load_data(args, accelerator: Accelerator, tokenizer, seed: int) -> tuple[CaptionedImages, list[str], bool]:
+    """The captioned images, all read once, a key to the contents of each, and whether any is cropped at random."""
     data = load_captioned(
         args,
-        accelerator,
+        seed,
         resolution=args.resolution,
         fit=args.fit,
         center_crop=args.center_crop,
         random_flip=args.random_flip,
         interpolation=args.image_interpolation_mode,
-        seed=args.seed,
     )
-    not_square = []
-    data, keys = read_keys(
-        args, accelerator, data, lambda index, image: image.width != image.height and not_square.append(index)
-    )
-    random_crops = args.fit == "crop" and not args.center_crop and bool(not_square)
-    (args.random_crops,) = broadcast_object_list([random_crops])
+
+    def read() -> tuple[list[int], list[str], bool]:
+        not_square = []
+        positions, keys = read_keys(
+            data, args.on_bad_image, lambda index, image: image.width != image.height and not_square.append(index)
+        )
+        return positions, keys, bool(not_square)
+
+    positions, keys, some_not_square = on_main(accelerator, read)
+    data = data.select(positions)
     warn_of_long_captions(tokenizer, [text for row in data.rows for text in data.captions[row]])
-    return data, keys
+    return data, keys, some_not_square and args.fit == "crop" and not args.center_crop
+
+
+def contents(pipeline: StableDiffusionPipeline, perceptual_term, data: CaptionedImages, keys: list[str]) -> dict:
+    """What the run is made of, for its identity: the drawings with their captions, and all weights."""
+    rows = zip(keys, (data.captions[row] for row in data.rows), strict=True)
+    weights = {name: fingerprint(getattr(pipeline, name)) for name in ("unet", "vae", "text_encoder")}
+    if perceptual_term is not None:
+        backbone = getattr(perceptual_term.loss, "backbone", perceptual_term.loss)
+        if isinstance(backbone, torch.nn.Module):
+            weights["backbone_weights"] = fingerprint(backbone)
+        if isinstance(backbone, AttentionVGG16):
+            weights["backbone_attention"] = backbone.attention
+            weights["backbone_pool_after_attention"] = backbone.pool_after_attention
+            weights["calibration"] = digest([backbone.calibration])
+    return {"data": f"{len(data)} images {digest(rows)}"} | weights
 
 
 def warn_of_long_captions(tokenizer, captions: list[str]) -> None:
@@ -315,13 +319,12 @@ class PromptEmbedder:
         self.tokenizer, self.text_encoder = pipeline.tokenizer, pipeline.text_encoder
         self.device = pipeline.unet.device
         captions = {caption for row in data.rows for caption in data.captions[row]}
-        if args.cache_prompts is None:
-            args.cache_prompts = len(captions) <= FEW_PROMPTS
-        drawn = ["", *args.validation_prompt] if args.validation_prompt else []
-        wanted = {*drawn, *(captions if args.cache_prompts else [])}
+        caches_all = len(captions) <= FEW_PROMPTS if args.cache_prompts is None else args.cache_prompts
+        to_draw = ["", *args.validation_prompt] if args.validation_prompt else []
+        wanted = {*to_draw, *(captions if caches_all else [])}
         self.kept: dict[str, torch.Tensor] = {}
         self.kept = {caption: self([caption]).cpu() for caption in sorted(wanted)}
-        if args.cache_prompts:
+        if caches_all:
             self.text_encoder = pipeline.text_encoder = None
             logger.info(f"{len(captions)} distinct captions are embedded; the text encoder is not needed any more")
 
@@ -332,39 +335,43 @@ class PromptEmbedder:
         return self.text_encoder(tokenize(self.tokenizer, captions).to(self.device))[0]
 
 
+def choose_caching(args, run: Run, steps: Steps, data: CaptionedImages, random_crops: bool) -> bool:
+    """Whether each image is encoded once, as --cache_latents says; a resumed run does as it did before."""
+    if args.cache_latents is None:
+        batch = args.train_batch_size * args.gradient_accumulation_steps * run.accelerator.num_processes
+        pays = steps.total * batch >= len(data) * (2 if args.random_flip else 1)
+        if random_crops:
+            logger.info(f"--no-cache_latents, because {RANDOM_CROPS}")
+        return run.state.setdefault("cache_latents", pays and not random_crops)
+    if args.cache_latents and random_crops:
+        raise InputError(f"`cache_latents` cannot be used: {RANDOM_CROPS}")
+    return args.cache_latents
+
+
 def cache_latents(
     args, accelerator: Accelerator, vae, data: CaptionedImages, keys: list[str], perceptual_term
 ) -> None:
-    """With `--cache_latents`, have `data` give the moments of its latents, and its images only where they are scored.
+    """Have `data` give the moments of its latents, and its images only where they are scored.
 
     Images are encoded one by one, so that the latents do not depend on what else was missing.
     """
-    if args.cache_latents is None:
-        batch = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-        pays = args.max_train_steps * batch >= len(data) * (2 if args.random_flip else 1)
-        args.cache_latents = pays and not args.random_crops
-        if args.random_crops:
-            logger.info(f"--no-cache_latents, because {RANDOM_CROPS}")
-    elif args.cache_latents and args.random_crops:
-        raise InputError(f"--cache_latents cannot be: {RANDOM_CROPS}")
-    if not args.cache_latents:
-        return
     settings = [args.resolution, args.fit, args.image_interpolation_mode, args.background, accelerator.mixed_precision]
-    cache = FeatureCache(Path(args.feature_dir, "-".join(map(str, ["latents", fingerprint(vae), *settings]))))
+    kind = "-".join(map(str, ["latents", fingerprint(vae), *settings]))
+    cache = FeatureCache(Path(args.feature_dir or cache_folder(), kind))
     flips = (False, True) if args.random_flip else (False,)
     places = [(index, flipped) for index in range(len(data)) for flipped in flips]
     fill_cache(
-        args,
         accelerator,
         cache,
         [latents_key(keys[index], flipped) for index, flipped in places],
-        functools.partial(read_place, data, places),
+        partial(read_place, data, places),
         lambda images: encode_moments(vae, images).flatten(1),
         lambda position: data.name(places[position][0]),
         batch_size=1,
+        num_workers=args.dataloader_num_workers,
         what="latents",
     )
-    data.moments = functools.partial(read_moments, cache, keys, 2 * vae.config.latent_channels)
+    data.moments = partial(read_moments, cache, keys, 2 * vae.config.latent_channels)
     data.with_pixels = perceptual_term is not None
     if perceptual_term is None or perceptual_term.target == "image":
         vae.encoder = None
@@ -401,7 +408,7 @@ def build_term(args, vae, noise_scheduler) -> PerceptualTerm | None:
         try:
             decoder = AutoencoderTiny.from_pretrained(args.perceptual_decoder, cache_dir=args.cache_dir).to(vae.device)
         except (OSError, ValueError) as error:
-            raise InputError(f"--perceptual_decoder {args.perceptual_decoder} cannot be loaded: {error}") from error
+            raise InputError(f"`perceptual_decoder` {args.perceptual_decoder} cannot be loaded: {error}") from error
     return PerceptualTerm(
         loss,
         vae,
@@ -424,13 +431,13 @@ def adam(args) -> type[torch.optim.Optimizer]:
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
-        raise InputError("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes") from error
+        raise InputError("`use_8bit_adam` needs bitsandbytes: pip install bitsandbytes") from error
     return AdamW8bit
 
 
-def add_lora(args, unet) -> list[torch.nn.Parameter]:
+def add_lora(args, unet, seed: int) -> list[torch.nn.Parameter]:
     """Add the adapter and return its parameters, in float32 whatever the precision of the run."""
-    set_seed(args.seed)  # what was loaded before must not change how the adapter starts
+    set_seed(seed)  # what was loaded before must not change how the adapter starts
     unet.add_adapter(
         LoraConfig(
             r=args.rank, lora_alpha=args.lora_alpha, init_lora_weights="gaussian", target_modules=TARGET_MODULES
@@ -441,25 +448,6 @@ def add_lora(args, unet) -> list[torch.nn.Parameter]:
     return [parameter for parameter in unet.parameters() if parameter.requires_grad]
 
 
-def register_adapter_hooks(accelerator: Accelerator) -> None:
-    """Checkpoints hold the adapter, as a file that loads as it is, in place of the U-Net."""
-
-    def save(models, weights, output_dir):
-        weights.clear()
-        if accelerator.is_main_process:
-            save_adapter(accelerator.unwrap_model(models[0]), output_dir)
-
-    def load(models, input_dir):
-        lora_state_dict, _ = StableDiffusionPipeline.lora_state_dict(input_dir, weight_name=WEIGHTS)
-        unet = accelerator.unwrap_model(models.pop())
-        unet_state_dict = {k.removeprefix("unet."): v for k, v in lora_state_dict.items()}
-        set_peft_model_state_dict(unet, convert_unet_state_dict_to_peft(unet_state_dict), adapter_name=ADAPTER)
-        cast_training_params(unet, dtype=torch.float32)
-
-    accelerator.register_save_state_pre_hook(save)
-    accelerator.register_load_state_pre_hook(load)
-
-
 def save_adapter(unet, folder: str | Path) -> None:
     """Write the adapter in diffusers' names with its LoraConfig, which holds the alpha, as metadata."""
     StableDiffusionPipeline.save_lora_weights(
@@ -467,6 +455,14 @@ def save_adapter(unet, folder: str | Path) -> None:
         unet_lora_layers=convert_state_dict_to_diffusers(get_peft_model_state_dict(unet, adapter_name=ADAPTER)),
         unet_lora_adapter_metadata=unet.peft_config[ADAPTER].to_dict(),
     )
+
+
+def load_adapter(unet, folder: str | Path) -> None:
+    """Read what `save_adapter` wrote into the adapter that `unet` has."""
+    lora_state_dict, _ = StableDiffusionPipeline.lora_state_dict(folder, weight_name=WEIGHTS)
+    unet_state_dict = {k.removeprefix("unet."): v for k, v in lora_state_dict.items()}
+    set_peft_model_state_dict(unet, convert_unet_state_dict_to_peft(unet_state_dict), adapter_name=ADAPTER)
+    cast_training_params(unet, dtype=torch.float32)
 
 
 def save_kohya(unet, path: Path) -> None:
@@ -480,30 +476,15 @@ def save_kohya(unet, path: Path) -> None:
     save_file(weights, path, metadata={"format": "pt"})
 
 
-def resumable_settings(args, accelerator: Accelerator, data: CaptionedImages, perceptual_term) -> dict:
-    """What a resumed run must share with the run that it continues."""
-    names = """pretrained_model_name_or_path rank lora_alpha prediction_type noise_offset snr_gamma dataset_name
-        train_data_dir resolution fit center_crop random_flip seed train_batch_size gradient_accumulation_steps
-        perceptual_weight"""
-    settings = {name: getattr(args, name) for name in names.split()}
-    settings |= {"images": len(data), "processes": accelerator.num_processes}
-    if perceptual_term is not None:
-        settings |= {name: value for name, value in vars(args).items() if name.startswith("perceptual_")}
-        if backbone := getattr(perceptual_term.loss, "backbone", None):
-            settings["backbone_weights"] = fingerprint(backbone)
-            settings["backbone_attention"] = backbone.attention
-            settings["backbone_pool_after_attention"] = backbone.pool_after_attention
-    return settings
-
-
-def run_summary(args, accelerator, loader, perceptual_term, lora_parameters) -> str:
+def run_summary(args, run: Run, steps: Steps, perceptual_term, lora_parameters) -> str:
     """What will be trained and written; InputError if the disk cannot hold it."""
     weights = sum(parameter.numel() for parameter in lora_parameters)
-    space = check_space(args, args.max_train_steps // args.checkpointing_steps, 12 * weights, 8 * weights)
+    saves = steps.total // args.checkpointing_steps
+    space = check_space(args.output_dir, saves, args.checkpoints_total_limit, 12 * weights, 8 * weights)
     lines = [
-        f"{len(loader)} batches a process and epoch, {args.max_train_steps} steps of"
-        f" {args.train_batch_size} x {accelerator.num_processes} x {args.gradient_accumulation_steps} images,"
-        f" seed {args.seed}; {weights / 1e6:.1f} M weights are trained; {space}"
+        f"{steps.total} steps of {args.train_batch_size} x {run.accelerator.num_processes} x"
+        f" {args.gradient_accumulation_steps} images, {steps.epochs} epochs, seed {run.seed}; {weights / 1e6:.1f} M"
+        f" weights are trained; {space}"
     ]
     if perceptual_term is None:
         lines.append("no perceptual term: --perceptual_weight is 0")
@@ -516,25 +497,22 @@ def run_summary(args, accelerator, loader, perceptual_term, lora_parameters) -> 
     return "\n".join(lines)
 
 
-def step_logs(args, totals: list[float], grad_norm: float, lr_scheduler, guard) -> dict[str, float]:
+def step_logs(args, totals: dict[str, float], lr_scheduler, meter: Meter) -> dict[str, float]:
     """Means of one optimizer step: the perceptual loss over the rows that the gate let through."""
-    denoising, perceptual, scored, rows = totals
-    logs = {"train_loss": (denoising + args.perceptual_weight * perceptual) / rows, "denoising_loss": denoising / rows}
-    if args.perceptual_weight:
-        logs["gated_rows"] = scored / rows
-        if scored:
-            logs["perceptual_loss"] = perceptual / scored
-    logs |= {"grad_norm": grad_norm, "lr": lr_scheduler.get_last_lr()[0]}
-    return logs | ({"skipped_steps": guard.total} if guard.total else {})
+    logs = {"grad_norm": totals["grad_norm"], "lr": lr_scheduler.get_last_lr()[0]}
+    if rows := totals["rows"]:
+        loss = totals["denoising"] + args.perceptual_weight * totals["perceptual"]
+        logs |= {"train_loss": loss / rows, "denoising_loss": totals["denoising"] / rows}
+        if args.perceptual_weight:
+            logs["gated_rows"] = totals["gated"] / rows
+        if totals["gated"]:
+            logs["perceptual_loss"] = totals["perceptual"] / totals["gated"]
+    return logs | ({"skipped_steps": meter.skipped} if meter.skipped else {})
 
 
 @torch.no_grad()
-def generate(args, accelerator, pipeline, embed) -> dict[str, list[Image.Image]]:
-    """`num_validation_images` of each validation prompt; leaves modes and random state as they were.
-
-    What goes wrong here, too little memory or a decoder that overflows, is said and leaves the result empty: it must
-    not end a training.
-    """
+def generate(args, accelerator: Accelerator, pipeline, embed, seed: int) -> dict[str, list[Image.Image]]:
+    """`num_validation_images` of each validation prompt; leaves modes and random state as they were."""
     unet, was_training = pipeline.unet, pipeline.unet.training
     unet.eval()
     size = {"height": args.resolution, "width": args.resolution}
@@ -543,56 +521,73 @@ def generate(args, accelerator, pipeline, embed) -> dict[str, list[Image.Image]]
         with torch.random.fork_rng(), accelerator.autocast():
             for prompt in (args.validation_prompt or []) if args.num_validation_images else []:
                 prompts = {"prompt_embeds": embed([prompt]), "negative_prompt_embeds": embed([""])}
-                draws = [torch.Generator().manual_seed(args.seed + n) for n in range(args.num_validation_images)]
+                draws = [torch.Generator().manual_seed(seed + n) for n in range(args.num_validation_images)]
                 latents = [
                     pipeline(**prompts, num_inference_steps=30, generator=draw, output_type="latent", **size).images
                     for draw in draws
                 ]
                 images[prompt] = [to_pil(decode(pipeline.vae, latent)[0]) for latent in latents]
-    except (torch.OutOfMemoryError, InputError) as error:
-        logger.warning(f"no validation images: {error}")
-        torch.cuda.empty_cache()
-        images = {}
-    unet.train(was_training)
+    finally:
+        unet.train(was_training)
     return images
 
 
-def validate(args, accelerator, pipeline, embed, step: int) -> None:
+@contextmanager
+def optional(what: str):
+    """What goes wrong here, too little memory, a decoder that overflows, a full disk, must not end a training."""
+    try:
+        yield
+    except (RuntimeError, MemoryError, OSError, InputError) as error:
+        logger.warning(f"no {what}: {first_line(error)}")
+        torch.cuda.empty_cache()
+
+
+def validate(args, accelerator: Accelerator, pipeline, embed, seed: int, step: int) -> None:
     """Draw the validation prompts to the trackers and to disk."""
-    if images := generate(args, accelerator, pipeline, embed):
-        folder = Path(args.output_dir, "validation")
-        folder.mkdir(exist_ok=True)
-        sheet(images).save(folder / f"step-{step:06d}.png")
-        track_images(accelerator, "validation", images, step)
+    with optional("validation images"):
+        if images := generate(args, accelerator, pipeline, embed, seed):
+            with replacing(Path(args.output_dir, "validation")) as folder:
+                image_grid(images).save(folder / f"step-{step:06d}.png")
+            track_images(accelerator, "validation", images, step)
 
 
-def finish(args, accelerator, pipeline, embed, settings: dict, guard) -> list[str]:
+def finish(args, run: Run, pipeline, embed) -> list[str]:
     """Export the adapter, reload and check it, draw before and after, write the card; the names of these files."""
     pipeline.unet.to(torch.float32)
     files = [WEIGHTS, "README.md"]
-    save_adapter(pipeline.unet, args.output_dir)
-    if args.export_kohya:
-        save_kohya(pipeline.unet, Path(args.output_dir, KOHYA_WEIGHTS))
-        files.append(KOHYA_WEIGHTS)
-    verify_export(args, pipeline)
-    after = generate(args, accelerator, pipeline, embed)
-    pipeline.unet.disable_lora()
-    before = generate(args, accelerator, pipeline, embed) if after else {}
-    pipeline.unet.enable_lora()
+    with replacing(args.output_dir) as folder:
+        save_adapter(pipeline.unet, folder)
+        if args.export_kohya:
+            save_kohya(pipeline.unet, folder / KOHYA_WEIGHTS)
+            files.append(KOHYA_WEIGHTS)
+    before = {}
+    with optional("check of the adapter and pictures"):
+        verify_export(args, pipeline)
+        logger.info(f"adapter: {Path(args.output_dir, WEIGHTS)}, reloaded and checked")
+        before = draw_before_after(args, run, pipeline, embed)
     if before:
-        columns = ["before"] * args.num_validation_images + ["after"] * args.num_validation_images
-        sheet({prompt: before[prompt] + after[prompt] for prompt in after}, columns).save(
-            Path(args.output_dir, BEFORE_AFTER)
-        )
-        track_images(accelerator, "test", after, args.max_train_steps)
         files.append(BEFORE_AFTER)
-    write_card(args, settings, [BEFORE_AFTER] if before else [])
-    if guard.total:
-        logger.warning(f"{guard.total} steps were skipped: their loss or gradient was not finite")
-    logger.info(f"adapter: {Path(args.output_dir, WEIGHTS)}, reloaded and checked")
+    write_card(args, run, [BEFORE_AFTER] if before else [])
+    if run.meter.skipped:
+        logger.warning(f"{run.meter.skipped} steps were skipped: their loss or gradient was not finite")
     if before:
         print(Path(args.output_dir, BEFORE_AFTER))
     return files
+
+
+def draw_before_after(args, run: Run, pipeline, embed) -> bool:
+    """Write the validation prompts as the pipeline draws them without and with the adapter; False: there are none."""
+    after = generate(args, run.accelerator, pipeline, embed, run.seed)
+    pipeline.unet.disable_lora()
+    before = generate(args, run.accelerator, pipeline, embed, run.seed)
+    pipeline.unet.enable_lora()
+    if after:
+        columns = ["before"] * args.num_validation_images + ["after"] * args.num_validation_images
+        rows = {prompt: before[prompt] + after[prompt] for prompt in after}
+        with replacing(args.output_dir) as folder:
+            image_grid(rows, columns).save(folder / BEFORE_AFTER)
+        track_images(run.accelerator, "test", after, run.steps.done)
+    return bool(after)
 
 
 @torch.no_grad()
@@ -618,24 +613,21 @@ def verify_export(args, pipeline) -> None:
     pipeline.load_lora_weights(args.output_dir, weight_name=WEIGHTS, adapter_name=ADAPTER)
     path = Path(args.output_dir, WEIGHTS)
     if torch.equal(trained, base):
-        raise RuntimeError(f"{path} changes nothing: the adapter was not trained")
+        raise ExportError(f"{path} changes nothing: the adapter was not trained")
     found = weights() if pipeline.get_list_adapters().get("unet") == [ADAPTER] else {}
     matched = sum(torch.equal(found[name], weight) for name, weight in saved.items() if name in found)
     if matched != len(saved):
-        raise RuntimeError(f"{path} does not load as it was trained: {matched} of {len(saved)} weights came back")
+        raise ExportError(f"{path} does not load as it was trained: {matched} of {len(saved)} weights came back")
     reloaded = predict()
     if not torch.allclose(reloaded, trained, rtol=1e-3, atol=1e-4 * float(trained.abs().max())):
         difference = float((reloaded - trained).abs().max())
-        raise RuntimeError(f"{path} loads but predicts otherwise than the trained model, by up to {difference:.3g}")
+        raise ExportError(f"{path} loads but predicts otherwise than the trained model, by up to {difference:.3g}")
 
 
-def write_card(args, settings: dict, pictures: list[str]) -> None:
+def write_card(args, run: Run, pictures: list[str]) -> None:
     base_model = args.pretrained_model_name_or_path
     prompt = args.validation_prompt[0] if args.validation_prompt else args.caption_template.replace("{class}", "house")
     is_local = Path(base_model).exists()
-    shown = {name: value for name, value in settings.items() if name not in ("train_data_dir", "dataset_name")}
-    if is_local:
-        shown["pretrained_model_name_or_path"] = "a local copy"
     term = "with the perceptual term" if args.perceptual_weight else "by the script"
     tags = "stable-diffusion stable-diffusion-diffusers text-to-image diffusers diffusers-training lora sketch"
     snippet = f"""from diffusers import StableDiffusionPipeline
@@ -658,10 +650,10 @@ pipeline({prompt!r}).images[0].save("sketch.png")"""
         description=f"LoRA weights for Stable Diffusion 1.5, fine-tuned on drawings {term} of sketch-perceptual."
         f" Images of a class were captioned {args.caption_template!r}.",
         snippet=snippet,
-        options=shown | {"steps": args.max_train_steps, "learning_rate": args.learning_rate},
+        options={"steps": run.steps.total} | run.record(),
         pictures=pictures,
     )
 
 
 if __name__ == "__main__":
-    run(main, parse_args())
+    startup.run(main, parse_args())

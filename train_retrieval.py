@@ -12,10 +12,13 @@ All is done for five seeds, from `--seed` on. `seed-42/` and its like hold what 
 
 import argparse
 import json
+import shutil
 import statistics
-import sys
 from collections import Counter
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,30 +27,34 @@ from accelerate.logging import get_logger
 from huggingface_hub import ModelCardData
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
+from sketch_perceptual.arguments import above, at_least
 from sketch_perceptual.data.batches import pk_batches
 from sketch_perceptual.data.checks import read_once
 from sketch_perceptual.data.options import add_class_options, check_class_options, load_labelled
 from sketch_perceptual.data.splits import describe_split, split, split_hash
+from sketch_perceptual.errors import InputError
 from sketch_perceptual.losses.triplet import MINING, triplet_loss
 from sketch_perceptual.measures.ranking import rank
 from sketch_perceptual.networks.backbone import BUNDLED, load_backbone
 from sketch_perceptual.networks.embedder import SketchEmbedder
 from sketch_perceptual.networks.hub_model import fingerprint
-from sketch_perceptual.running import cards
-from sketch_perceptual.running.checkpoints import load_checkpoint, save_checkpoint
+from sketch_perceptual.running import cards, startup
 from sketch_perceptual.running.feature_cache import extract_features
-from sketch_perceptual.running.interruption import catch_signals
-from sketch_perceptual.running.options import add_feature_options, add_run_options, at_least
-from sketch_perceptual.running.startup import check_space, run, start, versions
-from sketch_perceptual.running.steps import NonFiniteGuard
+from sketch_perceptual.running.files import replacing
+from sketch_perceptual.running.identity import digest
+from sketch_perceptual.running.options import add_feature_options, add_run_options
+from sketch_perceptual.running.processes import on_main
+from sketch_perceptual.running.run import Run
+from sketch_perceptual.running.startup import check_space, start, versions
+from sketch_perceptual.running.steps import Meter, Steps
 from sketch_perceptual.running.trackers import start_trackers
 from sketch_perceptual.seeds import generator
 
 logger = get_logger(__name__, log_level="INFO")
 
 FILES = ["config.json", "model.safetensors", "README.md", "metrics.json", "split.json"]
+QUANTITIES = ("cross_entropy", "triplet_loss", "active_triplets", "embedding_std", "rows")
 COLLAPSED = 0.1  # deviation of embeddings of length 1: 0 if all are one, nearly 1 if they point everywhere
 
 
@@ -60,7 +67,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--head", choices=("vgg", "linear"), default="vgg", help="VGG-16's classifier, or one layer for small data")
     add("--embedding_dim", type=count, default=512)
 
-    add = add_class_options(parser, "as queries; the others are trained on and are the gallery")
+    add = add_class_options(parser, "the queries; the others are trained on and are the gallery")
     add("--resolution", type=at_least(32), default=224, help="drawings become this wide and high, in pixels")
     add("--fit", choices=("pad", "crop"), default="pad", help="crop cuts the longer side")
     add_feature_options(add)
@@ -68,15 +75,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = add_run_options(parser, output_dir="sketch-retrieval")
     add("--num_seeds", type=count, default=5, help="trainings, from --seed on")
     add("--num_train_epochs", type=count, default=20)
-    add("--train_batch_size", type=count, default=32, help="drawings a step and process")
-    add("--images_per_class", type=count, default=4, help="of these drawings, as many of one class")
+    add("--train_batch_size", type=count, default=32, help="images a step and process")
+    add("--images_per_class", type=count, default=4, help="images per class in a batch")
     add("--triplet_weight", type=rate, default=0.1, help="of the triplet loss, beside the cross-entropy")
     add("--triplet_margin", type=rate, default=0.2, help="in cosine distance")
     add("--mining", choices=MINING, default="batch_hard")
-    add("--learning_rate", type=rate, default=1e-4, help="of Adam")
+    add("--learning_rate", type=above(0), default=1e-4, help="of Adam")
     add("--lr_step_size", type=count, default=7, help="the rate falls to --lr_gamma after every so many epochs")
     add("--lr_gamma", type=rate, default=0.1)
-    parser.set_defaults(checkpoints_total_limit=1, gradient_accumulation_steps=1, scale_lr=False)
+    parser.set_defaults(checkpoints_total_limit=1, gradient_accumulation_steps=1)
 
     args = parser.parse_args(argv)
     check_class_options(parser, args)
@@ -86,115 +93,126 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    accelerator = start(args)
+    run = start(args)
+    accelerator = run.accelerator
     embedder = build_embedder(args)
-    data = load_labelled(args, accelerator)
-    repo_id = None
-    if args.push_to_hub and accelerator.is_main_process:
-        repo_id = cards.create_repo(cards.model_name(args.hub_model_id, args.output_dir), args.hub_token)
-    data, keys, copies = read_once(args, accelerator, data)
-    sides = split(data.labels, keys, copies, data.groups, args.validation_share)
-    logger.info(sides.summary)
-    cache = extract_features(args, accelerator, embedder, data, keys)
-    gallery, queries = (
-        Side(cache.read([keys[i] for i in rows]), [data.labels[i] for i in rows], [copies[i] for i in rows])
-        for rows in (sides.train, sides.validation)
-    )
+    gallery, queries, record = load_data(args, run, embedder)
+    repo_id = cards.create_repo(args, accelerator)
+    start_trackers(accelerator, "sketch-retrieval", args)
 
-    head = Head(embedder.backbone.classifier, args.embedding_dim, len(data.classes))
+    head = Head(embedder.backbone.classifier, args.embedding_dim, len(record["classes"]))
     optimizer = torch.optim.Adam(head.parameters(), args.learning_rate)
     model, prepared_optimizer = accelerator.prepare(head, optimizer)
-    register_head_hooks(accelerator, embedder, head)
-    record = describe_split(args, sides, keys)
-    settings = resumable_settings(args, accelerator, embedder, record)
-    state = {"global_step": 0, "run": 0, "epoch": 0, "batch": 0, "sums": [0] * 5, "skipped_steps": 0, "runs": []}
-    state |= load_checkpoint(accelerator, args, settings) or {"settings": settings}
-    guard = NonFiniteGuard(state["skipped_steps"], scaled=accelerator.scaler is not None)
-    start_trackers(accelerator, "sketch-retrieval", args)
-    logger.info(run_summary(args, embedder, head, gallery, queries))
+    batches = Batches(args, accelerator, gallery, run.seed)
+    steps = Steps(accelerator, batches, batches.lengths, seed=run.seed)
+    meter = Meter(accelerator)
+    logger.info(run_summary(args, run, embedder, head, gallery, queries))
+    run.state = {"sums": [0] * len(QUANTITIES), "runs": []} | run.state
+    keep_finished_seeds(args, run)
+    run.begin(steps, meter, optimizer, partial(save_head, embedder, head), partial(load_head, embedder, head))
 
-    def save(**place) -> None:
-        state.update(place, global_step=step, skipped_steps=guard.total)
-        save_checkpoint(accelerator, args, state)
-
-    stop = catch_signals()
-    step = state["global_step"]
-    progress = tqdm(
-        total=args.num_seeds * args.num_train_epochs,
-        initial=state["run"] * args.num_train_epochs + state["epoch"],
-        desc="Epochs",
-        disable=not accelerator.is_local_main_process,
-    )
-    for number in range(state["run"], args.num_seeds):
-        seed = args.seed + number
-        if state["epoch"] == state["batch"] == 0:
+    model.train()
+    for labels, features in steps:
+        epoch, seed = steps.epoch % args.num_train_epochs, batches.seed(steps.epoch)
+        if epoch == steps.number == 0:
             head.reset(seed)
             optimizer.state.clear()
-        for epoch in range(state["epoch"], args.num_train_epochs):
-            model.train()
-            for group in optimizer.param_groups:
-                group["lr"] = args.learning_rate * args.lr_gamma ** (epoch // args.lr_step_size)  # StepLR
-            batches = epoch_batches(args, accelerator, gallery.labels, seed, epoch)
-            for position, rows in list(enumerate(batches))[state["batch"] :]:
-                draw = generator(seed, "dropout", epoch, position, accelerator.process_index)
-                torch.manual_seed(draw.initial_seed())
-                labels = gallery.labels[rows].to(accelerator.device)
-                embeddings, logits = model(gallery.features[rows].to(accelerator.device))
-                cross_entropy = F.cross_entropy(logits.float(), labels)
-                triplet, active = triplet_loss(embeddings, labels, args.triplet_margin, args.mining)
-                accelerator.backward(cross_entropy + args.triplet_weight * triplet)
-                grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), float("inf")))
-                is_finite = guard.is_finite(step, [grad_norm], [])
-                if is_finite or accelerator.scaler is not None:  # a scaler skips by itself, and settles its scale
-                    prepared_optimizer.step()
-                prepared_optimizer.zero_grad()
-                step += 1
-                spread = (1 - embeddings.detach().mean(0).square().sum()).clamp(min=0).sqrt()
-                numbers = torch.stack([cross_entropy.detach(), triplet.detach(), triplet.new_tensor(active), spread])
-                *logs, stopped = accelerator.reduce(
-                    torch.cat([numbers, numbers.new_tensor([stop() > 0])]), "mean"
-                ).tolist()
-                if is_finite:
-                    state["sums"] = [old + new for old, new in zip(state["sums"], [*logs, 1], strict=True)]
-                if stopped:
-                    save(run=number, epoch=epoch, batch=position + 1)
-                    logger.warning(f"interrupted after step {step}; go on with --resume_from_checkpoint latest")
-                    accelerator.end_training()
-                    sys.exit(128 + (stop() or 15))
+        for group in optimizer.param_groups:
+            group["lr"] = args.learning_rate * args.lr_gamma ** (epoch // args.lr_step_size)  # StepLR
+        draw = generator(seed, "dropout", epoch, steps.number, accelerator.process_index)
+        torch.manual_seed(draw.initial_seed())
+        embeddings, logits = model(features)
+        cross_entropy = F.cross_entropy(logits.float(), labels)
+        triplet, active = triplet_loss(embeddings, labels, args.triplet_margin, args.mining)
+        accelerator.backward(cross_entropy + args.triplet_weight * triplet)
+        spread = (1 - embeddings.detach().mean(0).square().sum()).clamp(min=0).sqrt()
+        values = (cross_entropy, triplet, triplet.new_tensor(active), spread)
+        meter.add([], {name: value[None] for name, value in zip(QUANTITIES, values, strict=False)})
+        meter.close(steps.done, accelerator.clip_grad_norm_(model.parameters(), float("inf")))
+        totals = meter.read()  # before the step, which no NaN must take
+        if meter.may_step():
+            prepared_optimizer.step()
+        prepared_optimizer.zero_grad()
 
-            *sums, count = state["sums"]
-            names = ("cross_entropy", "triplet_loss", "active_triplets", "embedding_std")
-            state["last"] = {name: value / max(1, count) for name, value in zip(names, sums, strict=True)}
-            progress.update()
-            progress.set_postfix({name: f"{value:.3g}" for name, value in state["last"].items()}, refresh=False)
-            accelerator.log({f"seed-{seed}/{name}": value for name, value in state["last"].items()}, step)
-            if state["last"]["embedding_std"] < COLLAPSED:
-                logger.warning(
-                    f"seed {seed}, epoch {epoch + 1}: the embeddings are nearly all alike, either because the backbone"
-                    " sees no difference or because they collapsed: lower --learning_rate"
-                )
-            save(run=number, epoch=epoch + 1, batch=0, sums=[0] * 5)
+        steps.advance()
+        run.state["sums"] = [old + totals[name] for old, name in zip(run.state["sums"], QUANTITIES, strict=True)]
+        if steps.at_epoch_end:
+            end_epoch(run, seed, epoch + 1)
+        if steps.at_epoch_end and epoch + 1 == args.num_train_epochs and accelerator.is_main_process:
+            end_seed(args, run, embedder, head, gallery, queries, record, seed)
+        run.end_step(save=steps.at_epoch_end)
 
+    with run.finishing():
         if accelerator.is_main_process:
-            found = evaluate(head.eval(), gallery, queries, accelerator.device)
-            state["runs"].append({"seed": seed} | found | state["last"])
-            logger.info(f"seed {seed}: Top-1 {found['top1']:.1%}, Top-5 {found['top5']:.1%}, mAP {found['map']:.3f}")
-            report(args, embedder, state, record, Path(args.output_dir, f"seed-{seed}"))
-        save(run=number + 1, epoch=0)
-
-    progress.close()
-    if accelerator.is_main_process:
-        finish(args, state, guard)
-        if repo_id:
-            cards.push(Path(args.output_dir, f"seed-{args.seed}"), repo_id, FILES, args.hub_token)
-    accelerator.end_training()
+            finish(args, run)
+    if repo_id:
+        cards.push(Path(args.output_dir, f"seed-{run.seed}"), repo_id, FILES, args.hub_token)
+    run.close()
 
 
-class Side:
+class Embedded(NamedTuple):
     """The gallery or the queries: features (N, F) on the CPU, classes and ids of copies (N,)."""
 
-    def __init__(self, features: Tensor, labels: list[int], ids: list[int]):
-        self.features, self.labels, self.ids = features, torch.tensor(labels), torch.tensor(ids)
+    features: Tensor
+    labels: Tensor
+    ids: Tensor
+
+
+def load_data(args, run: Run, embedder: SketchEmbedder) -> tuple[Embedded, Embedded, dict]:
+    """Features of the gallery, which is trained on, and of the held-out queries; the split as it is saved."""
+    accelerator = run.accelerator
+    data = load_labelled(args, run.seed)
+    positions, keys, copies = on_main(accelerator, read_once, data, args.on_bad_image)
+    data = data.select(positions)
+    result = split(data.labels, keys, copies, data.groups, args.validation_share)
+    logger.info(result.summary)
+    record = describe_split(result, keys, args.validation_share, args.group_column) | {"classes": data.classes}
+    rows = digest(zip(keys, (data.classes[label] for label in data.labels), strict=True))
+    weights = fingerprint(embedder.backbone.features)
+    run.settle(data=f"{len(data)} images {rows}", split=split_hash(record), backbone=weights)
+    run.settle(num_train_epochs=args.num_train_epochs)  # of each seed, the finished ones too
+    cache = extract_features(
+        accelerator,
+        args.feature_dir,
+        embedder,
+        data,
+        keys,
+        batch_size=args.extraction_batch_size,
+        num_workers=args.dataloader_num_workers,
+    )
+    gallery, queries = (
+        Embedded(
+            cache.read([keys[i] for i in rows]),
+            torch.tensor([data.labels[i] for i in rows]),
+            torch.tensor([copies[i] for i in rows]),
+        )
+        for rows in (result.train, result.validation)
+    )
+    return gallery, queries, record
+
+
+class Batches:
+    """This process's batches (labels (B,), features (B, F)) of the gallery, in one count of epochs over all seeds."""
+
+    def __init__(self, args, accelerator: Accelerator, gallery: Embedded, first_seed: int):
+        self.args, self.accelerator, self.gallery, self.first_seed = args, accelerator, gallery, first_seed
+        self.lengths = [len(self.rows(epoch)) for epoch in range(args.num_seeds * args.num_train_epochs)]
+
+    def seed(self, epoch: int) -> int:
+        return self.first_seed + epoch // self.args.num_train_epochs
+
+    def rows(self, epoch: int) -> list[list[int]]:
+        """The first batches come twice where the processes do not divide them."""
+        args, processes = self.args, self.accelerator.num_processes
+        draw = generator(self.seed(epoch), "order", epoch % args.num_train_epochs)
+        classes = args.train_batch_size // args.images_per_class
+        batches = pk_batches(self.gallery.labels.tolist(), classes, args.images_per_class, draw)
+        return (batches + batches[: -len(batches) % processes])[self.accelerator.process_index :: processes]
+
+    def __call__(self, epoch: int, first: int) -> Iterator[tuple[Tensor, Tensor]]:
+        device = self.accelerator.device
+        for rows in self.rows(epoch)[first:]:
+            yield self.gallery.labels[rows].to(device), self.gallery.features[rows].to(device)
 
 
 class Head(nn.Module):
@@ -225,58 +243,42 @@ def build_embedder(args) -> SketchEmbedder:
     return embedder
 
 
-def epoch_batches(args, accelerator: Accelerator, labels: Tensor, seed: int, epoch: int) -> list[list[int]]:
-    """This process's batches; the first ones come twice where the processes do not divide them."""
-    classes = args.train_batch_size // args.images_per_class
-    batches = pk_batches(labels.tolist(), classes, args.images_per_class, generator(seed, "order", epoch))
-    short = -len(batches) % accelerator.num_processes
-    return (batches + batches[:short])[accelerator.process_index :: accelerator.num_processes]
+def save_head(embedder: SketchEmbedder, head: Head, folder: Path) -> None:
+    """The embedder as `from_pretrained` takes it, and the classes' layer."""
+    embedder.save_pretrained(folder)
+    save_file(head.classes.state_dict(), folder / "classes.safetensors")
 
 
-def register_head_hooks(accelerator: Accelerator, embedder: SketchEmbedder, head: Head) -> None:
-    """Checkpoints hold the embedder as `from_pretrained` takes it, and the classes' layer."""
-
-    def save(models, weights, output_dir):
-        weights.clear()
-        if accelerator.is_main_process:
-            embedder.save_pretrained(output_dir)
-            save_file(head.classes.state_dict(), Path(output_dir, "classes.safetensors"))
-
-    def load(models, input_dir):
-        models.clear()
-        embedder.load_state_dict(SketchEmbedder.from_pretrained(input_dir).state_dict())
-        head.classes.load_state_dict(load_file(Path(input_dir, "classes.safetensors")))
-
-    accelerator.register_save_state_pre_hook(save)
-    accelerator.register_load_state_pre_hook(load)
+def load_head(embedder: SketchEmbedder, head: Head, folder: Path) -> None:
+    embedder.load_state_dict(SketchEmbedder.from_pretrained(folder).state_dict())
+    head.classes.load_state_dict(load_file(folder / "classes.safetensors"))
 
 
-def resumable_settings(args, accelerator: Accelerator, embedder: SketchEmbedder, record: dict) -> dict:
-    """What a resumed run must share with the run that it continues."""
-    names = """head embedding_dim resolution fit dataset_name train_data_dir group_column validation_share seed
-        num_train_epochs train_batch_size images_per_class triplet_weight triplet_margin mining learning_rate
-        lr_step_size lr_gamma"""
-    return {
-        "backbone": "the bundled one" if args.backbone == str(BUNDLED) else Path(args.backbone).name,
-        "backbone_weights": fingerprint(embedder.backbone.features),
-        **{name: getattr(args, name) for name in names.split()},
-        "split": split_hash(record),
-        "processes": accelerator.num_processes,
-    }
+def keep_finished_seeds(args, run: Run) -> None:
+    """The embedders of finished seeds are results: a run that goes on in another folder takes them along."""
+    for seed in (one["seed"] for one in run.state["runs"]) if run.accelerator.is_main_process else ():
+        folder, before = Path(args.output_dir, f"seed-{seed}"), run.checkpoint.parent / f"seed-{seed}"
+        if folder.is_dir():
+            continue
+        if not before.is_dir():
+            raise InputError(f"the embedder of seed {seed} is missing: there is no {before}")
+        with replacing(folder) as partial_folder:
+            shutil.copytree(before, partial_folder, dirs_exist_ok=True)
 
 
-def run_summary(args, embedder: SketchEmbedder, head: Head, gallery: Side, queries: Side) -> str:
+def run_summary(args, run: Run, embedder: SketchEmbedder, head: Head, gallery: Embedded, queries: Embedded) -> str:
     """What will be trained and written; InputError if the disk cannot hold it."""
     counts = Counter(gallery.labels.tolist())
     alone = sum(count == 1 for count in counts.values())
     classes = args.train_batch_size // args.images_per_class
     weights = 4 * sum(weight.numel() for weight in embedder.parameters())
     trained = 4 * sum(weight.numel() for weight in head.parameters())
-    space = check_space(args, args.num_seeds * args.num_train_epochs, weights + 2 * trained, args.num_seeds * weights)
+    saves, checkpoint = args.num_seeds * args.num_train_epochs, weights + 2 * trained
+    space = check_space(args.output_dir, saves, args.checkpoints_total_limit, checkpoint, args.num_seeds * weights)
     lines = [
         f"{len(gallery.labels)} drawings of {len(counts)} classes to train on and to find, {len(queries.labels)} to"
-        f" find them by; batches of {classes} x {args.images_per_class}; seeds {args.seed} to"
-        f" {args.seed + args.num_seeds - 1}; {trained / 4e6:.1f} M weights are trained; {space}"
+        f" find them by; batches of {classes} x {args.images_per_class}; seeds {run.seed} to"
+        f" {run.seed + args.num_seeds - 1}; {trained / 4e6:.1f} M weights are trained; {space}"
     ]
     if alone:
         lines.append(f"classes with one drawing to train on, which forms no triplet: {alone}")
@@ -286,7 +288,7 @@ def run_summary(args, embedder: SketchEmbedder, head: Head, gallery: Side, queri
 
 
 @torch.inference_mode()
-def evaluate(model: Head, gallery: Side, queries: Side, device: torch.device) -> dict:
+def evaluate(model: Head, gallery: Embedded, queries: Embedded, device: torch.device) -> dict:
     """How well the queries find drawings of their class."""
     embeddings = [
         torch.cat([model(part.to(device))[0].cpu() for part in side.features.split(1024)])
@@ -295,37 +297,58 @@ def evaluate(model: Head, gallery: Side, queries: Side, device: torch.device) ->
     return rank(*embeddings, queries.labels, gallery.labels, queries.ids, gallery.ids).scores
 
 
-def report(args, embedder: SketchEmbedder, state: dict, record: dict, folder: Path) -> None:
-    """Write the embedder of the last seed and all that is to be told of it."""
-    found = state["runs"][-1]
-    embedder.save_pretrained(folder)
-    metrics = found | {"settings": state["settings"]}
-    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2), encoding="utf-8")
-    (folder / "split.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
-    write_card(args, folder, state["settings"], found, record)
+def end_epoch(run: Run, seed: int, epoch: int) -> None:
+    """Log the means of an epoch."""
+    *sums, count = run.state["sums"]
+    run.state["sums"] = [0] * len(QUANTITIES)
+    if not count:
+        return  # no step was finite, which has been said
+    means = run.state["last"] = {name: value / count for name, value in zip(QUANTITIES, sums, strict=False)}
+    run.log({f"seed-{seed}/{name}": value for name, value in means.items()})
+    if means["embedding_std"] < COLLAPSED:
+        logger.warning(
+            f"seed {seed}, epoch {epoch}: the embeddings are nearly all alike, either because the backbone sees no"
+            " difference or because they collapsed: lower --learning_rate"
+        )
 
 
-def finish(args, state: dict, guard: NonFiniteGuard) -> None:
+def end_seed(args, run: Run, embedder, head: Head, gallery: Embedded, queries: Embedded, record: dict, seed) -> None:
+    """Score the head of a seed; write its embedder and all that is to be told of it."""
+    run.check_weights()
+    scores = evaluate(head.eval(), gallery, queries, run.accelerator.device)
+    head.train()
+    run.state["runs"].append({"seed": seed} | scores | run.state.get("last", {}))
+    logger.info(f"seed {seed}: Top-1 {scores['top1']:.1%}, Top-5 {scores['top5']:.1%}, mAP {scores['map']:.3f}")
+    metrics = run.state["runs"][-1] | {"settings": run.identity, "changes": run.changes}
+    with replacing(Path(args.output_dir, f"seed-{seed}")) as folder:
+        embedder.save_pretrained(folder)
+        (folder / "metrics.json").write_text(json.dumps(metrics, indent=2), encoding="utf-8")
+        (folder / "split.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+        write_card(args, folder, run, record)
+
+
+def finish(args, run: Run) -> None:
     """Mean and deviation over the seeds, on disk and on the screen."""
-    runs = state["runs"]
+    runs = run.state["runs"]
     summary = {}
     for name in ("top1", "top5", "map", "recall@10", "recall@50"):
-        values = [found[name] for found in runs]
+        values = [one[name] for one in runs]
         deviation = statistics.stdev(values) if len(values) > 1 else None
         summary[name] = {"mean": statistics.mean(values), "deviation": deviation}
         spread = "" if deviation is None else f" +- {deviation:.2%}"
         logger.info(f"{name}: {summary[name]['mean']:.2%}{spread} over {len(values)} seeds")
-    metrics = {"summary": summary, "runs": runs, "settings": state["settings"], "versions": versions()}
-    Path(args.output_dir, "metrics.json").write_text(json.dumps(metrics, indent=2), encoding="utf-8")
-    if guard.total:
-        logger.warning(f"{guard.total} steps were skipped: their loss or gradient was not finite")
-    print(Path(args.output_dir, f"seed-{args.seed}"))
+    metrics = {"summary": summary, "runs": runs, "settings": run.identity, "versions": versions()}
+    with replacing(args.output_dir) as folder:
+        (folder / "metrics.json").write_text(json.dumps(metrics, indent=2), encoding="utf-8")
+    if run.meter.skipped:
+        logger.warning(f"{run.meter.skipped} steps were skipped: their loss or gradient was not finite")
+    print(Path(args.output_dir, f"seed-{run.seed}"))
 
 
-def write_card(args, folder: Path, settings: dict, found: dict, record: dict) -> None:
+def write_card(args, folder: Path, run: Run, record: dict) -> None:
+    scores = run.state["runs"][-1]
     where = args.hub_model_id or "path/to/this/folder"
     on_hub = cards.dataset_id(args.dataset_name)
-    settings = {k: v for k, v in settings.items() if k not in ("dataset_name", "train_data_dir")}
     apart = f" by {args.group_column}" if args.group_column else ""
     snippet = f"""from PIL import Image
 from sketch_perceptual import SketchEmbedder
@@ -344,14 +367,14 @@ print(vectors @ vectors.T)  # cosine similarities"""
         ),
         title=f"Sketch embedder - {cards.model_name(args.hub_model_id, args.output_dir)}",
         description=f"Drawings to vectors of {args.embedding_dim} numbers and length 1 (Seo 2025, section 4.2), from"
-        f" {on_hub or 'a data set of its own'}. Of {found['queries']} drawings kept apart{apart}, which share no copy"
-        f" with the {record['train_images']} trained on, {found['top1']:.1%} find one of their class first among"
-        f" these, {found['top5']:.1%} among the first five; mean average precision {found['map']:.3f}."
+        f" {on_hub or 'a data set of its own'}. Of {scores['queries']} held-out drawings{apart}, which share no copy"
+        f" with the {record['train_images']} trained on, {scores['top1']:.1%} find one of their class first among"
+        f" these, {scores['top5']:.1%} among the first five; mean average precision {scores['map']:.3f}."
         f" {record['summary']}.",
         snippet=snippet,
-        options=settings | {"seed": found["seed"]},
+        options=run.record() | {"seed": scores["seed"]},
     )
 
 
 if __name__ == "__main__":
-    run(main, parse_args())
+    startup.run(main, parse_args())

@@ -20,6 +20,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from sketch_perceptual.networks import backbone as backbone_module
 from sketch_perceptual.networks.backbone import AttentionVGG16
+from sketch_perceptual.running import interruption
 
 ROOT = Path(__file__).parent.parent
 
@@ -92,8 +93,9 @@ def run_killed(driver, *options):
 @pytest.fixture
 def signals():
     """Puts back what a trainer does to signal handlers."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in interruption.SIGNALS}
     yield
+    interruption.defer(False)
     for number, handler in handlers.items():
         signal.signal(number, handler)
 

@@ -14,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from sketch_perceptual import arguments
 from sketch_perceptual.errors import InputError
-from sketch_perceptual.running import checkpoints, options, startup
+from sketch_perceptual.running import checkpoints, startup
 
 OPTIONS = """--pretrained_model_name_or_path {sd} --train_data_dir {drawings} --resolution 32 --perceptual_loss pixel
     --train_batch_size 1 --gradient_accumulation_steps 2 --seed 0 --report_to none --mixed_precision no --random_flip
@@ -35,17 +36,15 @@ def weights(folder):
 FULL = """
 import resource, sys
 import train_lora_sketch as script
-from sketch_perceptual.running import checkpoints
-from sketch_perceptual.running import options
 from sketch_perceptual.running import startup
 
-save, files = startup.Accelerator.save_state, []
-def full(self, folder):
+save, files = script.save_adapter, []
+def full(unet, folder):
     files.append(folder)
     if str(len(files)) == sys.argv[1]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
-    save(self, folder)
-startup.Accelerator.save_state = full
+    save(unet, folder)
+script.save_adapter = full
 if sys.argv[1] == "export":
     finish = script.finish
     def full_finish(*args):
@@ -103,12 +102,11 @@ def test_strategies_that_shard_are_refused_at_the_start(kind, monkeypatch, tmp_p
 @pytest.mark.parametrize(("limit", "fits"), [(None, False), (3, True)])
 def test_space_for_all_that_stays_is_asked_for(limit, fits, monkeypatch, tmp_path):
     monkeypatch.setattr(startup.shutil, "disk_usage", lambda path: SimpleNamespace(free=5e9))
-    args = argparse.Namespace(checkpoints_total_limit=limit, output_dir=tmp_path)
     if fits:
-        assert startup.check_space(args, 10, 1e9, 1e9) == "5.0 GB will be written, 5 are free"
+        assert startup.check_space(tmp_path, 10, limit, 1e9, 1e9) == "5.0 GB will be written, 5 are free"
     else:
-        with pytest.raises(InputError, match=r"has 5\.0 GB left and this run will write 11\.0; lower --checkpoints"):
-            startup.check_space(args, 10, 1e9, 1e9)
+        with pytest.raises(InputError, match=r"has 5\.0 GB left and this run will write 11\.0; lower `checkpoints"):
+            startup.check_space(tmp_path, 10, limit, 1e9, 1e9)
 
 
 @given(st.integers(-5, 5), st.one_of(st.integers(), st.floats(), st.text()))
@@ -119,7 +117,7 @@ def test_numbers_are_taken_if_they_are_finite_and_large_enough(minimum, value):
         except ValueError:
             continue  # argparse says so
         if expected - expected == 0 and expected >= minimum:
-            assert options.at_least(minimum, kind)(str(value)) == expected
+            assert arguments.at_least(minimum, kind)(str(value)) == expected
         else:
             with pytest.raises(argparse.ArgumentTypeError, match=f"must be a number of at least {minimum}"):
-                options.at_least(minimum, kind)(str(value))
+                arguments.at_least(minimum, kind)(str(value))

@@ -135,12 +135,12 @@ def test_the_mean_style_is_the_mean_over_all_drawings(options, network, sketches
     style_loss = StyleLoss(network)
     paths = sorted(sketches.iterdir())
     images = script.Images(paths, list(map(str, paths)))
-    mean = script.StyleTarget(args, style_loss, images)(step=5)
+    mean = script.StyleTarget(args, style_loss, images, 0)(step=5)
     each = [style_loss.grams(to_tensor(script.fit_image(images.image(n), 32))[None]) for n in range(3)]
     for name, gram in mean.items():
         torch.testing.assert_close(gram, sum(grams[name] for grams in each) / 3)
     args.style_target = "random"
-    draw = script.StyleTarget(args, style_loss, images)
+    draw = script.StyleTarget(args, style_loss, images, 0)
     seen = {float(draw(step)["relu1_2"].sum()) for step in range(20)}
     assert len(seen) == 3
     assert float(draw(4)["relu1_2"].sum()) == float(draw(4)["relu1_2"].sum())
@@ -151,7 +151,7 @@ def test_the_mean_style_is_the_mean_over_all_drawings(options, network, sketches
 )
 def test_an_interrupted_run_resumes_to_the_same_network(train, monkeypatch, more):
     straight = train(*more, output="straight")
-    seen, check = [], steps.NonFiniteGuard.is_finite
+    seen, check = [], steps.Meter.close
 
     def interrupt(self, *args):
         seen.append(args)
@@ -159,7 +159,7 @@ def test_an_interrupted_run_resumes_to_the_same_network(train, monkeypatch, more
             os.kill(os.getpid(), signal.SIGTERM)
         return check(self, *args)
 
-    monkeypatch.setattr(steps.NonFiniteGuard, "is_finite", interrupt)
+    monkeypatch.setattr(steps.Meter, "close", interrupt)
     with pytest.raises(SystemExit) as exit:
         train(*more)
     assert exit.value.code == 128 + signal.SIGTERM
@@ -173,7 +173,7 @@ def test_another_setting_cannot_resume_and_a_checkpoint_is_a_network(train):
     names = [path.name for path in checkpoints.find_checkpoints(run.folder)]
     assert names == ["checkpoint-4", "checkpoint-8"]
     assert fingerprint(load_johnson(run.folder / "checkpoint-8")) == fingerprint(load_johnson(run.folder))
-    with pytest.raises(InputError, match=r"was trained with style_weight=0\.3, this run has style_weight=5\.0"):
+    with pytest.raises(InputError, match=r"style_weight was 0\.3, is 5\.0"):
         train("--resume_from_checkpoint", "latest", "--style_weight", 5)
 
 
@@ -225,7 +225,7 @@ def test_blank_photos_are_left_out_and_a_blank_style_is_finite(train, photos, tm
         Image.new("RGB", (40, 40), colour).save(mixed / f"{colour}.png")
     run = train("--train_data_dir", mixed, "--style", mixed / "white.png")
     assert "2 near-constant photos are left out" in caplog.text
-    assert run.metrics["settings"]["photos"] == 7
+    assert run.metrics["settings"]["data"].startswith("7 photos, 1 drawings")
     assert all(np.isfinite(log["train_loss"]) and log["grad_norm"] < 1e6 for log in run.logs)
     for path in photos.iterdir():
         (mixed / path.name).unlink()
@@ -242,9 +242,9 @@ def test_a_paired_set_is_content_and_style(train, photos, sketches, network, tmp
             target.write_bytes(source.read_bytes())
     fixed = f"{SMALL} --paired_data_dir {root} --backbone {network}".split()
     run = train(fixed=fixed, output="paired")
-    assert (run.metrics["settings"]["photos"], run.metrics["settings"]["drawings"]) == (2, 2)
+    assert run.metrics["settings"]["data"].startswith("2 photos, 2 drawings")
     other = train("--train_data_dir", photos, fixed=fixed, output="other")
-    assert (other.metrics["settings"]["photos"], other.metrics["settings"]["drawings"]) == (7, 2)
+    assert other.metrics["settings"]["data"].startswith("7 photos, 2 drawings")
 
 
 def test_the_hub_gets_the_network_and_the_card_tells_how_it_was_made(train, monkeypatch):
@@ -275,7 +275,7 @@ def spy(*args):
         os.kill(os.getpid(), signal.SIGKILL)
     return losses(*args)
 script.transfer_losses = spy
-script.run(script.main, script.parse_args(sys.argv[3:]))
+script.startup.run(script.main, script.parse_args(sys.argv[3:]))
 torch.save(networks[0].state_dict(), f"{{sys.argv[1]}}/network-{{os.environ.get('RANK', 0)}}.pt")
 """
 

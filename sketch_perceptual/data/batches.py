@@ -1,6 +1,5 @@
 """The order of a training's images."""
 
-import argparse
 from collections.abc import Callable, Sequence
 
 import torch
@@ -22,18 +21,21 @@ class EpochSampler(torch.utils.data.Sampler):
         return iter([(self.epoch, index) for index in order.tolist()])
 
 
-def make_loader(args: argparse.Namespace, data, collate: Callable) -> tuple[EpochSampler, torch.utils.data.DataLoader]:
+def make_loader(
+    data: torch.utils.data.Dataset, batch_size: int, seed: int, collate: Callable, num_workers: int = 0, **options
+) -> tuple[torch.utils.data.DataLoader, EpochSampler]:
     """Batches of `data`, which is indexed by (epoch, index), and the sampler that orders them."""
-    sampler = EpochSampler(len(data), args.seed)
+    sampler = EpochSampler(len(data), seed)
     loader = torch.utils.data.DataLoader(
         data,
-        args.train_batch_size,
+        batch_size,
         sampler=sampler,
         collate_fn=collate,
-        num_workers=args.dataloader_num_workers,
-        persistent_workers=args.dataloader_num_workers > 0,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        **options,
     )
-    return sampler, loader
+    return loader, sampler
 
 
 def pk_batches(

@@ -4,9 +4,8 @@ import argparse
 from collections.abc import Callable
 
 import torch
-from accelerate import Accelerator
 
-from ..running.options import at_least
+from ..arguments import at_least
 from ..seeds import generator
 from .captions import CAPTION_TEMPLATE, captioned_dataset, captioned_folder
 from .folders import labelled_folder
@@ -44,12 +43,12 @@ def check_caption_options(parser: argparse.ArgumentParser, args: argparse.Namesp
 
 
 def add_class_options(parser: argparse.ArgumentParser, role: str) -> Callable:
-    """`add_data_options` and what drawings with classes need; `role` of the drawings that are kept apart."""
+    """`add_data_options` and what drawings with classes need; `role` of the held-out drawings."""
     add = add_data_options(parser)
     add("--train_data_dir", help="a folder with one folder of images a class; an ImageNet id is a class name too")
     add("--label_column", default="label", help="class labels, or names of classes")
     add("--group_column", help="images alike in it stay on one side of the split, e.g. those of one hand")
-    add("--validation_share", type=float, default=0.1, help=f"of the images, kept apart {role}")
+    add("--validation_share", type=float, default=0.1, help=f"held-out fraction of the images, {role}")
     return add
 
 
@@ -60,35 +59,33 @@ def check_class_options(parser: argparse.ArgumentParser, args: argparse.Namespac
         parser.error("--group_column needs --dataset_name: class folders have no columns")
 
 
-def choose_samples(args: argparse.Namespace, data: Images) -> Images:
-    """The random `--max_train_samples` of `data`, or all."""
-    if args.max_train_samples is None or args.max_train_samples >= len(data):
+def choose_samples(data: Images, count: int | None, seed: int) -> Images:
+    """A random choice of `count` of `data`, or all."""
+    if count is None or count >= len(data):
         return data
-    chosen = torch.randperm(len(data), generator=generator(args.seed, "samples"))[: args.max_train_samples]
+    chosen = torch.randperm(len(data), generator=generator(seed, "samples"))[:count]
     return data.select(sorted(chosen.tolist()))
 
 
-def load_captioned(args: argparse.Namespace, accelerator: Accelerator, **transform) -> CaptionedImages:
+def load_captioned(args: argparse.Namespace, seed: int, **transform) -> CaptionedImages:
     """The images that the options of `add_caption_options` name; `transform` are keywords of `CaptionedImages`."""
     names = ("caption_column", "caption_template", "default_caption", "on_missing_caption", "background")
-    options = {name: getattr(args, name) for name in names} | transform
+    options = {name: getattr(args, name) for name in names} | {"seed": seed} | transform
     if args.dataset_name is None:
         data = captioned_folder(args.train_data_dir, **options)
     else:
-        with accelerator.main_process_first():
-            rows = load_rows(args.dataset_name, args.dataset_config_name, args.train_data_dir, args.cache_dir)
+        rows = load_rows(args.dataset_name, args.dataset_config_name, args.train_data_dir, args.cache_dir)
         data = captioned_dataset(rows, name=args.dataset_name, image_column=args.image_column, **options)
-    return choose_samples(args, data)
+    return choose_samples(data, args.max_train_samples, seed)
 
 
-def load_labelled(args: argparse.Namespace, accelerator: Accelerator, **options) -> LabelledImages:
+def load_labelled(args: argparse.Namespace, seed: int, **options) -> LabelledImages:
     """The drawings that the options of `add_class_options` name; `options` are the keywords of `LabelledImages`."""
-    options["background"] = args.background
+    options |= {"background": args.background, "seed": seed}
     if args.dataset_name is None:
         data = labelled_folder(args.train_data_dir, **options)
     else:
-        with accelerator.main_process_first():
-            rows = load_rows(args.dataset_name, args.dataset_config_name, args.train_data_dir, args.cache_dir)
+        rows = load_rows(args.dataset_name, args.dataset_config_name, args.train_data_dir, args.cache_dir)
         columns = {name: getattr(args, name) for name in ("image_column", "label_column", "group_column")}
         data = labelled_dataset(rows, name=args.dataset_name, **columns, **options)
-    return choose_samples(args, data)
+    return choose_samples(data, args.max_train_samples, seed)

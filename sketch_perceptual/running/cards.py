@@ -1,7 +1,9 @@
 """Cards and uploads."""
 
+import argparse
 from pathlib import Path
 
+from accelerate import Accelerator
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError
 
@@ -56,13 +58,16 @@ def dataset_id(name: str | None) -> str | None:
     return name if name and not Path(name).exists() else None
 
 
-def create_repo(repo_id: str, token: str | None) -> str:
-    """Create the repository, or find it, before training; its full id."""
+def create_repo(args: argparse.Namespace, accelerator: Accelerator) -> str | None:
+    """With --push_to_hub, create the repository, or find it, before training; its full id on the main process."""
+    if not (args.push_to_hub and accelerator.is_main_process):
+        return None
+    repo_id, token = model_name(args.hub_model_id, args.output_dir), args.hub_token
     try:
         return HfApi(token=token).create_repo(repo_id, exist_ok=True).repo_id
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise InputError(
-            f"--push_to_hub cannot reach {repo_id} ({_one_line(error)}); log in with `hf auth login` or train without"
+            f"`push_to_hub` cannot reach {repo_id} ({_one_line(error)}); log in with `hf auth login` or train without"
         ) from error
 
 

@@ -1,6 +1,6 @@
-"""Saving, finding, resuming."""
+"""Checkpoints on disk: written whole, found, proved to be as they were written."""
 
-import argparse
+import hashlib
 import json
 import os
 import re
@@ -9,107 +9,129 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from accelerate.logging import get_logger
-from safetensors import SafetensorError
 
-from ..errors import InputError, first_line
+from ..errors import InputError
+from .files import checksum, files_in
 
 logger = get_logger(__name__, log_level="INFO")
 
 STATE_FILE = "training_state.json"  # written last: a checkpoint without it is not complete
+OPTIMIZER_FILE = "optimizer.safetensors"
+VERSION = 1  # of the layout of a checkpoint
 
 
-def keep_whole(accelerator: Accelerator, load: Callable[[str], torch.nn.Module]) -> None:
-    """From now on checkpoints hold the model as its `save_pretrained` writes it; `load` reads such a folder."""
-
-    def save_model(models, weights, output_dir):
-        weights.clear()
-        if accelerator.is_main_process:
-            accelerator.unwrap_model(models[0]).save_pretrained(output_dir)
-
-    def load_model(models, input_dir):
-        accelerator.unwrap_model(models.pop()).load_state_dict(load(input_dir).state_dict())
-
-    accelerator.register_save_state_pre_hook(save_model)
-    accelerator.register_load_state_pre_hook(load_model)
-
-
-def save_checkpoint(accelerator: Accelerator, args: argparse.Namespace, state: dict) -> Path:
-    """Write `checkpoint-N` for `state["global_step"]` aside, rename it when complete, and only then drop old ones.
-
-    Call it on all processes. Returns where it is.
-    """
-    final = Path(args.output_dir, f"checkpoint-{state['global_step']}")
+def write_checkpoint(final: Path, write_weights: Callable[[Path], None], state: dict) -> None:
+    """Write into a folder aside, with a checksum of each file, and move it to `final` when it is complete."""
     partial = final.with_name(f".{final.name}.partial")
-    if accelerator.is_main_process:
-        for abandoned in final.parent.glob(".checkpoint-*.partial"):
-            shutil.rmtree(abandoned)
-    accelerator.wait_for_everyone()
-    try:
-        accelerator.save_state(str(partial))
-    except (OSError, SafetensorError, RuntimeError) as error:  # torch.save's is a RuntimeError
-        raise InputError(
-            f"{final} could not be written: {first_line(error)}. Older checkpoints are as they were: make room and"
-            " go on with --resume_from_checkpoint latest"
-        ) from error
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        (partial / STATE_FILE).write_text(json.dumps(state, indent=2), encoding="utf-8")
-        for path in filter(Path.is_file, partial.rglob("*")):
-            with path.open("r+b") as file:
-                os.fsync(file.fileno())
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        if args.checkpoints_total_limit is not None:
-            others = [path for path in find_checkpoints(args.output_dir) if path != final]
-            for old in others[: max(0, len(others) + 1 - args.checkpoints_total_limit)]:
-                shutil.rmtree(old)
-    accelerator.wait_for_everyone()
-    return final
-
-
-def load_checkpoint(accelerator: Accelerator, args: argparse.Namespace, settings: dict) -> dict | None:
-    """Resume as `--resume_from_checkpoint` says; the saved state, or None to start from the beginning.
-
-    `settings` are the options that a resumed run must share with the saved one.
-    """
-    path = _choose_checkpoint(args)
-    if path is None:
-        return None
-    state = _read_state(path)
-    for name, now in settings.items():
-        if (saved := state["settings"].get(name)) != now:
-            raise InputError(
-                f"{path} was trained with {name}={saved}, this run has {name}={now}; they must be the same"
-            )
-    accelerator.load_state(str(path))
-    logger.info(f"resumed from {path}")
-    return state
+    for abandoned in final.parent.glob(".checkpoint-*.partial"):
+        shutil.rmtree(abandoned)
+    partial.mkdir()
+    write_weights(partial)
+    files = {str(path.relative_to(partial)): checksum(path) for path in files_in(partial)}
+    text = json.dumps({"version": VERSION} | state | {"files": files}, indent=1)
+    check = hashlib.sha256(text.encode()).hexdigest()
+    (partial / STATE_FILE).write_text(f"{check}\n{text}", encoding="utf-8")
+    for path in files_in(partial):
+        with path.open("r+b") as file:
+            os.fsync(file.fileno())
+    replaced = final.with_name(f"{final.name}.replaced")
+    if final.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        final.rename(replaced)  # which is found in its place until the next line
+    partial.rename(final)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def find_checkpoints(output_dir: str | Path) -> list[Path]:
     """The complete checkpoints of a folder, oldest first."""
-    found = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    complete = [path for path in found if (path / STATE_FILE).is_file()]
-    return sorted(complete, key=lambda path: int(path.name.split("-")[1]))
+    found = {}
+    for path in sorted(Path(output_dir).glob("checkpoint-*"), reverse=True):  # .replaced first
+        name = re.fullmatch(r"checkpoint-(\d+)(\.replaced)?", path.name)
+        if name and (path / STATE_FILE).is_file():
+            found[int(name[1])] = path
+    return [found[step] for step in sorted(found)]
 
 
-def _choose_checkpoint(args: argparse.Namespace) -> Path | None:
-    if args.resume_from_checkpoint is None:
-        return None
-    complete = find_checkpoints(args.output_dir)
-    if args.resume_from_checkpoint == "latest":
-        if not complete:
-            logger.warning(f"no complete checkpoint in {args.output_dir}: starting from the beginning")
-        return complete[-1] if complete else None
-    for path in (Path(args.resume_from_checkpoint), Path(args.output_dir, args.resume_from_checkpoint)):
+def read_checkpoint(path: Path) -> dict:
+    """Its state, after every file has proved to be as it was written; InputError names the one that is not."""
+    try:
+        check, _, text = (path / STATE_FILE).read_text(encoding="utf-8").partition("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path / STATE_FILE} cannot be read: {error}") from error
+    if check.strip() == "{":
+        raise InputError(f"{path} was written by an older version and cannot be resumed; start again")
+    if hashlib.sha256(text.encode()).hexdigest() != check:
+        raise InputError(f"{path / STATE_FILE} is damaged")
+    state = json.loads(text)
+    if state["version"] != VERSION:
+        raise InputError(f"{path} has layout {state['version']}, this version reads {VERSION}")
+    for name, check in state["files"].items():
+        if not (path / name).is_file():
+            raise InputError(f"{path / name} is missing")
+        if checksum(path / name) != check:
+            raise InputError(f"{path / name} is damaged")
+    return state
+
+
+def place(lr_scheduler: torch.optim.lr_scheduler.LambdaLR, step: int) -> None:
+    """The rates of a step, by the schedule and the rate of this run."""
+    lr_scheduler.last_epoch = step
+    rates = [base * factor(step) for base, factor in zip(lr_scheduler.base_lrs, lr_scheduler.lr_lambdas, strict=True)]
+    for group, rate in zip(lr_scheduler.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    lr_scheduler._last_lr = rates
+
+
+def flatten(state: dict) -> tuple[dict[str, torch.Tensor], dict]:
+    """An optimizer's state as tensors by name, and what is no tensor."""
+    tensors, numbers = {}, {}
+    for weight, values in state.items():
+        for name, value in values.items():
+            if torch.is_tensor(value):
+                tensors[f"{weight}.{name}"] = value.detach().cpu().contiguous()
+            else:
+                numbers[f"{weight}.{name}"] = value
+    return tensors, numbers
+
+
+def unflatten(tensors: dict[str, torch.Tensor], numbers: dict) -> dict:
+    state: dict[int, dict] = {}
+    for key, value in (tensors | numbers).items():
+        weight, name = key.split(".", 1)
+        state.setdefault(int(weight), {})[name] = value
+    return state
+
+
+def choose(folder: Path, resume_from: str | None) -> tuple[Path | None, dict | None]:
+    """The checkpoint to resume from and its state; None for a run from the beginning, which has to be one."""
+    complete = find_checkpoints(folder)
+    if resume_from is None:
+        _check_unused(folder, complete)
+        return None, None
+    if resume_from == "latest":
+        for path in reversed(complete):
+            try:
+                return path, read_checkpoint(path)
+            except InputError as error:
+                logger.warning(f"{error}: trying the one before")
+        if complete:
+            raise InputError(f"no checkpoint in {folder} can be read; start again in another folder")
+        logger.warning(f"no complete checkpoint in {folder}: starting from the beginning")
+        return None, None
+    for path in (Path(resume_from), folder / resume_from):
         if (path / STATE_FILE).is_file():
-            return path
+            return path, read_checkpoint(path)
     names = ", ".join(path.name for path in complete) or "none"
-    name = args.resume_from_checkpoint
-    raise InputError(f"--resume_from_checkpoint {name} is no complete checkpoint; {args.output_dir} has {names}")
+    raise InputError(f"`resume_from_checkpoint` {resume_from} is no complete checkpoint; {folder} has {names}")
 
 
-def _read_state(checkpoint: Path) -> dict:
-    return json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+def _check_unused(folder: Path, complete: list[Path]) -> None:
+    if complete:
+        raise InputError(
+            f"`output_dir` {folder} holds {complete[-1].name} of another training: go on with it by"
+            " `resume_from_checkpoint` latest, or choose another folder"
+        )
+    results = [path.relative_to(folder) for path in folder.rglob("*.safetensors")]
+    if names := sorted(str(path) for path in results if not path.parts[0].startswith(".")):
+        logger.warning(f"{folder} holds {names[0]} of another training, which this one will replace")

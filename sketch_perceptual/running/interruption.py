@@ -1,21 +1,118 @@
-"""Stopping in order."""
+"""Being told to stop: by Ctrl-C or another signal, or because the launcher that started the script has gone."""
 
+import contextlib
+import os
 import signal
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Iterator
+
+import psutil
+
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+LAUNCHERS = ("accelerate", "torchrun", "torch.distributed")
 
 
-def catch_signals() -> Callable[[], int]:
-    """From now on Ctrl-C and SIGTERM only take note; returns a function that tells which came, 0 for none.
+class Interrupted(BaseException):
+    """The signal `number` came; no Exception, so that nothing that handles errors swallows it."""
 
-    A second Ctrl-C interrupts at once.
-    """
-    received = 0
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = number
 
-    def note(number, frame):
-        nonlocal received
-        received = number
-        signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, note)
-    return lambda: received
+class _State:
+    received = 0  # the signal that waits for the end of a step
+    deferred = False
+
+
+def install() -> None:
+    """From now on signals raise `Interrupted`, or wait while they are deferred; the launcher is watched."""
+    if threading.current_thread() is not threading.main_thread():
+        return
+    for number in SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup sets it
+            signal.signal(number, _note)
+    _State.received, _State.deferred = 0, False
+    _watch_launcher()
+
+
+def received() -> int:
+    """The signal that came while signals were deferred; 0: none."""
+    return _State.received
+
+
+def defer(deferred: bool = True) -> None:
+    """Whether a signal waits until somebody asks for it; a second Ctrl-C never does."""
+    _State.deferred = deferred
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Leave the block at once when a signal comes, as if it had come right after it."""
+    deferred, _State.deferred = _State.deferred, False
+    try:
+        yield
+    except Interrupted as stop:
+        _State.received = stop.number
+    finally:
+        _State.deferred = deferred
+
+
+def launcher() -> int | None:
+    """The process id of the accelerate or torchrun that started this script."""
+    parent = os.getppid()
+    try:
+        words = psutil.Process(parent).cmdline()
+    except psutil.Error:
+        return None
+    return parent if any(name in word for word in words[:4] for name in LAUNCHERS) else None
+
+
+@contextlib.contextmanager
+def held_back() -> Iterator[None]:
+    """Signals arrive after the block; processes that are started in it are born without them."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def ignore_in_worker(worker: int) -> None:
+    """For a DataLoader's `worker_init_fn`: only the main process ends a worker, since it still needs its images."""
+    for number in set(SIGNALS) - {signal.SIGTERM}:
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with_parent(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
+
+
+def _note(number: int, frame) -> None:
+    again = _State.received and number == signal.SIGINT
+    if _State.deferred and not again:
+        _State.received = number
+    else:
+        raise Interrupted(number)
+
+
+def _watch_launcher() -> None:
+    parent = launcher()
+    if parent is None or any(thread.name == "launcher" for thread in threading.enumerate()):
+        return
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, name="launcher", daemon=True).start()

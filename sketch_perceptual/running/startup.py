@@ -7,8 +7,8 @@ import logging
 import os
 import platform
 import re
-import secrets
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Callable
@@ -20,39 +20,48 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import (
-    DistributedType,
-    InitProcessGroupKwargs,
-    ProjectConfiguration,
-    broadcast_object_list,
-    set_seed,
-)
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration, set_seed
 from safetensors import SafetensorError
 
 from ..errors import InputError, first_line
-from .checkpoints import _choose_checkpoint, _read_state
+from . import interruption
+from .console import protect_console
+from .identity import identity_of
+from .run import Run
+from .trackers import check_trackers
 
 logger = get_logger(__name__, log_level="INFO")
 
 PATIENCE = timedelta(hours=2)  # the other processes wait while the main one draws or exports
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "gloo")
 
 
 def run(main: Callable, args: argparse.Namespace) -> None:
-    """Call `main(args)`; a user's mistake ends in a sentence and exit code 2, a loss that stays non-finite in 3."""
+    """Call `main(args)`. What ends a script early ends it with a sentence and an exit code of its own.
+
+    2: a user's mistake or a full disk; 3: a loss or weights that are not finite; 128 + n: signal n.
+    """
+    protect_console()
+    interruption.install()
     try:
+        if interruption.launcher() and getattr(args, "hub_token", None):
+            _refuse_token()
         main(args)
     except InputError as error:
-        print(f"{Path(sys.argv[0]).name}: error: {in_options(str(error), args)}", file=sys.stderr)
-        sys.exit(2)
+        _end(2, f"error: {in_options(str(error), args)}")
     except FloatingPointError as error:
-        print(f"{Path(sys.argv[0]).name}: training stopped: {error}", file=sys.stderr)
-        sys.exit(3)
+        _end(3, f"training stopped: {in_options(str(error), args)}")
+    except interruption.Interrupted as stop:
+        _end(128 + stop.number, f"interrupted by {signal.Signals(stop.number).name}")
     except (OSError, SafetensorError) as error:
         if not any(os.strerror(number) in str(error) for number in NO_ROOM):
             raise
-        print(f"{Path(sys.argv[0]).name}: error: {first_line(error)}", file=sys.stderr)
-        sys.exit(2)
+        _end(2, f"error: {first_line(error)}")
+    except RuntimeError as error:
+        if not (torch.distributed.is_initialized() and any(sign in str(error) for sign in LOST)):
+            raise
+        _end(1, f"error: another process of this run has ended; its message is above ({first_line(error)})")
 
 
 def in_options(message: str, args: argparse.Namespace) -> str:
@@ -60,41 +69,30 @@ def in_options(message: str, args: argparse.Namespace) -> str:
     return re.sub(r"`(\w+)`", lambda name: f"--{name[1]}" if name[1] in args else name[0], message)
 
 
-def on_main(accelerator: Accelerator, function: Callable, *arguments):
-    """`function(*arguments)` on the main process; its result, or its InputError, on all."""
-    outcome = [None, None]
-    if accelerator.is_main_process:
-        try:
-            outcome = [function(*arguments), None]
-        except InputError as error:
-            outcome = [None, str(error)]
-    result, message = broadcast_object_list(outcome)
-    if message is not None:
-        raise InputError(message)
-    return result
+def start(args: argparse.Namespace) -> Run:
+    """The run of a trainer, after what can be checked first: trackers, precision, strategy, the folder, a resume.
 
-
-def start(args: argparse.Namespace) -> Accelerator:
-    """The accelerator, after what can be checked first: trackers, precision, strategy, a folder to write to.
-
-    Seeds every process alike; `args.seed` is drawn, and the same on all, where none was given.
+    Seeds every process alike.
     """
-    if args.report_to in ("wandb", "all") and args.hub_token is not None:
-        raise InputError("--hub_token would be shown to wandb; use `hf auth login` instead")
+    interruption.install()
+    trackers = [] if args.report_to == "none" else [args.report_to]
+    check_trackers(trackers)
+    if trackers and args.report_to in ("wandb", "all") and args.hub_token is not None:
+        raise InputError("`hub_token` would be shown to wandb; use `hf auth login` instead")
     if args.hub_token is not None:  # trackers may keep the command line
         sys.argv = [argument.replace(args.hub_token, "***") for argument in sys.argv]
     try:
         accelerator = Accelerator(
             gradient_accumulation_steps=args.gradient_accumulation_steps,
             mixed_precision=args.mixed_precision,
-            log_with=None if args.report_to == "none" else args.report_to,
+            log_with=trackers or None,
             kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
             project_config=ProjectConfiguration(
                 args.output_dir, logging_dir=str(Path(args.output_dir, args.logging_dir))
             ),
         )
     except (ValueError, ImportError) as error:
-        raise InputError(f"accelerate refuses --mixed_precision or --report_to: {error}") from error
+        raise InputError(f"accelerate refuses `mixed_precision` or `report_to`: {error}") from error
     if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM):
         raise InputError(
             f"{accelerator.distributed_type.value} shards what these scripts keep whole; use plain data parallelism:"
@@ -104,20 +102,23 @@ def start(args: argparse.Namespace) -> Accelerator:
     if args.hub_token is not None:
         logger.warning("--hub_token stands in the list of processes while this runs; use `hf auth login` instead")
     check_writable(Path(args.output_dir))
-    if args.seed is None:
-        checkpoint = _choose_checkpoint(args)
-        args.seed = _read_state(checkpoint)["settings"]["seed"] if checkpoint else secrets.randbelow(2**31)
-    args.seed = broadcast_object_list([args.seed])[0]
-    set_seed(args.seed)
+    run = Run(
+        accelerator,
+        args.output_dir,
+        identity_of(args, accelerator),
+        resume_from=args.resume_from_checkpoint,
+        resume_with=args.resume_with,
+        total_limit=args.checkpoints_total_limit,
+    )
+    set_seed(run.seed)
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
-    if args.scale_lr:
-        args.learning_rate *= args.gradient_accumulation_steps * args.train_batch_size * accelerator.num_processes
-    return accelerator
+    return run
 
 
 def start_logging(accelerator: Accelerator) -> None:
     """Times and levels on the screen, from the main process; of the libraries only what is wrong."""
+    logging.raiseExceptions = False  # a console that has gone ends nothing
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger().setLevel(logging.INFO if accelerator.is_main_process else logging.WARNING)
     logging.captureWarnings(True)
@@ -132,29 +133,29 @@ def silence(library: ModuleType) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Make the folder of `--output_dir`; InputError if nothing can be written there."""
+    """Make the folder of `output_dir`; InputError if nothing can be written there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise InputError(f"--output_dir {folder} cannot be written to: {error.strerror}") from error
+        raise InputError(f"`output_dir` {folder} cannot be written to: {error.strerror}") from error
 
 
-def check_space(args: argparse.Namespace, saves: int, checkpoint: float, result: float) -> str:
+def check_space(output_dir: str | Path, saves: int, total_limit: int | None, checkpoint: float, result: float) -> str:
     """How many bytes a run will write and how many are free, in words; InputError if it is too many.
 
     Args:
-        saves: how many checkpoints the run writes if none goes.
+        saves: how many checkpoints the run writes if none goes; `total_limit`, how many stay.
         checkpoint, result: bytes of each, and of what stays beside them.
     """
-    if args.checkpoints_total_limit is not None:
-        saves = min(saves, args.checkpoints_total_limit + 1)  # the oldest goes only when the newest is complete
-    needed, free = saves * checkpoint + result, shutil.disk_usage(args.output_dir).free
+    if total_limit is not None:
+        saves = min(saves, total_limit + 1)  # the oldest goes only when the newest is complete
+    needed, free = saves * checkpoint + result, shutil.disk_usage(output_dir).free
     if needed > free:
         raise InputError(
-            f"--output_dir {args.output_dir} has {free / 1e9:.1f} GB left and this run will write {needed / 1e9:.1f};"
-            " lower --checkpoints_total_limit or choose another folder"
+            f"`output_dir` {output_dir} has {free / 1e9:.1f} GB left and this run will write {needed / 1e9:.1f}; lower"
+            " `checkpoints_total_limit` or choose another folder"
         )
     return f"{needed / 1e9:.1f} GB will be written, {free / 1e9:.0f} are free"
 
@@ -164,3 +165,20 @@ def versions() -> dict[str, str]:
     own = {"python": platform.python_version(), "sketch-perceptual": sys.modules["sketch_perceptual"].__version__}
     names = ("torch", "torchvision", "Pillow", "accelerate", "datasets", "diffusers", "transformers", "peft")
     return own | {name: importlib.metadata.version(name) for name in names}
+
+
+def _end(code: int, message: str) -> None:
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _refuse_token() -> None:
+    """A launcher prints the command line of a script that fails, so it has to go first."""
+    print(
+        f"{Path(sys.argv[0]).name}: error: --hub_token would be printed by the launcher of this script; use"
+        " `hf auth login` or the environment variable HF_TOKEN",
+        file=sys.stderr,
+        flush=True,
+    )
+    os.kill(interruption.launcher(), signal.SIGTERM)
+    os._exit(2)

@@ -1,0 +1,31 @@
+"""Types of command-line arguments."""
+
+import argparse
+import math
+from collections.abc import Callable
+
+
+def at_least(minimum, kind=int) -> Callable[[str], int | float]:
+    """An argparse type: a finite number no smaller than `minimum`."""
+    return _number(kind, lambda value: value >= minimum, f"of at least {minimum}")
+
+
+def above(minimum: float) -> Callable[[str], float]:
+    """An argparse type: a finite number greater than `minimum`."""
+    return _number(float, lambda value: value > minimum, f"above {minimum:g}")
+
+
+def fraction(text: str) -> float:
+    """An argparse type: a number from 0 to below 1."""
+    return _number(float, lambda value: 0 <= value < 1, "from 0 to below 1")(text)
+
+
+def _number(kind, is_right: Callable, words: str) -> Callable[[str], int | float]:
+    def number(text: str):
+        value = kind(text)
+        if not (math.isfinite(value) and is_right(value)):
+            raise argparse.ArgumentTypeError(f"must be a number {words}, got {text}")
+        return value
+
+    number.__name__ = kind.__name__
+    return number

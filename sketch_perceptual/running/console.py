@@ -1,0 +1,42 @@
+"""Output never ends a run: not a pipe that is closed, not a letter that the console does not have."""
+
+import contextlib
+import os
+import sys
+
+
+class _Console:
+    """A text stream that goes silent when nobody reads it any more."""
+
+    def __init__(self, stream):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with self._guard():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._guard():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _guard(self):
+        try:
+            yield
+        except (OSError, ValueError):  # closed, or no room in its file
+            with contextlib.suppress(OSError, ValueError):  # or the interpreter complains once more at its end
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+    def __getattr__(self, name: str):
+        return getattr(self._stream, name)
+
+
+def protect_console() -> None:
+    """Letters that the console does not have are escaped from now on, and a closed pipe is no error."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if isinstance(stream, _Console) or not hasattr(stream, "reconfigure"):
+            continue
+        stream.reconfigure(errors="backslashreplace")
+        setattr(sys, name, _Console(stream))
