@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import torch
 from PIL import Image, ImageOps
@@ -66,7 +67,8 @@ def main(argv: list[str] | None = None) -> None:
 def compare(args: argparse.Namespace) -> dict:
     """The distance of each pair, and what it was measured with; writes the figure."""
     loss = PerceptualLoss(args.backbone, args.layers, resolution=args.resolution)
-    pairs, rows = [], {}
+    pairs: list[dict[str, Any]] = []
+    rows = {}
     for first, second in find_pairs(args.first, args.second):
         images = same_size(first, second, args.fit, args.background)
         a, b = (to_tensor(image)[None] for image in images)

@@ -137,7 +137,7 @@ class Scene:
     def __init__(self, key):
         self.rng = random.Random(key)  # a text is seeded through SHA-512: the same in every process
         self.shapes, self.colours, self.sky = [], {}, None
-        self.plain, self.place = True, np.array
+        self.plain, self.place = True, lambda points: np.array(points)
         self.waves = [(self.u(5, 9), self.u(0, 6), self.u(5, 9), self.u(0, 6)) for _ in range(2)]
 
     def u(self, low, high):
@@ -657,7 +657,8 @@ def _photo(scene, size):
             _paint_path(ImageDraw.Draw(image), points, [width] * len(points), tuple(colour.astype(int)))
             continue
         corner = np.floor(points.min(0)).astype(int)
-        box = tuple(int(n) for n in np.ceil(points.max(0)).astype(int) - corner + 1)
+        across, down = (np.ceil(points.max(0)).astype(int) - corner + 1).tolist()
+        box = across, down
         mask = Image.new("L", box)
         ImageDraw.Draw(mask).polygon([tuple(p) for p in points - corner], fill=255)
         lit = colour + 0.35 * (255 - colour)

@@ -17,7 +17,7 @@ def in_options(message: str, args: argparse.Namespace) -> str:
     return re.sub(r"`(\w+)`", lambda name: f"--{name[1]}" if name[1] in args else name[0], message)
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What an error of a library says, shortly."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 

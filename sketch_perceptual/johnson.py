@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator
 from itertools import groupby, islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -107,11 +108,12 @@ def output_name(name: str) -> str:
 
 
 def save(image: Image.Image, path: Path, alpha: Image.Image | None, exif: bytes) -> None:
+    options: dict[str, Any] = {"exif": exif} if exif else {}
     if alpha is not None:
         image.putalpha(alpha)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        image.save(path, quality=95, lossless=True, **({"exif": exif} if exif else {}))
+        image.save(path, quality=95, lossless=True, **options)
     except (OSError, ValueError) as error:
         raise InputError(f"`output` {path} cannot be written: {error}") from error
 

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
@@ -10,6 +10,8 @@ from torchvision.transforms import RandomResizedCrop
 
 from ..seeds import generator
 from .images import Source, fit_image, load_image, to_tensor
+
+Kind = TypeVar("Kind", bound="Images")
 
 
 class Images(torch.utils.data.Dataset):
@@ -21,7 +23,7 @@ class Images(torch.utils.data.Dataset):
         background: see `load_image`.
     """
 
-    fit: str | None = None
+    fit = ""  # how images become squares, where they do
 
     def __init__(self, sources: Sequence[Source], names: Sequence[str], background: str = "white"):
         self.sources, self.names, self.background = sources, names, background
@@ -37,7 +39,7 @@ class Images(torch.utils.data.Dataset):
     def name(self, index: int) -> str:
         return self.names[self.rows[index]]
 
-    def select(self, indices: Iterable[int]):
+    def select(self: Kind, indices: Iterable[int]) -> Kind:
         """The items at `indices`; each keeps its identity and so its random draws."""
         subset = copy.copy(self)
         subset.rows = [self.rows[index] for index in indices]
@@ -91,7 +93,7 @@ class CaptionedImages(Images):
         place, flip, choice = torch.rand(3, generator=generator(self.seed, int(epoch), row)).tolist()
         flipped = self.random_flip and flip < 0.5
         captions = self.captions[row]
-        example = {"caption": captions[int(choice * len(captions))], "name": self.name(index)}
+        example: dict[str, Any] = {"caption": captions[int(choice * len(captions))], "name": self.name(index)}
         if self.moments is not None:
             example["moments"] = self.moments(index, flipped)
         if self.with_pixels:
@@ -143,7 +145,7 @@ class LabelledImages(Images):
 
     @property
     def groups(self) -> list[str] | None:
-        return self._groups and [self._groups[row] for row in self.rows]
+        return None if self._groups is None else [self._groups[row] for row in self.rows]
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         epoch, index = key

@@ -225,7 +225,7 @@ def _crop_box(
         start = round((resized - resolution) * fraction)  # whole pixels: half a pixel would blur the lines
         low.append(start * side / resized)
         high.append((start + resolution) * side / resized)
-    return (*low, *high)
+    return low[0], low[1], high[0], high[1]
 
 
 def _colour(background: str) -> tuple[int, int, int]:

@@ -74,7 +74,7 @@ def find_pairs(root: str | Path, part: str | None = None, style: int | None = No
         folder, layout, pairs = _twins(places, part)
     if style is not None and layout != "FS2K":
         raise InputError(f"{folder} is not FS2K ({layout}) and has no styles: ask for no style.")
-    what = ", ".join(filter(None, [layout, part, style and f"style {style}"]))
+    what = ", ".join(filter(None, [layout, part, f"style {style}" if style else None]))
     if not pairs:
         raise InputError(f"there are no such pairs in {folder}: {what}.")
     names = sorted(pairs)

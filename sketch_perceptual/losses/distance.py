@@ -66,7 +66,7 @@ class PerceptualLoss(ImageLoss):
         learned = {name: values["weight"] for name, values in self.calibration.items() if "weight" in values}
         return [learned[name] if set(learned) == set(self.layers) else 1.0 for name in self.layers]
 
-    def forward(self, images: Tensor, target: Tensor, *, per_layer: bool = False, spatial: bool = False):
+    def forward(self, images: Tensor, target: Tensor, *, per_layer: bool = False, spatial: bool = False):  # type: ignore[override]
         """The distance (B,); or, before they are weighted and added, that of each layer; or where it lies.
 
         Args:
@@ -80,7 +80,9 @@ class PerceptualLoss(ImageLoss):
             return layers
         return sum(self.layer_weights[name] * value for name, value in layers.items())
 
-    def compare(self, images: Tensor, target: Tensor, spatial: torch.Size | None) -> dict[str, Tensor]:
+    def compare(  # type: ignore[override]
+        self, images: Tensor, target: Tensor, spatial: torch.Size | None
+    ) -> dict[str, Tensor]:
         with torch.no_grad():
             wanted = self.backbone.taps(target, self.layers)
         values = {}

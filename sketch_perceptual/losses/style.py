@@ -45,10 +45,11 @@ class StyleLoss(ImageLoss):
     def distance(self, grams: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> Tensor:
         """The loss of Gram matrices, (B,); those that are wanted may be (C, C) or (1, C, C) for all rows."""
         layers = (gram_distance(grams[name], wanted[name]) / self.calibration[name]["gram"] for name in self.layers)
-        return sum(layers) / len(self.layers)
+        return sum(layers, torch.zeros(())) / len(self.layers)
 
 
 def total_variation(images: Tensor) -> Tensor:
     """(B, C, H, W) -> (B,): mean squared difference of neighbours, to the right and below; 0 on one colour."""
     x = images.float()
-    return sum(difference.square().flatten(1).mean(1) for difference in (x.diff(dim=2), x.diff(dim=3)))
+    down, right = (difference.square().flatten(1).mean(1) for difference in (x.diff(dim=2), x.diff(dim=3)))
+    return down + right

@@ -2,7 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice, pairwise
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import ClassVar
 
@@ -73,6 +73,8 @@ class AttentionVGG16(
     Images are RGB in [-1, 1], (B, 3, H, W); ImageNet's normalisation happens inside.
     """
 
+    mean: Tensor
+    std: Tensor
     noun = "backbone"
     sources = f'{HubModel.sources}, a .safetensors with VGG-16 weights, or "imagenet"'
     rules: ClassVar = {
@@ -114,7 +116,9 @@ class AttentionVGG16(
                 self.tap_index[f"relu{stage}_{number}"] = len(self.features) - 1
                 channels = width
             attends = attention == "cbam" and stage in ATTENTION_STAGES
-            block = OrderedDict(attention=CBAM(channels, reduction, spatial_kernel)) if attends else OrderedDict()
+            block: OrderedDict[str, nn.Module] = OrderedDict()
+            if attends:
+                block["attention"] = CBAM(channels, reduction, spatial_kernel)
             if pool_after_attention or not attends:
                 block["pool"] = nn.MaxPool2d(2, 2)
             self.features.append(nn.Sequential(block))
@@ -122,7 +126,7 @@ class AttentionVGG16(
         if last_layer is not None:
             self.features = self.features[: self.tap_index[last_layer] + 1]
             self.tap_index = {name: index for name, index in self.tap_index.items() if index < len(self.features)}
-            channels = self.features[-2].out_channels
+            channels = dict(zip(LAYERS, chain(*STAGES), strict=True))[last_layer]
         self.avgpool = nn.AdaptiveAvgPool2d(1 if num_classes and head == "linear" else 7)
         self.classifier = _classifier(channels, num_classes, head) if num_classes else nn.Identity()
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)
@@ -131,11 +135,11 @@ class AttentionVGG16(
     @property
     def calibration(self) -> dict[str, dict]:
         """Layer -> what `losses.calibrate` measured there; saved with the network, empty until then."""
-        return self._hub_mixin_config.get("calibration") or {}
+        return self.settings.get("calibration") or {}
 
     @calibration.setter
     def calibration(self, measured: dict[str, dict]) -> None:
-        self._hub_mixin_config["calibration"] = measured
+        self.settings["calibration"] = measured
 
     def normalize(self, images: Tensor) -> Tensor:
         """[-1, 1] to ImageNet's normalisation."""
@@ -206,7 +210,7 @@ class AttentionVGG16(
 
         `network.truncate("relu4_3").half().save_pretrained(folder)` is how the bundled backbone was stored.
         """
-        config = self._hub_mixin_config | {"num_classes": 0, "classes": None, "last_layer": last_layer}
+        config = self.settings | {"num_classes": 0, "classes": None, "last_layer": last_layer}
         copy = type(self)(**config)
         copy.calibration = {name: values for name, values in self.calibration.items() if name in copy.tap_index}
         copy.load_state_dict({name: weight for name, weight in self.state_dict().items() if name in copy.state_dict()})
@@ -254,7 +258,7 @@ def check_layers(layers: Iterable[str]) -> tuple[str, ...]:
 def _conv3x3(channels: int, width: int) -> nn.Conv2d:
     conv = nn.Conv2d(channels, width, 3, padding=1)
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")  # torchvision's initialisation
-    nn.init.zeros_(conv.bias)
+    nn.init.zeros_(conv.get_parameter("bias"))
     return conv
 
 

@@ -102,7 +102,7 @@ class SketchEmbedder(
 
 def make_embedder(backbone: AttentionVGG16, **options) -> SketchEmbedder:
     """A `SketchEmbedder` with the weights of `backbone`; `options` are its other keywords."""
-    embedder = SketchEmbedder(backbone._hub_mixin_config, **options)
+    embedder = SketchEmbedder(backbone.settings, **options)
     embedder.backbone.load_state_dict(backbone.state_dict())
     return embedder
 

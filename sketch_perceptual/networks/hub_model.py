@@ -4,7 +4,7 @@ import hashlib
 import json
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar, cast
 
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
 from safetensors import SafetensorError
@@ -29,14 +29,20 @@ class HubModel(PyTorchModelHubMixin):
     rules: ClassVar[Rules]
     sources = "a folder or a Hub id written by save_pretrained"
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What config.json holds: the keywords of `__init__`."""
+        return cast(dict, self._hub_mixin_config)
+
     @classmethod
-    def from_pretrained(cls, source: str | Path, **options):
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options):
         """The network that `save_pretrained` wrote, in eval mode.
 
         Args:
-            source: a folder or a Hub id.
+            pretrained_model_name_or_path: a folder or a Hub id.
             options: those of huggingface_hub, such as revision, and settings instead of those in config.json.
         """
+        source = pretrained_model_name_or_path
         path, config = read_config(source, cls, **{name: options[name] for name in HUB_OPTIONS if name in options})
         check_json(cls.rules, config, str(path))
         if Path(source).is_dir():

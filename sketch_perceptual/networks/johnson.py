@@ -1,6 +1,6 @@
 """Johnson's image transformation network."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar
@@ -12,7 +12,10 @@ from torch import Tensor, nn
 from .hub_model import HubModel
 from .settings import check_settings, integer, one_of
 
-NORMS = {"instance": lambda channels: nn.InstanceNorm2d(channels, affine=True), "batch": nn.BatchNorm2d}
+NORMS: dict[str, Callable[[int], nn.Module]] = {
+    "instance": lambda channels: nn.InstanceNorm2d(channels, affine=True),
+    "batch": nn.BatchNorm2d,
+}
 UPSAMPLING = ("transposed", "resize")
 STRIDE = 4  # of the middle of the network
 SMALLEST = 8  # pixels a side; the widest kernel mirrors four

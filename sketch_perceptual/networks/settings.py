@@ -3,7 +3,6 @@
 import json
 import math
 from collections.abc import Callable, Mapping
-from numbers import Integral, Real
 from typing import Any
 
 from ..errors import InputError
@@ -18,7 +17,7 @@ TEXTS: Rule = (lambda value: isinstance(value, list | tuple) and all(map(TEXT[0]
 
 def integer(low: int) -> Rule:
     words = "a positive integer" if low == 1 else f"an integer of at least {low}"
-    return lambda value: isinstance(value, Integral) and not isinstance(value, bool) and value >= low, words
+    return lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= low, words
 
 
 def one_of(*choices: str) -> Rule:
@@ -31,7 +30,7 @@ def optional(rule: Rule) -> Rule:
 
 def is_positive(value: Any) -> bool:
     """Whether it is a finite number above 0."""
-    return isinstance(value, Real) and not isinstance(value, bool) and 0 < value < math.inf
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def check_settings(rules: Rules, values: Mapping[str, Any]) -> None:
