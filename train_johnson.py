@@ -32,12 +32,12 @@ from sketch_perceptual.data.checks import read_keys, readable, scan
 from sketch_perceptual.data.folders import find_images
 from sketch_perceptual.data.image_sets import CaptionedImages, Images
 from sketch_perceptual.data.images import fit_image, to_pil, to_tensor
+from sketch_perceptual.data.near_duplicates import content_key
 from sketch_perceptual.data.options import add_data_options, choose_samples
 from sketch_perceptual.data.paired import find_pairs
 from sketch_perceptual.data.rows import image_column_of, load_rows
-from sketch_perceptual.data.splits import content_key
 from sketch_perceptual.errors import InputError, first_line
-from sketch_perceptual.figures import sheet as image_grid
+from sketch_perceptual.figures import image_grid
 from sketch_perceptual.losses import DEFAULT_LAYERS, StyleLoss, gram_matrix, total_variation
 from sketch_perceptual.networks.backbone import BUNDLED, AttentionVGG16, load_backbone
 from sketch_perceptual.networks.hub_model import fingerprint

@@ -47,7 +47,7 @@ from sketch_perceptual.diffusion import (
 )
 from sketch_perceptual.errors import InputError, first_line
 from sketch_perceptual.evaluation.pipelines import add_pipeline_options, load_pipeline
-from sketch_perceptual.figures import sheet as image_grid
+from sketch_perceptual.figures import image_grid
 from sketch_perceptual.losses import LOSSES, build_loss
 from sketch_perceptual.networks.backbone import AttentionVGG16
 from sketch_perceptual.networks.hub_model import fingerprint

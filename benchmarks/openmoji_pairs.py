@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from sketch_perceptual.data.images import load_image
+from sketch_perceptual.data.near_duplicates import content_key, near_duplicates, thumbnail
 from sketch_perceptual.data.rows import load_rows
-from sketch_perceptual.data.splits import content_key, find_copies, split, thumbnail
+from sketch_perceptual.data.splits import split
 
 
 def main() -> None:
@@ -32,7 +33,7 @@ def main() -> None:
             image.save(root / folder / f"{number:04d}.png")
         keys.append(content_key(image))
         thumbnails.append(thumbnail(image))
-    test = set(split(rows["label"][:], keys, find_copies(keys, np.stack(thumbnails))).validation)
+    test = set(split(rows["label"][:], keys, near_duplicates(keys, np.stack(thumbnails))).validation)
     with (root / "pairs.csv").open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(["photo", "sketch", "part"])

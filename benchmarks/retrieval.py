@@ -24,7 +24,7 @@ from torchmetrics.functional.retrieval import retrieval_average_precision
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from sketch_perceptual.data.folders import labelled_folder
+from sketch_perceptual.data.labels import labelled_folder
 from sketch_perceptual.measures.ranking import rank, search
 from sketch_perceptual.networks.backbone import AttentionVGG16
 from sketch_perceptual.networks.embedder import make_embedder

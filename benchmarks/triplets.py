@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from sketch_perceptual import drawings, to_tensor
-from sketch_perceptual.data.splits import content_key, find_copies, split, thumbnail
+from sketch_perceptual.data.near_duplicates import content_key, near_duplicates, thumbnail
+from sketch_perceptual.data.splits import split
 
 
 @dataclass
@@ -57,7 +58,7 @@ class Labelled:
 def load_labelled(name: str, label_column: str = "label", group_column: str = "set") -> Labelled:
     rows = datasets.load_dataset(name, split="train")
     images = [image.convert("RGB") for image in rows["image"]]
-    copies = find_copies([content_key(x) for x in images], np.stack([thumbnail(x) for x in images]))
+    copies = near_duplicates([content_key(x) for x in images], np.stack([thumbnail(x) for x in images]))
     feature, labels = rows.features[label_column], rows[label_column][:]
     things = feature.int2str(labels) if isinstance(feature, datasets.ClassLabel) else labels
     return Labelled(images, things, rows[group_column][:], copies.tolist())

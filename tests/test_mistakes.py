@@ -8,10 +8,10 @@ import shlex
 
 import pytest
 import torch
+from bad_images import IMAGES, noise
 from conftest import draw_class, reset_accelerate
 from PIL import Image
 from safetensors.torch import save_file
-from test_bad_input_data import IMAGES, noise
 
 import evaluate
 import train_backbone

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import train_backbone as script
 from sketch_perceptual.data.class_names import imagenet_classes
-from sketch_perceptual.data.splits import content_key
+from sketch_perceptual.data.near_duplicates import content_key
 from sketch_perceptual.errors import InputError
 from sketch_perceptual.losses import PerceptualLoss, build_loss, check_loss
 from sketch_perceptual.networks import backbone

@@ -10,7 +10,7 @@ from conftest import NARROW, FakeHub, draw_class, reset_accelerate, run_killed, 
 from PIL import Image
 
 import train_retrieval as script
-from sketch_perceptual.data.splits import content_key
+from sketch_perceptual.data.near_duplicates import content_key
 from sketch_perceptual.errors import InputError
 from sketch_perceptual.measures.ranking import rank
 from sketch_perceptual.networks.backbone import AttentionVGG16

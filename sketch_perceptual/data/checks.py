@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from ..errors import InputError, check_choice, first_names
 from .image_sets import Images, LabelledImages
-from .splits import content_key, find_copies, thumbnail
+from .near_duplicates import content_key, near_duplicates, thumbnail
 
 logger = logging.getLogger(__name__)
 
@@ -107,10 +107,10 @@ def read_keys(data: Images, on_bad_image: str, visit: Visit | None = None) -> tu
 
 
 def read_once(data: LabelledImages, on_bad_image: str) -> tuple[list[int], list[str], list[int]]:
-    """`read_keys`, and what `find_copies` says of the images."""
+    """`read_keys`, and what `near_duplicates` says of the images."""
     thumbnails = {}
     positions, keys = read_keys(data, on_bad_image, lambda index, image: thumbnails.update({index: thumbnail(image)}))
-    return positions, keys, find_copies(keys, np.stack([thumbnails[index] for index in positions])).tolist()
+    return positions, keys, near_duplicates(keys, np.stack([thumbnails[index] for index in positions])).tolist()
 
 
 def _check_image(data: Images, index: int, visit: Visit | None) -> tuple[str | None, bool, bool]:

@@ -97,14 +97,3 @@ def _warn_about_leftovers(root: Path, files: list[str], images: list[str]) -> No
     stray = [f for f in files if "/" not in f and not (f in METADATA or PurePosixPath(f).stem in stems)]
     if any("/" in image for image in images) and stray:
         logger.warning("Not used, beside the folders of %s: %s", root, first_names(stray))
-
-
-_first = first_names
-
-
-def __getattr__(name: str):
-    if name == "labelled_folder":
-        from .labels import labelled_folder
-
-        return labelled_folder
-    raise AttributeError(name)

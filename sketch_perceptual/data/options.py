@@ -8,9 +8,9 @@ import torch
 from ..arguments import at_least
 from ..seeds import generator
 from .captions import CAPTION_TEMPLATE, captioned_dataset, captioned_folder
-from .folders import labelled_folder
 from .image_sets import CaptionedImages, Images, LabelledImages
-from .rows import labelled_dataset, load_rows
+from .labels import labelled_dataset, labelled_folder
+from .rows import load_rows
 
 
 def add_data_options(parser: argparse.ArgumentParser) -> Callable:

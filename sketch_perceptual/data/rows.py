@@ -109,11 +109,3 @@ def _check_inside(paths: Iterable[tuple[str, str | None]], folders: Iterable[str
     for row, path in paths:
         if path and not os.path.abspath(path).startswith(above):
             raise InputError(f"{row}: the image is {path}, outside of the data set, where nothing is read.")
-
-
-def __getattr__(name: str):
-    if name == "labelled_dataset":
-        from .labels import labelled_dataset
-
-        return labelled_dataset
-    raise AttributeError(name)

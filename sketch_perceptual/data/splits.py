@@ -8,8 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import InputError
-from .near_duplicates import content_key, thumbnail  # noqa: F401
-from .near_duplicates import near_duplicates as find_copies  # noqa: F401
 
 
 @dataclass(frozen=True)

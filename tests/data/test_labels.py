@@ -8,8 +8,7 @@ import pytest
 from PIL import Image
 
 from sketch_perceptual.data.class_names import class_names
-from sketch_perceptual.data.folders import labelled_folder
-from sketch_perceptual.data.rows import labelled_dataset
+from sketch_perceptual.data.labels import labelled_dataset, labelled_folder
 from sketch_perceptual.errors import InputError
 
 CRANES = ["n02012849", "n03126707"]

@@ -3,7 +3,7 @@ from PIL import Image
 
 from sketch_perceptual.data.checks import read_keys, read_once
 from sketch_perceptual.data.image_sets import LabelledImages
-from sketch_perceptual.data.splits import content_key
+from sketch_perceptual.data.near_duplicates import content_key
 from sketch_perceptual.errors import InputError
 
 

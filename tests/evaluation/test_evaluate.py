@@ -9,7 +9,7 @@ from PIL import Image
 
 import evaluate as script
 from sketch_perceptual.data.images import fit_image, load_image, to_tensor
-from sketch_perceptual.data.splits import content_key
+from sketch_perceptual.data.near_duplicates import content_key
 from sketch_perceptual.errors import InputError
 from sketch_perceptual.evaluation import sets
 from sketch_perceptual.measures.class_distances import class_distances
