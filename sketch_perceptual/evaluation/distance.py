@@ -63,5 +63,4 @@ def measure_distances(
 
 
 def _draw_bars(report: Report, title: str):
-    ratios = {name.replace("$", r"\$"): result["mean"]["ratio"] for name, result in report.results.items()}
-    return ratio_bars(ratios, title)  # between two bare $ matplotlib reads a formula
+    return ratio_bars({name: result["mean"]["ratio"] for name, result in report.results.items()}, title)

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..data.checks import read_keys
 from ..data.image_sets import CaptionedImages
 from ..errors import InputError
-from ..figures import sheet
+from ..figures import image_grid
 from ..measures.image_quality import ClipFeatures, InceptionFeatures
 from ..measures.ink import chroma, ink, is_black
 from ..measures.ranking import most_alike
@@ -28,7 +28,7 @@ from ..seeds import generator
 from .drawing import Drawn
 from .embedding import Extract
 from .prompts import find_classes
-from .report import SHEET_ROWS, SHEET_SIZE, Report, pad, printable
+from .report import SHEET_ROWS, SHEET_SIZE, Report, pad
 from .sets import KERNELS, set_distances, warn_of_small_sets
 
 logger = get_logger(__name__, log_level="INFO")
@@ -180,9 +180,9 @@ def generation_sheet(drawings: Pictures, nearest: dict[str, tuple[Pictures, list
         raise InputError("`figure`: the models have no prompt in common")
     shown = {}
     for caption, row in common[:SHEET_ROWS]:
-        shown[textwrap.shorten(printable(caption), 40)] = [
+        shown[textwrap.shorten(caption, 40)] = [
             pad(picture, drawings.data.background)
             for name, index in row.items()
             for picture in (nearest[name][0].data.image(index), drawings.data.image(nearest[name][1][index]))
         ]
-    return sheet(shown, [head for name in nearest for head in (printable(name), "nearest drawing")], SHEET_SIZE)
+    return image_grid(shown, [head for name in nearest for head in (name, "nearest drawing")], SHEET_SIZE)

@@ -157,8 +157,3 @@ def _exists(path: str) -> bool:
 def pad(picture: Image.Image, background: str) -> Image.Image:
     """A picture whole, as a sheet shows it."""
     return fit_image(picture, SHEET_SIZE, "pad", background)
-
-
-def printable(name: str) -> str:
-    """A name on one line, in letters that can be drawn."""
-    return " ".join(name.encode("utf-8", "replace").decode().split())

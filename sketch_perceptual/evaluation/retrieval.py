@@ -17,7 +17,7 @@ from ..data.class_names import class_names
 from ..data.image_sets import LabelledImages
 from ..data.splits import split, split_hash
 from ..errors import InputError, first_line
-from ..figures import mark, sheet
+from ..figures import image_grid, mark
 from ..measures.ranking import rank
 from ..networks.backbone import is_vgg16_weights
 from ..networks.embedder import SketchEmbedder
@@ -25,7 +25,7 @@ from ..networks.hub_model import read_config
 from ..running.processes import on_main
 from ..seeds import generator
 from .embedding import Drawings, Extract, embed_cached, embed_models, own_background
-from .report import SHEET_ROWS, SHEET_SIZE, Report, pad, printable
+from .report import SHEET_ROWS, SHEET_SIZE, Report, pad
 
 logger = get_logger(__name__, log_level="INFO")
 
@@ -154,8 +154,8 @@ def query_sheet(
             for position in filter(lambda position: position >= 0, order[index].tolist()):
                 picture = pad(gallery.image(position), gallery.background)
                 row.append(mark(picture, gallery.labels[position] == label))
-            rows[printable(names[label] if len(nearest) == 1 else f"{names[label]}: {name}")] = row
-    return sheet(rows, ["query", *"12345"], SHEET_SIZE)
+            rows[names[label] if len(nearest) == 1 else f"{names[label]}: {name}"] = row
+    return image_grid(rows, ["query", *"12345"], SHEET_SIZE)
 
 
 def _choose_queries(queries: LabelledImages, gallery: LabelledImages, count: int, seed: int) -> list[int]:

@@ -14,13 +14,13 @@ from ..data.folders import find_images
 from ..data.image_sets import Images
 from ..data.images import load_image
 from ..errors import InputError
-from ..figures import sheet
+from ..figures import image_grid
 from ..measures.ranking import search
 from ..networks.embedder import SketchEmbedder
 from ..running.feature_cache import FeatureCache
 from ..running.processes import on_main
 from .embedding import Extract, embed_cached
-from .report import SHEET_SIZE, pad, printable
+from .report import SHEET_SIZE, pad
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Matches:
         pictures = (self.query, *map(self.images.image, self.order))
         row = [pad(picture, self.images.background) for picture in pictures]
         heads = ["query", *(f"{similarity:.3f}" for similarity in self.similarities)]
-        return sheet({printable(name): row}, heads, SHEET_SIZE)
+        return image_grid({name: row}, heads, SHEET_SIZE)
 
 
 def find_similar(

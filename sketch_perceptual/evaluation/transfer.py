@@ -16,12 +16,12 @@ from tqdm.auto import tqdm
 from ..data.images import Source, fit_image, load_image, to_pil, to_tensor
 from ..data.paired import Pairs
 from ..errors import InputError
-from ..figures import sheet
+from ..figures import image_grid
 from ..measures.image_quality import ssim
 from ..networks.hub_model import fingerprint
 from ..networks.johnson import JohnsonNet, load_johnson
 from ..seeds import generator
-from .report import SHEET_COLUMNS, SHEET_SIZE, Report, printable
+from .report import SHEET_COLUMNS, SHEET_SIZE, Report
 from .sets import KERNELS, Features, set_distances, warn_of_small_sets
 
 logger = get_logger(__name__, log_level="INFO")
@@ -140,5 +140,5 @@ def transfer_sheet(
     rows = {"photo": photos, "true sketch": sketches}
     for name, network in networks:
         drawn = [stylise(accelerator, network, photo[None].to(accelerator.device))[0] for photo in photos]
-        rows[printable(name)] = drawn
-    return sheet({name: list(map(to_pil, row)) for name, row in rows.items()}, size=SHEET_SIZE)
+        rows[name] = drawn
+    return image_grid({name: list(map(to_pil, row)) for name, row in rows.items()}, size=SHEET_SIZE)

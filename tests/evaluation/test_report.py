@@ -9,7 +9,6 @@ from sketch_perceptual.evaluation.report import (
     Report,
     check_target,
     expand_models,
-    printable,
     split_name,
     write_figure,
     write_json,
@@ -100,7 +99,3 @@ def test_a_table_has_means_and_deviations_and_only_columns_that_are_there():
 def test_what_is_not_a_number_is_null_in_the_json(tmp_path):
     write_json(tmp_path / "x.json", {"a": [math.nan, {"b": math.inf}], "name": "\udcff"})
     assert json.loads((tmp_path / "x.json").read_text()) == {"a": [None, {"b": None}], "name": "\udcff"}
-
-
-def test_any_name_can_be_drawn():
-    assert printable("a\nb\udcff") == "a b?"
