@@ -133,6 +133,11 @@ def finish(start, name: str, folder: Path, workers: int) -> dict[str, torch.Tens
     code = start(name, folder, workers).wait()
     if code != 0:
         sys.exit(f"{name} ended with {code} in {folder}")
+    return weights(folder)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """All that came out of a run in `folder`."""
     files = [path for path in (folder / "out").rglob("*.safetensors") if "checkpoint-" not in str(path)]
     return {f"{path.relative_to(folder)} {key}": value for path in files for key, value in load_file(path).items()}
 

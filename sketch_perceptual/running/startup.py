@@ -33,7 +33,7 @@ from .trackers import check_trackers
 logger = get_logger(__name__, log_level="INFO")
 
 PATIENCE = timedelta(hours=2)  # the other processes wait while the main one draws or exports
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.ENAMETOOLONG, errno.EMFILE)
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "gloo")
 
 
@@ -61,7 +61,7 @@ def run(main: Callable, args: argparse.Namespace) -> None:
     except RuntimeError as error:
         if not (torch.distributed.is_initialized() and any(sign in str(error) for sign in LOST)):
             raise
-        _end(1, f"error: another process of this run has ended; its message is above ({first_line(error)})")
+        _end(1, "error: another process of this run has ended, which tells why or was killed")
 
 
 def in_options(message: str, args: argparse.Namespace) -> str:
