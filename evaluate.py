@@ -208,7 +208,7 @@ def main(args: argparse.Namespace) -> None:
         )
     except ValueError as error:
         raise InputError(f"accelerate refuses `mixed_precision`: {error}") from error
-    start_logging(accelerator)
+    start_logging(accelerator, args)
     for name, ending in (("figure", ".png"), ("output", ".json")):
         if path := vars(args).get(name):
             check_target(name, path, ending)

@@ -12,7 +12,6 @@ batches of 4, Adam at 1e-3, one epoch. `python -m sketch_perceptual.johnson` the
 """
 
 import argparse
-import copy
 import json
 from functools import partial
 from pathlib import Path
@@ -297,11 +296,11 @@ def measure_losses(args, style_loss: StyleLoss, network: JohnsonNet, content: Ca
         return {"content": 1.0, "style": 1.0}
     probes = [content[0, index]["pixel_values"] for index in spaced(len(content), PROBES)]
     images = torch.stack(probes).to(style_loss.backbone.mean.device)
-    untouched = copy.deepcopy(network)  # batch normalization keeps count of what it sees
-    losses = [
-        transfer_losses(args, style_loss, untouched(image), image, draw_style(step))
-        for step, image in enumerate(images.split(1))
-    ]
+    with network.kept_statistics():  # which batch normalization counts
+        losses = [
+            transfer_losses(args, style_loss, network(image), image, draw_style(step))
+            for step, image in enumerate(images.split(1))
+        ]
     return {name: float(sum(loss[name] for loss in losses)) / len(losses) or 1.0 for name in ("content", "style")}
 
 

@@ -52,9 +52,9 @@ MAY_IMPORT = {
 }
 MAY_KNOW = {  # who may import what trains and draws
     "accelerate": {"running", "evaluation"},
-    "diffusers": {"evaluation"},
+    "diffusers": {"running", "evaluation"},
     "peft": {"evaluation"},
-    "transformers": {"evaluation"},
+    "transformers": {"running", "evaluation"},
 }
 # Where options may be named: a library function's error names its argument, and the script the option.
 COMMANDS = {"__main__.py", "johnson.py", "drawings.py", "running/options.py", "data/options.py"}

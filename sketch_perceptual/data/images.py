@@ -46,7 +46,9 @@ def load_image(source: Source, background: str = "white", name: str | None = Non
     colour = _colour(background)
     try:
         image = _eight_bit(_upright(_decode(source)))
-        return _flatten(image, colour) if image.has_transparency_data else image.convert("RGB")
+        image = _flatten(image, colour) if image.has_transparency_data else image.convert("RGB")
+        image.info = {}  # else its orientation would be read once more, of an image that is upright
+        return image
     except Exception as error:  # Pillow's decoders raise nearly everything on damaged files
         raise InputError(f"Cannot read the image {name or _name(source)}: {_reason(error)}.") from error
 

@@ -59,7 +59,7 @@ def dataset_id(name: str | None) -> str | None:
 
 
 def create_repo(args: argparse.Namespace, accelerator: Accelerator) -> str | None:
-    """With --push_to_hub, create the repository, or find it, before training; its full id on the main process."""
+    """With `push_to_hub`, create the repository, or find it, before training; its full id on the main process."""
     if not (args.push_to_hub and accelerator.is_main_process):
         return None
     repo_id, token = model_name(args.hub_model_id, args.output_dir), args.hub_token

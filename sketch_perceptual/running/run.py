@@ -242,7 +242,7 @@ class Run:
         return choose(self.folder, resume_from)
 
     def _exit(self, number: int, alone: bool = False) -> None:
-        logger.warning(f"interrupted after step {self.steps.done}; go on with --resume_from_checkpoint latest")
+        logger.warning(f"interrupted after step {self.steps.done}; go on with `resume_from_checkpoint` latest")
         if not alone:
             self.accelerator.wait_for_everyone()  # whoever ends first ends the others, who may still be writing
             self.close()

@@ -6,7 +6,6 @@ import importlib.metadata
 import logging
 import os
 import platform
-import re
 import shutil
 import signal
 import sys
@@ -23,7 +22,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration, set_seed
 from safetensors import SafetensorError
 
-from ..errors import InputError, first_line
+from ..errors import InputError, first_line, in_options
 from . import interruption
 from .console import protect_console
 from .identity import identity_of
@@ -46,7 +45,7 @@ def run(main: Callable, args: argparse.Namespace) -> None:
     interruption.install()
     try:
         if interruption.launcher() and getattr(args, "hub_token", None):
-            _refuse_token()
+            _refuse_token(args)
         main(args)
     except InputError as error:
         _end(2, f"error: {in_options(str(error), args)}")
@@ -62,11 +61,6 @@ def run(main: Callable, args: argparse.Namespace) -> None:
         if not (torch.distributed.is_initialized() and any(sign in str(error) for sign in LOST)):
             raise
         _end(1, "error: another process of this run has ended, which tells why or was killed")
-
-
-def in_options(message: str, args: argparse.Namespace) -> str:
-    """The message of a library function, whose arguments stand in backticks, in the words of the command line."""
-    return re.sub(r"`(\w+)`", lambda name: f"--{name[1]}" if name[1] in args else name[0], message)
 
 
 def start(args: argparse.Namespace) -> Run:
@@ -98,9 +92,9 @@ def start(args: argparse.Namespace) -> Run:
             f"{accelerator.distributed_type.value} shards what these scripts keep whole; use plain data parallelism:"
             " accelerate launch --multi_gpu"
         )
-    start_logging(accelerator)
+    start_logging(accelerator, args)
     if args.hub_token is not None:
-        logger.warning("--hub_token stands in the list of processes while this runs; use `hf auth login` instead")
+        logger.warning("`hub_token` stands in the list of processes while this runs; use `hf auth login` instead")
     check_writable(Path(args.output_dir))
     run = Run(
         accelerator,
@@ -116,10 +110,23 @@ def start(args: argparse.Namespace) -> Run:
     return run
 
 
-def start_logging(accelerator: Accelerator) -> None:
+class _InOptions(logging.Formatter):
+    """Arguments in backticks as options of the command line."""
+
+    def __init__(self, args: argparse.Namespace):
+        super().__init__("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S")
+        self.args = args
+
+    def format(self, record: logging.LogRecord) -> str:
+        return in_options(super().format(record), self.args)
+
+
+def start_logging(accelerator: Accelerator, args: argparse.Namespace) -> None:
     """Times and levels on the screen, from the main process; of the libraries only what is wrong."""
     logging.raiseExceptions = False  # a console that has gone ends nothing
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    screen = logging.StreamHandler()
+    screen.setFormatter(_InOptions(args))
+    logging.basicConfig(handlers=[screen])
     logging.getLogger().setLevel(logging.INFO if accelerator.is_main_process else logging.WARNING)
     logging.captureWarnings(True)
     logging.getLogger("accelerate").setLevel(logging.WARNING)
@@ -172,13 +179,11 @@ def _end(code: int, message: str) -> None:
     sys.exit(code)
 
 
-def _refuse_token() -> None:
+def _refuse_token(args: argparse.Namespace) -> None:
     """A launcher prints the command line of a script that fails, so it has to go first."""
-    print(
-        f"{Path(sys.argv[0]).name}: error: --hub_token would be printed by the launcher of this script; use"
-        " `hf auth login` or the environment variable HF_TOKEN",
-        file=sys.stderr,
-        flush=True,
+    message = (
+        "`hub_token` would be printed by the launcher of this script; use `hf auth login` or the variable HF_TOKEN"
     )
+    print(f"{Path(sys.argv[0]).name}: error: {in_options(message, args)}", file=sys.stderr, flush=True)
     os.kill(interruption.launcher(), signal.SIGTERM)
     os._exit(2)

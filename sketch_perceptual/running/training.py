@@ -58,8 +58,8 @@ def make_lr_scheduler(
         raise InputError("`lr_warmup_steps`: the only step of this run would have a rate of 0; pass 0")
     if warmup >= steps.total:
         logger.warning(
-            f"--lr_warmup_steps {warmup} is longer than the run of {steps.total} steps: its rate ends at"
-            f" {(steps.total - 1) / warmup:.0%} of --learning_rate"
+            f"`lr_warmup_steps` {warmup} is longer than the run of {steps.total} steps: its rate ends at"
+            f" {(steps.total - 1) / warmup:.0%} of `learning_rate`"
         )
     try:
         return get_scheduler(args.lr_scheduler, optimizer, num_warmup_steps=warmup, num_training_steps=steps.total)

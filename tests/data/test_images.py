@@ -151,6 +151,7 @@ def test_exif_orientation_is_undone_once(kind, orientation):
     right, bottom = image.width - 1, image.height - 1
     shown = [image.getpixel(corner)[0] for corner in ((0, 0), (right, 0), (0, bottom), (right, bottom))]
     assert shown == pytest.approx(UPRIGHT[orientation], abs=4)
+    assert to_pil(to_tensor(image)).tobytes() == image.tobytes()  # which are upright already
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
