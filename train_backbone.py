@@ -146,7 +146,7 @@ def main(args: argparse.Namespace) -> None:
             if not accelerator.sync_gradients:
                 continue
             grad_norm = accelerator.clip_grad_norm_(trainable, args.max_grad_norm or math.inf)
-            optimizer.found_inf = (~grad_norm.isfinite()).float()  # a fused optimizer then skips by itself
+            vars(optimizer)["found_inf"] = (~grad_norm.isfinite()).float()  # a fused optimizer then skips by itself
             meter.close(steps.done, grad_norm)
             prepared_optimizer.step()
             lr_scheduler.step()
@@ -486,7 +486,7 @@ print(PerceptualLoss(network)(images, target))"""
             tags=["sketch", "perceptual-loss", "vgg16", "attention"],
         ),
         title=f"Sketch backbone - {cards.model_name(args.hub_model_id, args.output_dir)}",
-        description=f"{kind} (Seo 2025), tuned to tell {len(network.classes)} classes of drawings apart, on"
+        description=f"{kind} (Seo 2025), tuned to tell {network.num_classes} classes of drawings apart, on"
         f" {on_hub or 'a data set of its own'}. On {split_record['validation_images']} held-out drawings{apart},"
         f" which share no copy with the {split_record['train_images']} trained on: {accuracies(best)} after epoch"
         f" {best['epoch']} of {run.steps.epochs}.{before} {split_record['summary']}.",

@@ -149,8 +149,8 @@ def main(args: argparse.Namespace) -> None:
     lr_scheduler = make_lr_scheduler(args, run, optimizer, steps)
     meter = Meter(accelerator)
     logger.info(run_summary(args, run, steps, network, len(content), len(style)))
-    load = partial(load_weights, network)
-    run.begin(steps, meter, optimizer, network.save_pretrained, load, lr_scheduler)
+    save, load = partial(save_weights, network), partial(load_weights, network)
+    run.begin(steps, meter, optimizer, save, load, lr_scheduler)
     photos = [content.image(index) for index in spaced(len(content), args.num_validation_images)]
 
     model.train()
@@ -322,6 +322,10 @@ def collate(examples: list[dict]) -> dict:
         "pixel_values": torch.stack([example["pixel_values"] for example in examples]),
         "name": [example["name"] for example in examples],
     }
+
+
+def save_weights(network: JohnsonNet, folder: Path) -> None:
+    network.save_pretrained(folder)
 
 
 def load_weights(network: JohnsonNet, folder: Path) -> None:

@@ -233,8 +233,15 @@ def compute_losses(
 def load_models(args, accelerator: Accelerator) -> tuple[StableDiffusionPipeline, DDPMScheduler]:
     """The frozen pipeline on its device, in the precision of the run, and the scheduler that adds the noise."""
     source, place = args.pretrained_model_name_or_path, {"revision": args.revision, "cache_dir": args.cache_dir}
-    unchecked = {"safety_checker": None, "requires_safety_checker": False}
-    pipeline = load_pipeline(accelerator, source, args.resolution, variant=args.variant, **place, **unchecked)
+    pipeline = load_pipeline(
+        accelerator,
+        source,
+        args.resolution,
+        variant=args.variant,
+        safety_checker=None,
+        requires_safety_checker=False,
+        **place,
+    )
     noise_scheduler = DDPMScheduler.from_pretrained(source, subfolder="scheduler", **place)
     if args.prediction_type is not None:
         noise_scheduler.register_to_config(prediction_type=args.prediction_type)
@@ -264,11 +271,11 @@ def load_data(args, accelerator: Accelerator, tokenizer, seed: int) -> tuple[Cap
     )
 
     def read() -> tuple[list[int], list[str], bool]:
-        not_square = []
+        shapes: set[bool] = set()
         positions, keys = read_keys(
-            data, args.on_bad_image, lambda index, image: image.width != image.height and not_square.append(index)
+            data, args.on_bad_image, lambda index, image: shapes.add(image.width == image.height)
         )
-        return positions, keys, bool(not_square)
+        return positions, keys, False in shapes
 
     positions, keys, some_not_square = on_main(accelerator, read)
     data = data.select(positions)
@@ -279,7 +286,9 @@ def load_data(args, accelerator: Accelerator, tokenizer, seed: int) -> tuple[Cap
 def contents(pipeline: StableDiffusionPipeline, perceptual_term, data: CaptionedImages, keys: list[str]) -> dict:
     """What the run is made of, for its identity: the drawings with their captions, and all weights."""
     rows = zip(keys, (data.captions[row] for row in data.rows), strict=True)
-    weights = {name: fingerprint(getattr(pipeline, name)) for name in ("unet", "vae", "text_encoder")}
+    weights: dict[str, str | bool] = {
+        name: fingerprint(getattr(pipeline, name)) for name in ("unet", "vae", "text_encoder")
+    }
     if perceptual_term is not None:
         backbone = getattr(perceptual_term.loss, "backbone", perceptual_term.loss)
         if isinstance(backbone, torch.nn.Module):
@@ -560,17 +569,17 @@ def finish(args, run: Run, pipeline, embed) -> list[str]:
         if args.export_kohya:
             save_kohya(pipeline.unet, folder / KOHYA_WEIGHTS)
             files.append(KOHYA_WEIGHTS)
-    before = {}
+    is_drawn = False
     with optional("check of the adapter and pictures"):
         verify_export(args, pipeline)
         logger.info(f"adapter: {Path(args.output_dir, WEIGHTS)}, reloaded and checked")
-        before = draw_before_after(args, run, pipeline, embed)
-    if before:
+        is_drawn = draw_before_after(args, run, pipeline, embed)
+    if is_drawn:
         files.append(BEFORE_AFTER)
-    write_card(args, run, [BEFORE_AFTER] if before else [])
+    write_card(args, run, [BEFORE_AFTER] if is_drawn else [])
     if run.meter.skipped:
         logger.warning(f"{run.meter.skipped} steps were skipped: their loss or gradient was not finite")
-    if before:
+    if is_drawn:
         print(Path(args.output_dir, BEFORE_AFTER))
     return files
 

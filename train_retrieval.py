@@ -107,7 +107,7 @@ def main(args: argparse.Namespace) -> None:
     steps = Steps(accelerator, batches, batches.lengths, seed=run.seed)
     meter = Meter(accelerator)
     logger.info(run_summary(args, run, embedder, head, gallery, queries))
-    run.state = {"sums": [0] * len(QUANTITIES), "runs": []} | run.state
+    run.state = {"sums": [0.0] * len(QUANTITIES), "runs": []} | run.state
     keep_finished_seeds(args, run)
     run.begin(steps, meter, optimizer, partial(save_head, embedder, head), partial(load_head, embedder, head))
 
@@ -237,7 +237,7 @@ class Head(nn.Module):
 def build_embedder(args) -> SketchEmbedder:
     """The frozen backbone under a new head."""
     backbone = load_backbone(args.backbone, attention="none")
-    config = backbone._hub_mixin_config | {"num_classes": args.embedding_dim, "head": args.head, "classes": None}
+    config = backbone.settings | {"num_classes": args.embedding_dim, "head": args.head, "classes": None}
     embedder = SketchEmbedder(config, "head", args.resolution, args.fit, args.background)
     embedder.backbone.features.load_state_dict(backbone.features.state_dict())
     return embedder
@@ -290,11 +290,15 @@ def run_summary(args, run: Run, embedder: SketchEmbedder, head: Head, gallery: E
 @torch.inference_mode()
 def evaluate(model: Head, gallery: Embedded, queries: Embedded, device: torch.device) -> dict:
     """How well the queries find drawings of their class."""
-    embeddings = [
+    query_embeddings, gallery_embeddings = (
         torch.cat([model(part.to(device))[0].cpu() for part in side.features.split(1024)])
         for side in (queries, gallery)
-    ]
-    return rank(*embeddings, queries.labels, gallery.labels, queries.ids, gallery.ids).scores
+    )
+    return rank(
+        query_embeddings,
+        gallery_embeddings,
+        *(side.tolist() for side in (queries.labels, gallery.labels, queries.ids, gallery.ids)),
+    ).scores
 
 
 def end_epoch(run: Run, seed: int, epoch: int) -> None:

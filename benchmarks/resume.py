@@ -3,8 +3,8 @@
     python -m benchmarks.resume
 
 Prints a table: for each change whether the run went on, bit for bit as an undisturbed one or not, or was refused, and
-with which sentence. Small drawings and networks, on one CPU thread. Exits with 1 if a change that alters nothing alters
-a result, or if one that alters something goes unnoticed.
+with which sentence. Small drawings and networks, on one CPU thread. Exits with 1 if a change that alters nothing
+alters a result, or if one that alters something goes unnoticed.
 """
 
 import argparse
@@ -99,7 +99,7 @@ def run(name: str, folder: Path, arguments: str) -> int:
 def lengthen(name: str, arguments: str, half: bool = False) -> str:
     """The options of a run of twice the length, or of a part of the usual one."""
     option, number = LENGTH[name].split()
-    number = {"max_train_steps": "3", "num_train_epochs": "1", "num_seeds": "1"}[option] if half else number
+    number = {"max_train_steps": "3", "num_train_epochs": "2", "num_seeds": "1"}[option] if half else number
     return f"{arguments} --{option} {number}"
 
 

@@ -28,6 +28,11 @@ ROOT = Path(__file__).parent.parent
 NARROW = ((4, 4), (4, 4), (8, 8, 8), (8, 8, 8), (8, 8, 8))
 
 
+def pytest_collection_modifyitems(items):
+    """Slow tests last."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+
+
 @pytest.fixture
 def narrow(monkeypatch):
     """VGG-16 with 2,000 weights."""

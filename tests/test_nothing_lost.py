@@ -55,6 +55,7 @@ startup.run(script.main, script.parse_args(sys.argv[2:]))
 """
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_costs_no_checkpoint(tiny_sd, drawings, tmp_path):
     (tmp_path / "driver.py").write_text(FULL)
     options = OPTIONS.format(sd=tiny_sd, drawings=drawings).split()
@@ -73,6 +74,7 @@ def test_a_disk_that_fills_up_costs_no_checkpoint(tiny_sd, drawings, tmp_path):
     assert len(checkpoints.find_checkpoints(tmp_path / "out")) == 4
 
 
+@pytest.mark.slow
 def test_two_processes_resume_bit_for_bit(tiny_sd, drawings, tmp_path):
     """From the middle of an epoch: 7 images on 2 processes are 4 batches, 2 optimizer steps."""
     options = [*OPTIONS.format(sd=tiny_sd, drawings=drawings).split(), "--checkpointing_steps", "3"]

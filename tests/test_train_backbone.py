@@ -166,6 +166,7 @@ def test_what_is_frozen_stays(train, freeze, trained):
     assert kinds == trained
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -472,6 +473,7 @@ def driver(tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_a_run_killed_in_its_second_epoch_resumes_to_the_same_network(train, driver, pictures, tmp_path):
     options = f"""{SMALL} --train_data_dir {pictures} --init_weights none --train_batch_size 2 --learning_rate 1e-2
         --seed 0 --num_train_epochs 2 --output_dir {tmp_path / "out"}"""
@@ -481,6 +483,7 @@ def test_a_run_killed_in_its_second_epoch_resumes_to_the_same_network(train, dri
     assert train("--resume_from_checkpoint", "latest") == train(output="straight")
 
 
+@pytest.mark.slow
 def test_two_processes_agree_and_evaluate_as_one(driver, pictures, tmp_path):
     options = f"""{SMALL} --train_data_dir {pictures} --init_weights none --train_batch_size 2 --learning_rate 1e-2
         --seed 0 --num_train_epochs 2 --validation_share 0.5 --output_dir {tmp_path / "out"}"""

@@ -287,6 +287,7 @@ def driver(tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_network(train, driver, options, tmp_path):
     command = [driver, tmp_path, "13", *options, "--output_dir", tmp_path / "out"]
     command += ["--checkpointing_steps", "4"]
@@ -296,6 +297,7 @@ def test_a_killed_run_resumes_to_the_same_network(train, driver, options, tmp_pa
     assert resumed.weights == straight.weights
 
 
+@pytest.mark.slow
 def test_two_processes_agree(driver, options, tmp_path):
     done = torchrun(driver, str(tmp_path), "0", *options, "--output_dir", str(tmp_path / "out"))
     assert done.returncode == 0, done.stderr[-3000:]

@@ -301,6 +301,7 @@ def driver(tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_embedders(train, driver, options, tmp_path):
     command = [driver, tmp_path, "15", *options, "--output_dir", tmp_path / "out"]
     run_killed(*command)
@@ -309,6 +310,7 @@ def test_a_killed_run_resumes_to_the_same_embedders(train, driver, options, tmp_
     assert resumed.weights(6) == straight.weights(6)
 
 
+@pytest.mark.slow
 def test_two_processes_agree_and_share_the_features(driver, options, train, tmp_path):
     done = torchrun(driver, str(tmp_path), "0", *options, "--output_dir", str(tmp_path / "out"))
     assert done.returncode == 0, done.stderr[-3000:]

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ..seeds import generator
+from .image_sets import Images
 
 
 class EpochSampler(torch.utils.data.Sampler):
@@ -22,7 +23,7 @@ class EpochSampler(torch.utils.data.Sampler):
 
 
 def make_loader(
-    data: torch.utils.data.Dataset, batch_size: int, seed: int, collate: Callable, num_workers: int = 0, **options
+    data: Images, batch_size: int, seed: int, collate: Callable, num_workers: int = 0, **options
 ) -> tuple[torch.utils.data.DataLoader, EpochSampler]:
     """Batches of `data`, which is indexed by (epoch, index), and the sampler that orders them."""
     sampler = EpochSampler(len(data), seed)

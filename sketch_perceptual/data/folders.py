@@ -12,6 +12,7 @@ from ..errors import InputError, first_names
 logger = logging.getLogger(__name__)
 
 METADATA = ("metadata.csv", "metadata.jsonl")
+OUTPUT = ".sketch-perceptual.lock"  # in the folder that a training or a generation writes to
 # Left by file managers and network disks, like all names with a leading dot.
 NOT_DATA = ("__MACOSX", "Thumbs.db", "desktop.ini", "@eaDir", "#recycle", "$RECYCLE.BIN", "lost+found")
 
@@ -81,7 +82,9 @@ def walk(root: Path, before: str = "") -> tuple[list[str], list[str]]:
             raise InputError(f"{before}cannot read the folder {error.filename}: {error.strerror}.") from error
         for entry in entries:
             name = folder + entry.name
-            if entry.is_dir():
+            if entry.is_dir() and os.path.exists(root / name / OUTPUT):
+                logger.warning("Not read, since a training or a generation writes there: %s", root / name)
+            elif entry.is_dir():
                 todo.append(f"{name}/")
             else:  # a link to nothing is a file that cannot be read, which is said where it is needed
                 (files if entry.is_file() or not os.path.exists(entry) else others).append(name)
@@ -91,7 +94,7 @@ def walk(root: Path, before: str = "") -> tuple[list[str], list[str]]:
 def _warn_about_leftovers(root: Path, files: list[str], images: list[str]) -> None:
     used = {image.split("/")[0] for image in images}
     for folder in sorted(path.name for path in root.iterdir() if path.is_dir() and is_visible(path.name)):
-        if folder not in used:
+        if folder not in used and not (root / folder / OUTPUT).exists():
             logger.warning("The folder %s holds no images.", root / folder)
     stems = {PurePosixPath(image).stem for image in images}
     stray = [f for f in files if "/" not in f and not (f in METADATA or PurePosixPath(f).stem in stems)]

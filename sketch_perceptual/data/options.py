@@ -8,7 +8,7 @@ import torch
 from ..arguments import at_least
 from ..seeds import generator
 from .captions import CAPTION_TEMPLATE, captioned_dataset, captioned_folder
-from .image_sets import CaptionedImages, Images, LabelledImages
+from .image_sets import CaptionedImages, Kind, LabelledImages
 from .labels import labelled_dataset, labelled_folder
 from .rows import load_rows
 
@@ -59,7 +59,7 @@ def check_class_options(parser: argparse.ArgumentParser, args: argparse.Namespac
         parser.error("--group_column needs --dataset_name: class folders have no columns")
 
 
-def choose_samples(data: Images, count: int | None, seed: int) -> Images:
+def choose_samples(data: Kind, count: int | None, seed: int) -> Kind:
     """A random choice of `count` of `data`, or all."""
     if count is None or count >= len(data):
         return data

@@ -90,8 +90,10 @@ def load_pictures(source: str, caption_options: dict) -> CaptionedImages:
 
 
 def load_adapter(pipeline: "StableDiffusionPipeline", source: str) -> None:
+    default = "pytorch_lora_weights.safetensors"  # which diffusers before 0.40 does not guess offline
     try:
-        pipeline.load_lora_weights(source, use_safetensors=True)
+        name = default if Path(source, default).is_file() else None
+        pipeline.load_lora_weights(source, weight_name=name, use_safetensors=True)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise InputError(
             f"`models` {source} does not load into the pipeline as a LoRA: {first_line(error)}"

@@ -8,7 +8,9 @@ from ..errors import InputError
 try:
     import fcntl
 except ImportError:  # Windows has no such locks
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
+
+LOCK = ".sketch-perceptual.lock"  # data/folders.py reads nothing below a folder inside the data that holds it
 
 _held: dict[Path, int] = {}
 
@@ -24,7 +26,7 @@ def lock_folder(folder: str | Path) -> None:
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         raise InputError(f"{folder} cannot be written to: {error.strerror}") from error
     try:

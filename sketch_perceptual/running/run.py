@@ -59,12 +59,13 @@ class Run:
         self.checkpoint, self.saved = on_main(accelerator, self._open, resume_from)
         if self.saved:
             self.state = self.saved["state"]
-        self._last_saved = None
-        self.seed = options.get("seed")
-        if self.seed is None:
-            self.seed = self.saved["identity"].get("seed") if self.saved else secrets.randbelow(2**31)
-            self.seed = broadcast_object_list([self.seed])[0]
-        self.settle(**options | {"seed": self.seed})
+        self._last_saved: int | None = None
+        seed = options.get("seed")
+        if seed is None:
+            seed = self.saved["identity"].get("seed") if self.saved else secrets.randbelow(2**31)
+            (seed,) = broadcast_object_list([seed])
+        self.seed: int = seed
+        self.settle(**options | {"seed": seed})
 
     def settle(self, **identity) -> None:
         """What more makes the run what it is; InputError where the saved run was another."""

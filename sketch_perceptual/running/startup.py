@@ -44,8 +44,8 @@ def run(main: Callable, args: argparse.Namespace) -> None:
     protect_console()
     interruption.install()
     try:
-        if interruption.launcher() and getattr(args, "hub_token", None):
-            _refuse_token(args)
+        if getattr(args, "hub_token", None) and (launcher := interruption.launcher()):
+            _refuse_token(args, launcher)
         main(args)
     except InputError as error:
         _end(2, f"error: {in_options(str(error), args)}")
@@ -70,9 +70,9 @@ def start(args: argparse.Namespace) -> Run:
     """
     interruption.install()
     trackers = [] if args.report_to == "none" else [args.report_to]
-    check_trackers(trackers)
-    if trackers and args.report_to in ("wandb", "all") and args.hub_token is not None:
+    if args.report_to in ("wandb", "all") and args.hub_token is not None:
         raise InputError("`hub_token` would be shown to wandb; use `hf auth login` instead")
+    check_trackers(trackers)
     if args.hub_token is not None:  # trackers may keep the command line
         sys.argv = [argument.replace(args.hub_token, "***") for argument in sys.argv]
     try:
@@ -96,6 +96,7 @@ def start(args: argparse.Namespace) -> Run:
     if args.hub_token is not None:
         logger.warning("`hub_token` stands in the list of processes while this runs; use `hf auth login` instead")
     check_writable(Path(args.output_dir))
+    check_apart(args)
     run = Run(
         accelerator,
         args.output_dir,
@@ -149,6 +150,20 @@ def check_writable(folder: Path) -> None:
         raise InputError(f"`output_dir` {folder} cannot be written to: {error.strerror}") from error
 
 
+def check_apart(args: argparse.Namespace) -> None:
+    """InputError if what is written would lie among what is read, or be it.
+
+    An output folder inside a folder of images is left out where that is read, but not by `datasets`.
+    """
+    output = Path(args.output_dir).resolve()
+    for name in ("train_data_dir", "style", "paired_data_dir", "dataset_name"):
+        value = vars(args).get(name)
+        if not value or not Path(value).is_dir():
+            continue
+        if output == Path(value).resolve() or (name == "dataset_name" and Path(value).resolve() in output.parents):
+            raise InputError(f"`output_dir` {args.output_dir} lies in `{name}`, which is read: choose another folder")
+
+
 def check_space(output_dir: str | Path, saves: int, total_limit: int | None, checkpoint: float, result: float) -> str:
     """How many bytes a run will write and how many are free, in words; InputError if it is too many.
 
@@ -179,11 +194,11 @@ def _end(code: int, message: str) -> None:
     sys.exit(code)
 
 
-def _refuse_token(args: argparse.Namespace) -> None:
+def _refuse_token(args: argparse.Namespace, launcher: int) -> None:
     """A launcher prints the command line of a script that fails, so it has to go first."""
     message = (
         "`hub_token` would be printed by the launcher of this script; use `hf auth login` or the variable HF_TOKEN"
     )
     print(f"{Path(sys.argv[0]).name}: error: {in_options(message, args)}", file=sys.stderr, flush=True)
-    os.kill(interruption.launcher(), signal.SIGTERM)
+    os.kill(launcher, signal.SIGTERM)
     os._exit(2)

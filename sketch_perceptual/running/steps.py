@@ -113,7 +113,9 @@ class Meter:
         self.limit = 25 if self.scaled else 5
         self.skipped = self.in_a_row = 0
         self.was_finite = True
-        self._clear()
+        self.step_sums: Tensor | int = 0  # of the step that is not complete yet
+        self.batches: list[tuple] = []
+        self.steps: list[tuple] = []
 
     def add(self, names: list[str], losses: dict[str, Tensor], timesteps: Tensor | None = None) -> None:
         """What one batch said: the images' names, and for each quantity (B,); the first decides what is finite."""
@@ -125,6 +127,7 @@ class Meter:
 
     def close(self, step: int, grad_norm: Tensor) -> None:
         """One optimizer step is complete."""
+        assert isinstance(self.step_sums, Tensor), "add comes first"
         grad_norm = torch.as_tensor(grad_norm, device=self.step_sums.device).detach().float()
         self.steps.append((step, torch.cat([self.step_sums, grad_norm[None]]), self.batches))
         self.step_sums, self.batches = 0, []
@@ -147,7 +150,7 @@ class Meter:
             else:
                 self._blame(step, batches)
         totals["grad_norm"] = numbers[-1]
-        self._clear()
+        self.steps = []
         return totals
 
     def may_step(self) -> bool:
@@ -169,6 +172,3 @@ class Meter:
                 f"{self.in_a_row} steps in a row were not finite, the last at step {step}: {blame}. No such step was"
                 " saved. Lower `learning_rate` or a weight of the loss, or use `mixed_precision` bf16."
             )
-
-    def _clear(self) -> None:
-        self.step_sums, self.batches, self.steps = 0, [], []

@@ -12,6 +12,7 @@ from sketch_perceptual.data.images import load_image
 from sketch_perceptual.data.labels import labelled_folder
 from sketch_perceptual.data.paired import find_pairs
 from sketch_perceptual.errors import InputError
+from sketch_perceptual.running.lock import lock_folder, unlock_folder
 
 
 def sketch(path):
@@ -107,3 +108,16 @@ def test_a_deep_line_of_json_is_a_sentence(root):
     (root / "metadata.jsonl").write_text("[" * 100_000)
     with pytest.raises(InputError, match=r"metadata\.jsonl line 1 is not JSON"):
         captioned_folder(root)
+
+
+def test_where_a_training_writes_nothing_is_read(tmp_path, caplog):
+    """An output folder inside the data is no class, and its sheets are no drawings."""
+    for name in ("cat/1.png", "dog/1.png", "out/validation/step-000001.png", "cat/generated/1.png"):
+        sketch(tmp_path / name)
+    for output in ("out", "cat/generated"):
+        lock_folder(tmp_path / output)
+        unlock_folder(tmp_path / output)
+    assert find_images(tmp_path)[1] == ["cat/1.png", "dog/1.png"]
+    assert labelled_folder(tmp_path).classes == ["cat", "dog"]
+    assert f"Not read, since a training or a generation writes there: {tmp_path / 'out'}" in caplog.text
+    assert find_images(tmp_path / "out")[1] == ["validation/step-000001.png"]  # unless it is what was asked for

@@ -290,6 +290,7 @@ script.run(script.main, script.parse_args(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["retrieval", "distance"])
 def test_two_processes_say_what_one_says(evaluate, models, pictures, tmp_path, task):
     (tmp_path / "driver.py").write_text(DRIVER)
@@ -375,6 +376,7 @@ def test_inception_and_what_is_all_the_same(models, pairs, styles, monkeypatch, 
     assert "fewer than 2048" in caplog.text
 
 
+@pytest.mark.slow
 def test_two_processes_score_as_one(models, pairs, styles):
     (styles / "driver.py").write_text(DRIVER)
     alone = transfer(pairs, styles)

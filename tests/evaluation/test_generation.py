@@ -217,6 +217,7 @@ script.run(script.main, script.parse_args(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_two_processes_score_as_one(evaluate, tiny_sd, drawings, adapters, clip, tmp_path):
     models = ["none", f"lora={adapters / 'seed-1'}"]
     options = {"clip_model": clip, "classifier": tmp_path / "classifier"}

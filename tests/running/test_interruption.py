@@ -99,6 +99,7 @@ def test_only_its_own_process_ends_a_worker(method, tmp_path):
     assert answer.split()[-1] == "0"
 
 
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
 TRAINING = """
 import multiprocessing
 import train_lora_sketch as script
@@ -124,8 +125,7 @@ def test_a_launched_run_saves_however_it_is_stopped(tiny_sd, drawings, tmp_path,
         --feature_dir {tmp_path / "features"}"""
     with (tmp_path / "log").open("w") as log:
         launcher = subprocess.Popen(
-            [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
-            + [tmp_path / "driver.py", *options.split()],
+            [*LAUNCH, tmp_path / "driver.py", *options.split()],
             env=os.environ | {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
             stdout=log,
             stderr=log,

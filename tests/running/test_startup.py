@@ -1,0 +1,177 @@
+"""How scripts start and end: sentences, exit codes, consoles, trackers."""
+
+import argparse
+import io
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from sketch_perceptual.errors import InputError
+from sketch_perceptual.running import startup, trackers
+from sketch_perceptual.running.console import protect_console
+from sketch_perceptual.running.options import add_training_options
+
+ARGS = argparse.Namespace(learning_rate=1.0)
+
+
+def ends(error):
+    def main(args):
+        raise error
+
+    with pytest.raises(SystemExit) as exit:
+        startup.run(main, ARGS)
+    return exit.value.code
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "says"),
+    [
+        (InputError("`learning_rate` is odd, `other` too"), 2, "error: --learning_rate is odd, `other` too"),
+        (FloatingPointError("lower `learning_rate`"), 3, "training stopped: lower --learning_rate"),
+        (OSError(28, "No space left on device", "x.png"), 2, "error: [Errno 28] No space left on device: 'x.png'"),
+        (OSError(36, "File name too long", "y" * 999), 2, "error: [Errno 36] File name too long"),
+    ],
+)
+def test_what_ends_a_script_is_a_sentence_and_a_code(error, code, says, signals, capsys):
+    assert ends(error) == code
+    answer = capsys.readouterr().err
+    assert says in answer
+    assert "Traceback" not in answer
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_anywhere_is_a_sentence_and_its_code(name, signals, capsys):
+    def main(args):
+        os.kill(os.getpid(), getattr(signal, name))
+
+    with pytest.raises(SystemExit) as exit:
+        startup.run(main, ARGS)
+    assert exit.value.code == 128 + getattr(signal, name)
+    assert f"interrupted by {name}" in capsys.readouterr().err
+
+
+def test_bugs_keep_their_traceback(signals):
+    with pytest.raises(OSError, match="odd"):
+        startup.run(lambda args: (_ for _ in ()).throw(OSError("odd")), ARGS)
+    with pytest.raises(RuntimeError, match="gloo"):  # of one process alone this is no lost connection
+        startup.run(lambda args: (_ for _ in ()).throw(RuntimeError("gloo")), ARGS)
+
+
+def test_letters_that_the_console_lacks_are_escaped(monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    protect_console()
+    print("Büro \ud83d")
+    sys.stdout.flush()
+    assert raw.getvalue() == b"B\\xfcro \\ud83d\n"
+
+
+TALKS = """
+from sketch_perceptual.running.console import protect_console
+
+protect_console()
+for number in range(99999):
+    print(number)
+open("done", "w").close()
+"""
+
+
+def test_a_closed_pipe_ends_nothing(tmp_path):
+    (tmp_path / "talks.py").write_text(TALKS)
+    done = subprocess.run(
+        f"{sys.executable} talks.py | head -1",
+        shell=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert (done.stdout, done.stderr) == ("0\n", "")
+    assert (tmp_path / "done").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "package", "variables", "says"),
+    [
+        ("wandb", None, {}, "`report_to` wandb needs its package: pip install"),
+        ("comet_ml", None, {}, "`report_to` comet_ml needs its package"),
+        ("wandb", "os", {}, "wandb: nobody is logged in; run `wandb login`, or set WANDB_MODE=offline"),
+        ("comet_ml", "os", {}, "comet_ml: nobody is logged in"),
+        ("wandb", "os", {"WANDB_MODE": "offline"}, None),
+        ("comet_ml", "os", {"COMET_API_KEY": "x"}, None),
+        ("tensorboard", "os", {}, None),
+    ],
+)
+def test_a_tracker_that_cannot_track_is_refused_at_once(name, package, variables, says, monkeypatch, tmp_path):
+    monkeypatch.setattr(trackers, "PACKAGES", {name: package or "no_such_package"})
+    for variable in ("WANDB_MODE", "WANDB_API_KEY", "COMET_API_KEY"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for variable, value in variables.items():
+        monkeypatch.setenv(variable, value)
+    if says is None:
+        trackers.check_trackers([name])
+    else:
+        with pytest.raises(InputError, match=says):
+            trackers.check_trackers([name])
+
+
+@pytest.mark.parametrize(
+    "option", ["--adam_beta1 1", "--adam_beta2 1.5", "--learning_rate 0", "--learning_rate nan", "--max_grad_norm 0"]
+)
+def test_numbers_that_cannot_train_are_refused_by_name(option, capsys):
+    parser = argparse.ArgumentParser()
+    add_training_options(parser, "out")
+    with pytest.raises(SystemExit):
+        parser.parse_args(option.split())
+    assert f"argument {option.split()[0]}: must be a number" in capsys.readouterr().err
+
+
+def test_an_empty_token_is_none():
+    parser = argparse.ArgumentParser()
+    add_training_options(parser, "out")
+    assert parser.parse_args(["--hub_token", ""]).hub_token is None
+
+
+LAUNCHED = """
+import sys
+from sketch_perceptual.running import startup
+import argparse
+startup.run(lambda args: print("trains"), argparse.Namespace(hub_token="hf_secret"))
+"""
+
+
+@pytest.mark.slow
+def test_a_launcher_never_prints_a_token(tmp_path):
+    (tmp_path / "driver.py").write_text(LAUNCHED)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "driver.py"]
+    done = subprocess.run(
+        [*command, "--hub_token", "hf_secret"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert "--hub_token would be printed by the launcher of this script; use `hf auth login`" in done.stderr
+    assert "hf_secret" not in done.stdout + done.stderr
+    assert "trains" not in done.stdout
+
+
+@pytest.mark.parametrize("option", ["train_data_dir", "style", "paired_data_dir", "dataset_name"])
+def test_what_is_written_is_not_what_is_read(option, tmp_path):
+    args = argparse.Namespace(output_dir=str(tmp_path / "x" / ".."), **{option: str(tmp_path)})
+    with pytest.raises(InputError, match=f"`output_dir` .* lies in `{option}`"):
+        startup.check_apart(args)
+    args.output_dir = str(tmp_path / "out")
+    if option == "dataset_name":  # whose files `datasets` finds by itself
+        with pytest.raises(InputError, match="lies in `dataset_name`"):
+            startup.check_apart(args)
+    else:
+        startup.check_apart(args)
