@@ -205,6 +205,21 @@ def test_a_finished_run_resumed_trains_nothing(train):
     assert (run.folder / "last" / "model.safetensors").read_bytes() == before
 
 
+def test_a_checkpoint_holds_all_that_the_result_needs(train, tmp_path):
+    """Resumed in another folder, on what was the best epoch so far."""
+    straight = train(output="straight", epochs=3)
+    (tmp_path / "moved").mkdir()
+    (straight.folder / "checkpoint-12").rename(tmp_path / "moved" / "checkpoint-12")
+    resumed = train("--resume_from_checkpoint", tmp_path / "moved" / "checkpoint-12", output="elsewhere", epochs=3)
+    assert resumed == straight
+
+
+def test_weights_that_are_not_finite_are_not_written(train, tmp_path):
+    with pytest.raises(FloatingPointError, match=r"after step 2 weights are not finite .* there is no checkpoint"):
+        train("--adam_epsilon", 0, "--max_train_steps", 2)
+    assert not list((tmp_path / "out").rglob("*.safetensors"))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

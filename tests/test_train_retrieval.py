@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import statistics
 
@@ -201,6 +202,17 @@ def test_a_checkpoint_loads_as_an_embedder(train):
     )
     with pytest.raises(InputError, match=r"triplet_weight was 0\.1, is 0\.5"):
         train("--resume_from_checkpoint", "latest", "--triplet_weight", 0.5)
+
+
+def test_a_run_that_goes_on_elsewhere_takes_its_finished_seeds_along(train):
+    straight = train("--checkpoints_total_limit", 9)
+    last = checkpoints.find_checkpoints(straight.folder)[-2]
+    resumed = train("--resume_from_checkpoint", last, output="elsewhere")
+    assert resumed.metrics == straight.metrics
+    assert resumed.weights(5) == straight.weights(5)
+    shutil.rmtree(straight.folder / "seed-5")
+    with pytest.raises(InputError, match=r"the embedder of seed 5 is missing: there is no .*seed-5"):
+        train("--resume_from_checkpoint", last, output="nowhere")
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_counted(train, monkeypatch, caplog):
