@@ -132,20 +132,25 @@ def add_embedder_options(add: Callable) -> None:
 
 
 def add_run_options(add: Callable) -> None:
-    add("--dataloader_num_workers", type=at_least(0), default=0, help="processes that read images; 0 is the main one")
+    add(
+        "--dataloader_num_workers",
+        type=at_least(0),
+        default=0,
+        help="number of data loading processes; 0: load in the main process",
+    )
     add_precision(add)
 
 
 def add_precision(add: Callable) -> None:
-    add("--mixed_precision", choices=("no", "fp16", "bf16"), help="default: what accelerate was told")
+    add("--mixed_precision", choices=("no", "fp16", "bf16"), help="default: accelerate's own setting")
 
 
 def add_transfer_options(add: Callable) -> None:
-    add("--paired_data_dir", required=True, help="CUFS, FS2K or another paired set: see sketch_perceptual.paired")
+    add("--paired_data_dir", required=True, help="CUFS, FS2K or another paired set: see sketch_perceptual.data.paired")
     add("--part", choices=("test", "train", "all"), default="test")
     add("--paired_style", type=int, choices=(1, 2, 3), help="of FS2K")
     add("--models", nargs="+", required=True, metavar="[NAME=]MODEL", help="folders or Hub ids of train_johnson.py")
-    add("--resolution", type=at_least(32), default=256, help="photos and sketches become this wide and high")
+    add("--resolution", type=at_least(32), default=256, help="size of the square photos and sketches, in pixels")
     add("--fit", choices=("crop", "pad"), default="crop", help="how images that are not square are made square")
     add("--background", default="white", help="colour behind transparent pictures")
     add("--inception_weights", help=".safetensors of FID's Inception; without it, the features of --backbone")
@@ -175,7 +180,7 @@ def add_generation_options(parser: argparse.ArgumentParser) -> None:
     add("--output_dir", default="generated", help="pictures are kept here and drawn once, in a folder a model")
     add("--num_inference_steps", type=at_least(1), default=30)
     add("--guidance_scale", type=at_least(0.0, float), default=7.5)
-    add("--generation_batch_size", type=at_least(1), default=4, help="pictures a pass of the pipeline")
+    add("--generation_batch_size", type=at_least(1), default=4, help="batch size of the pipeline")
     add("--disable_safety_checker", action="store_true", help="what it flags becomes black and is not scored")
     add("--seed", type=at_least(0), default=0, help="of the noise, with the prompt; of the shuffled prompts")
     add_precision(add)
@@ -184,7 +189,12 @@ def add_generation_options(parser: argparse.ArgumentParser) -> None:
     add("--inception_weights", help=".safetensors of FID's Inception, for FID and KID")
     add("--clip_model", help="a CLIP of transformers, for the CLIP score, e.g. openai/clip-vit-large-patch14")
     add("--classifier", help="a network of train_backbone.py, for the share of pictures that show their class")
-    add("--dataloader_num_workers", type=at_least(0), default=0, help="processes that read images; 0 is the main one")
+    add(
+        "--dataloader_num_workers",
+        type=at_least(0),
+        default=0,
+        help="number of data loading processes; 0: load in the main process",
+    )
     add_feature_options(add)
     add("--output", default="generation.json", help="all results, as JSON")
     add("--figure", help="write a sheet of prompts, what each model draws for them, and the drawing nearest to that")
@@ -192,9 +202,9 @@ def add_generation_options(parser: argparse.ArgumentParser) -> None:
 
 def add_search_options(add: Callable) -> None:
     add("--query", required=True, help="a picture")
-    add("--gallery", required=True, help="a folder of pictures, searched with all its folders")
+    add("--gallery", required=True, help="a folder of images, searched recursively")
     add("--model", default=str(BUNDLED), help="an embedder, a backbone, VGG-16 weights or imagenet")
-    add("--count", type=at_least(1), default=10, help="how many to show")
+    add("--count", type=at_least(1), default=10, help="number of results")
     add("--figure", help="write the query and its nearest drawings as a picture")
     add("--on_bad_image", choices=("error", "skip"), default="error", help="what to do with unreadable images")
     add("--background", help="colour behind transparent drawings; default: an embedder's own, of a backbone white")

@@ -66,9 +66,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default="cbam",
         help="in place of the first two max-pools; none: VGG-16",
     )
-    add("--pool_after_attention", action="store_true", help="keep these pools: a twelfth of the cost, not the paper's")
-    add("--spatial_kernel", type=count, default=7, help="width of the spatial attention's convolution")
-    add("--reduction", type=count, default=16, help="bottleneck of the channel attention")
+    add(
+        "--pool_after_attention",
+        action="store_true",
+        help="keep the two max-pools: a twelfth of the cost, not the paper's network",
+    )
+    add("--spatial_kernel", type=count, default=7, help="kernel size of the spatial attention")
+    add("--reduction", type=count, default=16, help="reduction ratio of the channel attention")
     add("--head", choices=("vgg", "linear"), default="vgg", help="classifier: VGG-16's, or one layer for small data")
     add(
         "--init_weights",
@@ -80,14 +84,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         choices=("convolutions", "features"),
         help="train all but the convolutions, or the classifier alone: the accuracy of untuned features",
     )
-    add("--torch_compile", action="store_true", help="compile the network: a slow first step, faster ones after it")
+    add("--torch_compile", action="store_true", help="compile the network: slow first step, faster training")
 
-    add = add_class_options(parser, "for validation")
-    add("--resolution", type=at_least(32), default=224, help="images are cropped to this width and height, in pixels")
+    add = add_class_options(parser, "used for validation")
+    add("--resolution", type=at_least(32), default=224, help="size of the square training crops, in pixels")
 
     add_training_options(parser, output_dir="attention-vgg16")
     add = parser.add_argument_group("backbone training").add_argument
-    add("--logging_steps", type=count, default=10, help="losses are read and logged every so many steps")
+    add("--logging_steps", type=count, default=10, help="log every N optimizer steps")
     parser.set_defaults(
         train_batch_size=32,
         num_train_epochs=25,

@@ -69,9 +69,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     count, rate = at_least(1), at_least(0.0, float)
 
     add = parser.add_argument_group("model").add_argument
-    add("--norm", choices=tuple(NORMS), default="instance", help="batch: the paper of 2016")
+    add("--norm", choices=tuple(NORMS), default="instance", help="normalization layers; the 2016 paper used batch")
     add("--upsampling", choices=UPSAMPLING, default="transposed", help="resize: nearest neighbours, then convolution")
-    add("--width", type=count, default=32, help="channels of the first layer; fewer for small machines")
+    add("--width", type=count, default=32, help="channels of the first layer")
 
     add = parser.add_argument_group("loss").add_argument
     add("--backbone", default=str(BUNDLED), help='a folder or Hub id, a .safetensors with VGG-16 weights, "imagenet"')
@@ -79,29 +79,39 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--style_layers", nargs="+", metavar="LAYER", default=list(DEFAULT_LAYERS))
     add("--content_weight", type=rate, default=1.0)
     add("--style_weight", type=rate, default=0.3)
-    add("--tv_weight", type=rate, default=1e-2, help="of the total variation")
+    add("--tv_weight", type=rate, default=1e-2, help="weight of the total variation loss")
     add(
         "--normalize_losses",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="divide content and style by what they are for the untrained network, so that weights mean the same for"
-        " all backbones",
+        help="divide the content and style losses by their values for the untrained network, so that weights mean"
+        " the same for all backbones",
     )
-    add("--style_target", choices=("mean", "random"), default="mean", help="of several: mean Gram, or one a step")
+    add(
+        "--style_target",
+        choices=("mean", "random"),
+        default="mean",
+        help="with several drawings: their mean Gram matrix, or one at random each step",
+    )
 
     add = add_data_options(parser)
-    add("--train_data_dir", help="a folder of photos, read with all its folders")
+    add("--train_data_dir", help="a folder of photos, searched recursively")
     add("--style", help="a drawing, or a folder of drawings")
-    add("--paired_data_dir", help="CUFS, FS2K or another paired set: see sketch_perceptual.paired")
-    add("--paired_style", type=int, choices=(1, 2, 3), help="of FS2K")
-    add("--resolution", type=at_least(32), default=256, help="photos and drawings become this wide and high")
-    add("--fit", choices=("crop", "pad"), default="crop", help="how what is not square becomes so")
+    add("--paired_data_dir", help="CUFS, FS2K or another paired set: see sketch_perceptual.data.paired")
+    add("--paired_style", type=int, choices=(1, 2, 3), help="style of FS2K")
+    add("--resolution", type=at_least(32), default=256, help="size of the square photos and drawings, in pixels")
+    add("--fit", choices=("crop", "pad"), default="crop", help="how images that are not square are made square")
     add("--random_flip", action="store_true", help="mirror half of the photos")
 
     add_training_options(parser, output_dir="sketch-style")
     add = parser.add_argument_group("validation").add_argument
-    add("--num_validation_images", type=at_least(1), default=4, help="photos of the content that are drawn again")
-    add("--validation_steps", type=count, default=1000, help="draw them every so many steps")
+    add(
+        "--num_validation_images",
+        type=at_least(1),
+        default=4,
+        help="number of training photos to stylize for validation",
+    )
+    add("--validation_steps", type=count, default=1000, help="stylize them every N optimizer steps")
     parser.set_defaults(
         train_batch_size=4,
         num_train_epochs=1,

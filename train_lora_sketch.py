@@ -89,44 +89,72 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--rank", type=count, default=4, help="rank of the LoRA")
     add("--lora_alpha", type=count, help="scale of the LoRA is alpha / rank; default: the rank")
     add("--prediction_type", choices=PREDICTION_TYPES, help="default: the scheduler's own")
-    add("--noise_offset", type=rate, default=0.0, help="scale of a noise that is constant over each channel")
+    add("--noise_offset", type=rate, default=0.0, help="scale of an extra noise that is constant within each channel")
     add("--snr_gamma", type=rate, help="Min-SNR weighting of the denoising loss; 5.0 is recommended")
     add("--enable_xformers_memory_efficient_attention", action="store_true")
     add("--export_kohya", action="store_true", help=f"also write {KOHYA_WEIGHTS} for AUTOMATIC1111 and ComfyUI")
 
     add = add_caption_options(parser)
-    add("--resolution", type=count, default=512, help="images are made this wide and high, in pixels")
-    add("--fit", choices=("crop", "pad"), default="crop", help="how an image that is not square becomes one")
-    add("--center_crop", action="store_true", help="crop the centre; default: a random place")
+    add("--resolution", type=count, default=512, help="size of the square training images, in pixels")
+    add("--fit", choices=("crop", "pad"), default="crop", help="how images that are not square are made square")
+    add("--center_crop", action="store_true", help="crop at the centre; default: at random")
     add("--random_flip", action="store_true", help="mirror half of the images")
     add("--image_interpolation_mode", choices=tuple(INTERPOLATIONS), default="lanczos")
     cache = {"action": argparse.BooleanOptionalAction, "default": None}
-    add("--cache_latents", **cache, help="encode each image once; default: where nothing is cropped at random")
+    add("--cache_latents", **cache, help="encode each image only once; default: unless images are cropped at random")
     add("--cache_prompts", **cache, help=f"embed each caption once; default: if there are at most {FEW_PROMPTS}")
-    add_feature_dir(add, "latents are kept here, by content, VAE, resolution, fit and precision")
+    add_feature_dir(add, "cache of latents, keyed by image, VAE, resolution, fit and precision")
 
     add = parser.add_argument_group("perceptual term").add_argument
-    add("--perceptual_weight", type=rate, default=0.03, help="1 weighs unrelated drawings as 1; 0 is the plain script")
+    add(
+        "--perceptual_weight",
+        type=rate,
+        default=0.03,
+        help="weight of the perceptual loss, which is 1 for unrelated drawings; 0 disables it",
+    )
     add("--perceptual_loss", default="attention_vgg", help=f"{', '.join(LOSSES)}, an entry point, or module:Class")
     add("--backbone", help="network of the loss: folder, Hub id, .safetensors of VGG-16; default: the loss's own")
-    add("--perceptual_layers", nargs="+", metavar="LAYER", help="taps, e.g. relu1_2 relu3_3")
-    add("--perceptual_resolution", type=count, help="larger images are shrunk to this for the loss; default: 224")
-    add("--perceptual_crop", type=count, help="side of the random square that is decoded and scored; default: half")
-    add("--perceptual_min_snr", type=rate, default=1.0, help="rows with less signal are not scored; 0 scores all")
-    add("--perceptual_max_timestep", type=natural, help="gate by timestep instead of by SNR")
-    add("--perceptual_start_step", type=natural, default=0, help="no term before this step")
-    add("--perceptual_every", type=count, default=1, help="the term in each so many-th step only")
-    add("--perceptual_target", choices=("image", "reconstruction"), default="image", help="or its VAE round trip")
+    add("--perceptual_layers", nargs="+", metavar="LAYER", help="layers to compare, e.g. relu1_2 relu3_3")
+    add("--perceptual_resolution", type=count, help="downscale larger images to this size for the loss; default: 224")
+    add(
+        "--perceptual_crop",
+        type=count,
+        help="side of the random square that is decoded and scored, in pixels; default: half of --resolution",
+    )
+    add(
+        "--perceptual_min_snr",
+        type=rate,
+        default=1.0,
+        help="score only samples with at least this signal-to-noise ratio; 0 scores all",
+    )
+    add(
+        "--perceptual_max_timestep",
+        type=natural,
+        help="score only timesteps up to this one, instead of --perceptual_min_snr",
+    )
+    add("--perceptual_start_step", type=natural, default=0, help="first optimizer step with the perceptual loss")
+    add("--perceptual_every", type=count, default=1, help="use the perceptual loss only every N steps")
+    add(
+        "--perceptual_target",
+        choices=("image", "reconstruction"),
+        default="image",
+        help="compare with the image, or with its VAE reconstruction",
+    )
     add("--perceptual_decoder", default="vae", help='"vae", or an AutoencoderTiny, e.g. madebyollin/taesd')
     add("--perceptual_dtype", choices=("float32", "bfloat16"), default="float32")
 
     add_training_options(parser, output_dir="sd-model-finetuned-lora")
-    parser.add_argument("--use_8bit_adam", action="store_true", help="AdamW of bitsandbytes")
+    parser.add_argument("--use_8bit_adam", action="store_true", help="use the 8-bit AdamW of bitsandbytes")
 
     add = parser.add_argument_group("validation").add_argument
-    add("--validation_prompt", nargs="+", metavar="PROMPT", help="prompts drawn during training and at its end")
-    add("--num_validation_images", type=natural, default=4, help="images a prompt")
-    add("--validation_epochs", type=count, default=1, help="draw them every so many epochs")
+    add(
+        "--validation_prompt",
+        nargs="+",
+        metavar="PROMPT",
+        help="prompts to generate from during training and at its end",
+    )
+    add("--num_validation_images", type=natural, default=4, help="number of images per prompt")
+    add("--validation_epochs", type=count, default=1, help="generate them every N epochs")
 
     args = parser.parse_args(argv)
     check_caption_options(parser, args)

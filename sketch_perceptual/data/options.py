@@ -16,13 +16,15 @@ from .rows import load_rows
 def add_data_options(parser: argparse.ArgumentParser) -> Callable:
     """The options that say where pictures come from; returns `add_argument` of their group for more of them."""
     add = parser.add_argument_group("data").add_argument
-    add("--dataset_name", help="a data set of the Hub, or a folder that `datasets` can read")
+    add("--dataset_name", help="dataset on the Hub, or a folder that `datasets` can read")
     add("--dataset_config_name")
     add("--image_column", default="image")
-    add("--on_bad_image", choices=("error", "skip"), default="error", help="what to do with unreadable images")
+    add(
+        "--on_bad_image", choices=("error", "skip"), default="error", help="what to do with images that cannot be read"
+    )
     add("--background", default="white", help="colour behind transparent drawings")
-    add("--max_train_samples", type=at_least(1), help="use a random choice of so many images")
-    add("--cache_dir", help="where downloads are kept")
+    add("--max_train_samples", type=at_least(1), help="use a random subset of N images")
+    add("--cache_dir", help="where downloads are cached")
     return add
 
 
@@ -45,9 +47,12 @@ def check_caption_options(parser: argparse.ArgumentParser, args: argparse.Namesp
 def add_class_options(parser: argparse.ArgumentParser, role: str) -> Callable:
     """`add_data_options` and what drawings with classes need; `role` of the held-out drawings."""
     add = add_data_options(parser)
-    add("--train_data_dir", help="a folder with one folder of images a class; an ImageNet id is a class name too")
+    add("--train_data_dir", help="a folder with one folder of images per class, named after it or by an ImageNet id")
     add("--label_column", default="label", help="class labels, or names of classes")
-    add("--group_column", help="images alike in it stay on one side of the split, e.g. those of one hand")
+    add(
+        "--group_column",
+        help="keep images with equal values in this column on one side of the split, e.g. those of one artist",
+    )
     add("--validation_share", type=float, default=0.1, help=f"held-out fraction of the images, {role}")
     return add
 

@@ -13,18 +13,23 @@ def add_run_options(parser: argparse.ArgumentParser, output_dir: str) -> Callabl
     add = parser.add_argument_group("training").add_argument
     count, natural = at_least(1), at_least(0)
     add("--output_dir", default=output_dir, help="where the model, the checkpoints and the logs are written")
-    add("--seed", type=natural, help="decides every random draw; one is drawn and saved if not given")
-    add("--mixed_precision", choices=("no", "fp16", "bf16"), help="default: what accelerate was told")
-    add("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere GPUs and newer")
-    add("--dataloader_num_workers", type=natural, default=0, help="processes that read images; 0 is the main one")
-    add("--logging_dir", default="logs", help="inside --output_dir")
+    add("--seed", type=natural, help="seed of every random draw; default: a random one, which is saved")
+    add("--mixed_precision", choices=("no", "fp16", "bf16"), help="default: accelerate's own setting")
+    add("--allow_tf32", action="store_true", help="allow TF32 on Ampere GPUs and newer")
+    add(
+        "--dataloader_num_workers",
+        type=natural,
+        default=0,
+        help="number of data loading processes; 0: load in the main process",
+    )
+    add("--logging_dir", default="logs", help="where logs are written, inside --output_dir")
     add(
         "--report_to",
         default="tensorboard",
         help="tensorboard, wandb, comet_ml, another tracker of accelerate's, all or none",
     )
-    add("--local_rank", type=int, default=-1, help="for launchers that pass it; the environment decides")
-    add("--checkpoints_total_limit", type=count, help="keep only the newest so many")
+    add("--local_rank", type=int, default=-1, help="accepted for launchers that pass it; not used")
+    add("--checkpoints_total_limit", type=count, help="keep only the newest N checkpoints")
     add("--resume_from_checkpoint", help='a checkpoint\'s folder or its name in --output_dir, or "latest"')
     add(
         "--resume_with",
@@ -33,7 +38,7 @@ def add_run_options(parser: argparse.ArgumentParser, output_dir: str) -> Callabl
         help="what a resumed run may change, e.g. learning_rate or data; all else must be as it was",
     )
     add("--push_to_hub", action="store_true", help="upload the result to the Hugging Face Hub")
-    add("--hub_token", type=lambda token: token or None, help="better: hf auth login")
+    add("--hub_token", type=lambda token: token or None, help="token of the Hub; better: `hf auth login`")
     add("--hub_model_id", help="the Hub repository; default: the name of --output_dir")
     return add
 
@@ -42,27 +47,31 @@ def add_training_options(parser: argparse.ArgumentParser, output_dir: str) -> No
     """The options that diffusers' training scripts share, with their names, defaults and meaning."""
     add = add_run_options(parser, output_dir)
     count, natural, rate = at_least(1), at_least(0), at_least(0.0, float)
-    add("--train_batch_size", type=count, default=16, help="images a step and process")
+    add("--train_batch_size", type=count, default=16, help="batch size per process")
     add("--num_train_epochs", type=count, default=100)
-    add("--max_train_steps", type=count, help="optimizer steps in all; overrides --num_train_epochs")
-    add("--gradient_accumulation_steps", type=count, default=1, help="batches an optimizer step")
-    add("--gradient_checkpointing", action="store_true", help="less memory, a slower backward pass")
+    add("--max_train_steps", type=count, help="total number of optimizer steps; overrides --num_train_epochs")
+    add("--gradient_accumulation_steps", type=count, default=1, help="number of batches per optimizer step")
+    add("--gradient_checkpointing", action="store_true", help="save memory with a slower backward pass")
     add("--learning_rate", type=above(0), default=1e-4)
-    add("--scale_lr", action="store_true", help="multiply the rate by processes, accumulation and batch size")
+    add(
+        "--scale_lr",
+        action="store_true",
+        help="scale the learning rate by processes, accumulation steps and batch size",
+    )
     add("--lr_scheduler", default="constant", choices=SCHEDULES)
-    add("--lr_warmup_steps", type=natural, default=500, help="optimizer steps")
+    add("--lr_warmup_steps", type=natural, default=500, help="warm-up of the learning rate, in optimizer steps")
     add("--adam_beta1", type=fraction, default=0.9)
     add("--adam_beta2", type=fraction, default=0.999)
     add("--adam_weight_decay", type=rate, default=1e-2)
     add("--adam_epsilon", type=rate, default=1e-8)
-    add("--max_grad_norm", type=at_least(1e-12, float), default=1.0, help="gradients are clipped to this norm")
-    add("--checkpointing_steps", type=count, default=500, help="save a checkpoint every so many optimizer steps")
+    add("--max_grad_norm", type=at_least(1e-12, float), default=1.0, help="maximum gradient norm, for clipping")
+    add("--checkpointing_steps", type=count, default=500, help="save a checkpoint every N optimizer steps")
 
 
 def add_feature_options(add: Callable) -> None:
     """The options of `extract_features`."""
-    add("--extraction_batch_size", type=at_least(1), default=64, help="images a forward pass of the frozen network")
-    add_feature_dir(add, "features are kept here, by content, weights, resolution and precision")
+    add("--extraction_batch_size", type=at_least(1), default=64, help="batch size of the frozen network")
+    add_feature_dir(add, "cache of features, keyed by image, weights, resolution and precision")
 
 
 def add_feature_dir(add: Callable, what: str) -> None:
