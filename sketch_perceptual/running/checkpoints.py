@@ -121,6 +121,8 @@ def choose(folder: Path, resume_from: str | None) -> tuple[Path | None, dict | N
         return None, None
     for path in (Path(resume_from), folder / resume_from):
         if (path / STATE_FILE).is_file():
+            if path.resolve().parent != folder.resolve():
+                _check_unused(folder, complete)
             return path, read_checkpoint(path)
     names = ", ".join(path.name for path in complete) or "none"
     raise InputError(f"`resume_from_checkpoint` {resume_from} is no complete checkpoint; {folder} has {names}")

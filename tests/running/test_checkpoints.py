@@ -167,6 +167,14 @@ def test_an_older_runs_checkpoints_are_not_touched(train):
     assert checkpoints.read_checkpoint(run.folder / "checkpoint-3") == before
 
 
+def test_a_checkpoint_from_elsewhere_goes_on_in_an_unused_folder(train):
+    straight = train(6, folder="straight")
+    checkpoint = train(3)[1].folder / "checkpoint-3"
+    assert same(train(6, folder="elsewhere", resume_from=checkpoint), straight)
+    with pytest.raises(InputError, match="straight holds checkpoint-6 of another training"):
+        train(6, folder="straight", resume_from=checkpoint)
+
+
 def test_results_that_will_be_replaced_are_named(train, tmp_path, caplog):
     (tmp_path / "out").mkdir()
     save_file({}, tmp_path / "out" / "adapter.safetensors")
