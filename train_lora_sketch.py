@@ -443,7 +443,9 @@ def build_term(args, vae, noise_scheduler) -> PerceptualTerm | None:
     decoder = None
     if args.perceptual_decoder != "vae":
         try:
-            decoder = AutoencoderTiny.from_pretrained(args.perceptual_decoder, cache_dir=args.cache_dir).to(vae.device)
+            decoder = AutoencoderTiny.from_pretrained(
+                args.perceptual_decoder, cache_dir=args.cache_dir, use_safetensors=True
+            ).to(vae.device)
         except (OSError, ValueError) as error:
             raise InputError(f"`perceptual_decoder` {args.perceptual_decoder} cannot be loaded: {error}") from error
     return PerceptualTerm(

@@ -30,6 +30,8 @@ from sketch_perceptual.networks.backbone import AttentionVGG16
 from sketch_perceptual.networks.embedder import make_embedder
 from sketch_perceptual.running.feature_cache import extract_features
 
+BATCH = 32
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -39,7 +41,6 @@ def main() -> None:
     parser.add_argument("--dataloader_num_workers", type=int, default=0)
     args = parser.parse_args()
     torch.manual_seed(0)
-    args.extraction_batch_size = 32
     network = AttentionVGG16("none", num_classes=0).eval()
     plain, ours = partial(image_folder_loop, args, network), partial(cached, args, network)
     beside("features: ImageFolder loop, extract_features", plain, ours, args.rounds)
@@ -82,16 +83,17 @@ def image_folder_loop(args: argparse.Namespace, network: AttentionVGG16) -> Tens
         transforms.ToTensor(),
     ]
     data = ImageFolder(args.train_data_dir, transforms.Compose([*steps, transforms.Normalize([0.5] * 3, [0.5] * 3)]))
-    loader = torch.utils.data.DataLoader(data, args.extraction_batch_size, num_workers=args.dataloader_num_workers)
+    loader = torch.utils.data.DataLoader(data, BATCH, num_workers=args.dataloader_num_workers)
     return torch.cat([network.last_map(images).mean((2, 3)) for images, _ in loader]).mean(0)
 
 
 def cached(args: argparse.Namespace, network: AttentionVGG16) -> Tensor:
     data = labelled_folder(args.train_data_dir)
-    with tempfile.TemporaryDirectory() as args.feature_dir:
+    with tempfile.TemporaryDirectory() as folder:
         embedder = make_embedder(network, resolution=args.resolution, fit="crop")
         keys = list(map(str, range(len(data))))
-        features = extract_features(args, Accelerator(), embedder, data, keys)
+        workers = args.dataloader_num_workers
+        features = extract_features(Accelerator(), folder, embedder, data, keys, batch_size=BATCH, num_workers=workers)
         return torch.cat([rows for _, rows in features.parts(keys)]).mean(0)
 
 

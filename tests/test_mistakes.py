@@ -5,13 +5,14 @@ Each case runs the script in a folder with good and bad things in it, with optio
 
 import re
 import shlex
+import shutil
 
 import pytest
 import torch
 from bad_images import IMAGES, noise
 from conftest import draw_class, reset_accelerate
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import evaluate
 import train_backbone
@@ -109,6 +110,7 @@ add(
     ("--pretrained_model_name_or_path nowhere/sd", "--pretrained_model_name_or_path nowhere/sd cannot be loaded"),
     ("--pretrained_model_name_or_path xl", r"xl is a StableDiffusionXLPipeline; these scripts take SD-1\.x"),
     ("--pretrained_model_name_or_path net", "--pretrained_model_name_or_path net cannot be loaded"),
+    ("--pretrained_model_name_or_path pickled-sd", r"in safetensors, .*no file named \S*\.safetensors .*unet"),
     ("--resolution 33", "--resolution 33 must be a multiple of 4"),
     ("--caption_template x", r"--caption_template must contain \{class\}, got 'x'"),
     ("--caption_column title --train_data_dir told", "has no column 'title', --caption_column can be one of"),
@@ -311,6 +313,10 @@ def workplace(tmp_path_factory, tiny_sd):
     (root / "black" / "house").mkdir(parents=True)
     Image.new("RGB", (9, 9)).save(root / "black" / "house" / "1.png")
     (root / "sd").symlink_to(tiny_sd)
+    shutil.copytree(tiny_sd, root / "pickled-sd")
+    weights = root / "pickled-sd" / "unet" / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(weights), weights.with_suffix(".bin"))
+    weights.unlink()
     save_file({"weight": torch.zeros(3)}, root / "stranger.safetensors")
     JohnsonNet(width=4).save_pretrained(root / "style")
     return root

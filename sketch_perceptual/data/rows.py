@@ -108,4 +108,6 @@ def _check_inside(paths: Iterable[tuple[str, str | None]], folders: Iterable[str
     above = tuple(os.path.join(os.path.abspath(folder), "") for folder in folders)
     for row, path in paths:
         if path and not os.path.abspath(path).startswith(above):
-            raise InputError(f"{row}: the image is {path}, outside of the data set, where nothing is read.")
+            raise InputError(
+                f"{row}: the image is {path}, outside of the data set, where nothing is read; copy it into the folder."
+            )

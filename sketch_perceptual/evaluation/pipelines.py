@@ -47,13 +47,15 @@ def load_pipeline(
         kind = StableDiffusionPipeline.load_config(source, **place).get("_class_name")
         if kind != "StableDiffusionPipeline":
             raise InputError(f"{source} is a {kind}; these scripts take SD-1.x, a StableDiffusionPipeline")
-        pipeline = StableDiffusionPipeline.from_pretrained(source, variant=variant, **place, **options)
+        pipeline = StableDiffusionPipeline.from_pretrained(
+            source, variant=variant, use_safetensors=True, **place, **options
+        )
     except InputError:
         raise
     except (OSError, ValueError) as error:
         raise InputError(
             f"`pretrained_model_name_or_path` {source} cannot be loaded; it must be the folder of a Stable Diffusion"
-            f" pipeline, or a Hub id that can be reached: {error}"
+            f" pipeline in safetensors, or the Hub id of one that can be reached: {error}"
         ) from error
     if resolution % pipeline.vae_scale_factor:
         raise InputError(f"`resolution` {resolution} must be a multiple of {pipeline.vae_scale_factor}")

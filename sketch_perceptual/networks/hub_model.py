@@ -49,7 +49,8 @@ class HubModel(PyTorchModelHubMixin):
             _find_weights(Path(source), cls.noun)
         try:
             with redirect_stdout(None):  # huggingface_hub prints among our results that it loads from a folder
-                return super().from_pretrained(str(source), strict=True, **options)
+                network = super().from_pretrained(str(source), strict=True, **options)
+                return cast(nn.Module, network).eval()
         except InputError as error:
             raise InputError(f"{path}: {str(error).replace('`', '')}") from error
         except (RuntimeError, MemoryError, SafetensorError) as error:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 
 import datasets
 import pytest
@@ -38,8 +39,9 @@ def test_a_folder_is_read(folder):
 @pytest.mark.parametrize("name", ["http://127.0.0.1:9/0.png", "../secret.png", "{secret}"])
 def test_addresses_and_paths_out_of_the_folder_are_a_sentence(name, folder):
     describe(folder, name.format(secret=folder.parent / "secret.png"), "1.png")
-    with pytest.raises(InputError, match=f"`dataset_name` {folder} cannot be loaded: ") as error:
+    with pytest.raises(InputError, match=str(folder)) as error:  # from `datasets`, or ours where that is old
         captioned_dataset(load(folder), name=str(folder), resolution=8)[0, 0]
+    assert re.search("cannot be loaded: |there is no such file|outside of the data set", str(error.value))
     assert "DatasetGeneration" not in str(error.value)
 
 
