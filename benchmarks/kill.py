@@ -46,12 +46,12 @@ TRAINERS = {
 }
 SIGNALS = ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP")
 TARGETS = ("script", "launcher", "group")
-DRIVER = """import multiprocessing
+DRIVER = """if __name__ == "__main__":
+    import multiprocessing
 
-import {name} as script
-from sketch_perceptual.running import startup
+    import {name} as script
+    from sketch_perceptual.running import startup
 
-if __name__ == "__main__":
     multiprocessing.set_start_method("spawn")
     startup.run(script.main, script.parse_args())
 """
