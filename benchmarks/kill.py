@@ -4,7 +4,7 @@
     python -m benchmarks.kill --kills 50 --launch --workers 2  # accelerate launch, spawned workers, all signals
 
 Small drawings and networks, on one CPU thread: what is tested is what a stopped process leaves on disk. With --launch
-the signal (KILL, TERM, INT, HUP in turn) goes to the script, to the launcher or to the whole process group. What goes on
+the signal (KILL, TERM, INT, HUP in turn) goes to the script, the launcher or the whole process group. What goes on
 is forked, which is quicker. Exits with 1 unless every resumed run ends with the very weights of the undisturbed one.
 """
 
