@@ -35,7 +35,7 @@ from sketch_perceptual.data.splits import describe_split, split, split_hash
 from sketch_perceptual.errors import InputError
 from sketch_perceptual.figures import learning_curve
 from sketch_perceptual.losses import calibrate
-from sketch_perceptual.networks.backbone import AttentionVGG16, is_vgg16_weights, load_backbone
+from sketch_perceptual.networks.backbone import BUNDLED, AttentionVGG16, is_vgg16_weights, load_backbone
 from sketch_perceptual.networks.hub_model import fingerprint
 from sketch_perceptual.running import cards, startup
 from sketch_perceptual.running.files import replacing
@@ -52,6 +52,14 @@ from sketch_perceptual.running.training import make_lr_scheduler, make_optimizer
 logger = get_logger(__name__, log_level="INFO")
 
 FORECAST_STEPS = (2, 6)  # the first steps allocate and compile
+KINDS = {  # by attention, and whether the first two max-pools are there
+    ("none", True): "VGG-16",
+    ("identity", True): "VGG-16",
+    ("identity", False): "VGG-16 without its first two max-pools",
+    ("cbam", False): "VGG-16 with attention in place of its first two max-pools",
+    ("cbam", True): "VGG-16 with attention before its first two max-pools",
+}
+ARCHITECTURE = ("attention", "pool_after_attention", "open_gates", "spatial_kernel", "reduction")
 FILES = ["config.json", "model.safetensors", "README.md", "metrics.json", "split.json", "curve.png"]
 
 
@@ -62,22 +70,29 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("model").add_argument
     add(
         "--attention",
-        choices=("cbam", "none"),
-        default="cbam",
-        help="in place of the first two max-pools; none: VGG-16",
+        choices=("cbam", "identity", "none"),
+        help="in place of the first two max-pools; identity: nothing, the control; none: VGG-16; default: cbam",
     )
     add(
         "--pool_after_attention",
         action="store_true",
+        default=None,
         help="keep the two max-pools: a twelfth of the cost, not the paper's network",
     )
-    add("--spatial_kernel", type=count, default=7, help="kernel size of the spatial attention")
-    add("--reduction", type=count, default=16, help="reduction ratio of the channel attention")
+    add(
+        "--open_gates",
+        action="store_true",
+        default=None,
+        help="start the attention as if it were not there, not at random as the paper's",
+    )
+    add("--spatial_kernel", type=count, help="kernel size of the spatial attention; default: 7")
+    add("--reduction", type=count, help="reduction ratio of the channel attention; default: 16")
     add("--head", choices=("vgg", "linear"), default="vgg", help="classifier: VGG-16's, or one layer for small data")
     add(
         "--init_weights",
         default="imagenet",
-        help='"imagenet", a .safetensors with the names of torchvision\'s vgg16, a network saved here, or "none"',
+        help='"imagenet", a .safetensors with the names of torchvision\'s vgg16, "none", or a saved network, whose'
+        ' attention is kept: a folder, a Hub id, or "bundled", the one that comes with the package',
     )
     add(
         "--freeze",
@@ -248,26 +263,20 @@ def collate(examples: list[dict]) -> dict:
 
 def build_network(args, classes: list[str], seed: int) -> tuple[AttentionVGG16, AttentionVGG16 | None, dict]:
     """The network to train; the one its weights come from, if that one knows these classes; where they come from."""
+    source = BUNDLED if args.init_weights == "bundled" else args.init_weights
+    saved = None if source == "none" or is_vgg16_weights(source) else load_backbone(source)
+    settings = network_settings(args, saved)
     set_seed(seed)  # new weights depend on the seed alone
-    network = AttentionVGG16(
-        args.attention,
-        args.pool_after_attention,
-        len(classes),
-        args.spatial_kernel,
-        args.reduction,
-        args.head,
-        classes,
-    )
-    source, untouched, new = args.init_weights, None, list(network.state_dict())
-    if is_vgg16_weights(source):
+    network = AttentionVGG16(num_classes=len(classes), head=args.head, classes=classes, **settings)
+    untouched, new = None, list(network.state_dict())
+    if saved is not None:
+        new = take_over(network, saved)
+        untouched = saved if saved.classes == classes else None
+    elif source != "none":
         new = network.load_vgg16(source)
         if are_imagenets(classes):
             untouched = AttentionVGG16("none", classes=classes)
             untouched = None if untouched.load_vgg16(source) else untouched
-    elif source != "none":
-        saved = load_backbone(source)
-        new = take_over(network, saved, source)
-        untouched = saved if saved.classes == classes else None
     if args.freeze is not None:
         for name, parameter in network.features.named_parameters():
             parameter.requires_grad_(args.freeze == "convolutions" and ".attention." in name)
@@ -277,28 +286,31 @@ def build_network(args, classes: list[str], seed: int) -> tuple[AttentionVGG16, 
         "init_all": fingerprint(network),
         "new_weights": ", ".join(sorted({name.split(".weight")[0].split(".bias")[0] for name in new})) or "none",
     }
-    return network, untouched, origin
+    return network, untouched, {name: network.settings[name] for name in ARCHITECTURE} | origin
+
+
+def network_settings(args, saved: AttentionVGG16 | None) -> dict:
+    """What is asked for, or what the network was saved with that its weights come from; both must agree."""
+    given = {name: vars(args)[name] for name in ARCHITECTURE if vars(args)[name] is not None}
+    if saved is None:
+        return given
+    kept = {name: saved.settings[name] for name in (*ARCHITECTURE, "last_layer")}
+    for name, value in given.items():
+        if value != kept[name]:
+            raise InputError(
+                f"`init_weights` {args.init_weights} was saved with {name}={kept[name]}, this run has {name}={value}"
+            )
+    return kept
 
 
 def origin_of(args) -> str:
     return "torchvision's vgg16, IMAGENET1K_V1" if args.init_weights == "imagenet" else Path(args.init_weights).name
 
 
-def take_over(network: AttentionVGG16, saved: AttentionVGG16, source: str) -> list[str]:
+def take_over(network: AttentionVGG16, saved: AttentionVGG16) -> list[str]:
     """Copy a saved network's weights; the names of what stays new, a classifier of other classes."""
-    for name in ("attention", "pool_after_attention", "last_layer"):
-        if getattr(saved, name) != getattr(network, name):
-            raise InputError(
-                f"`init_weights` {source} was saved with {name}={getattr(saved, name)}, this run has"
-                f" {name}={getattr(network, name)}"
-            )
-    own, theirs = network.state_dict(), saved.state_dict()
-    same_head = saved.classes == network.classes and saved.head == network.head
-    taken = {name: weight for name, weight in theirs.items() if same_head or not name.startswith("classifier.")}
-    if wrong := [name for name, weight in taken.items() if weight.shape != own[name].shape]:
-        raise InputError(
-            f"`init_weights` {source}: {wrong[0]} is of another shape; see `spatial_kernel` and `reduction`"
-        )
+    own, same_head = network.state_dict(), saved.classes == network.classes and saved.head == network.head
+    taken = {name: w for name, w in saved.state_dict().items() if same_head or not name.startswith("classifier.")}
     network.load_state_dict(own | taken)
     return [name for name in own if name not in taken]
 
@@ -366,7 +378,7 @@ def cost_forecast(args, network: AttentionVGG16, steps: Steps, clock: Clock, tra
         f"{clock.images_per_second:.1f} images a second: {duration(epoch)} an epoch, {duration(total)} in all;"
         f" {memory / 1e9:.1f} GB of memory"
     ]
-    if network.attention == "cbam" and not network.pool_after_attention:
+    if network.attention != "none" and not network.pool_after_attention:
         lines.append("without its first two pools the network costs 12 x VGG-16; --pool_after_attention keeps them")
         if not args.gradient_checkpointing:
             lines.append("--gradient_checkpointing needs less memory, for a third more time")
@@ -468,9 +480,7 @@ def write_card(args, folder: Path, network: AttentionVGG16, run: Run, split_reco
     best, before = best_epoch(run.state), run.state.get("before_tuning")
     where = args.hub_model_id or "path/to/this/folder"
     on_hub = cards.dataset_id(args.dataset_name)
-    kind = "VGG-16" if args.attention == "none" else "VGG-16 with attention in place of its first two max-pools"
-    if args.pool_after_attention:
-        kind = "VGG-16 with attention before its first two max-pools"
+    kind = KINDS[network.attention, network.pool_after_attention or network.attention == "none"]
     apart = f" by {args.group_column}" if args.group_column else ""
     before = f" Before tuning: {accuracies(before)}." if before else ""
     snippet = f"""import torch
@@ -483,7 +493,7 @@ print(PerceptualLoss(network)(images, target))"""
     cards.write_card(
         folder,
         data=ModelCardData(
-            license="apache-2.0",
+            license=args.license,
             library_name="sketch-perceptual",
             pipeline_tag="image-classification",
             datasets=on_hub and [on_hub],

@@ -430,7 +430,7 @@ stylize(network, [photo])[0].save("sketch.png")"""
     cards.write_card(
         args.output_dir,
         data=ModelCardData(
-            license="apache-2.0",
+            license=args.license,
             library_name="sketch-perceptual",
             pipeline_tag="image-to-image",
             datasets=on_hub and [on_hub],

@@ -144,6 +144,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--perceptual_dtype", choices=("float32", "bfloat16"), default="float32")
 
     add_training_options(parser, output_dir="sd-model-finetuned-lora")
+    parser.set_defaults(license="creativeml-openrail-m")
     parser.add_argument("--use_8bit_adam", action="store_true", help="use the 8-bit AdamW of bitsandbytes")
 
     add = parser.add_argument_group("validation").add_argument
@@ -678,7 +679,7 @@ pipeline({prompt!r}).images[0].save("sketch.png")"""
     cards.write_card(
         args.output_dir,
         data=ModelCardData(
-            license="creativeml-openrail-m",
+            license=args.license,
             base_model=None if is_local else base_model,
             datasets=dataset and [dataset],
             library_name="diffusers",

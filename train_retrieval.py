@@ -363,7 +363,7 @@ print(vectors @ vectors.T)  # cosine similarities"""
     cards.write_card(
         folder,
         data=ModelCardData(
-            license="apache-2.0",
+            license=args.license,
             library_name="sketch-perceptual",
             pipeline_tag="image-feature-extraction",
             datasets=on_hub and [on_hub],

@@ -22,9 +22,9 @@ from sketch_perceptual.networks.hub_model import fingerprint
 from sketch_perceptual.running import cards, checkpoints
 
 pytestmark = pytest.mark.usefixtures("narrow")
-SMALL = (
-    "--resolution 32 --pool_after_attention --head linear --reduction 2 --report_to none --dataloader_num_workers 0"
-)
+WHOLE = backbone.STAGES  # before they are made narrow
+AS_SAVED = "--resolution 32 --head linear --report_to none --dataloader_num_workers 0"
+SMALL = f"{AS_SAVED} --pool_after_attention --reduction 2"
 
 
 @pytest.fixture(scope="session")
@@ -58,13 +58,13 @@ class Run:
 def train(pictures, tmp_path, monkeypatch, signals):
     """Train in this process from random weights, unless the options say otherwise; 2 epochs of 6 steps."""
 
-    def train(*options, output="out", data=("--train_data_dir", pictures), epochs=2):
+    def train(*options, output="out", data=("--train_data_dir", pictures), epochs=2, usual=SMALL):
         reset_accelerate()
         logs, networks, build = [], [], script.build_network
         monkeypatch.setattr(Accelerator, "log", lambda self, values, step: logs.append({"step": step} | values))
         with monkeypatch.context() as patch:
             patch.setattr(script, "build_network", lambda *args: networks.append(build(*args)) or networks[0])
-            fixed = f"""{SMALL} --init_weights none --train_batch_size 2 --learning_rate 1e-2 --seed 0
+            fixed = f"""{usual} --init_weights none --train_batch_size 2 --learning_rate 1e-2 --seed 0
                 --num_train_epochs {epochs} --logging_steps 1 --output_dir {tmp_path / output}"""
             script.main(script.parse_args([*fixed.split(), *map(str, data), *map(str, options)]))
         return Run(tmp_path / output, logs, networks[0][0])
@@ -74,9 +74,8 @@ def train(pictures, tmp_path, monkeypatch, signals):
 
 def test_the_defaults_are_algorithm_1():
     args = vars(script.parse_args(["--train_data_dir", "ImageNet-Sketch"]))
+    assert script.network_settings(script.argparse.Namespace(**args), None) == {}  # the defaults of AttentionVGG16
     paper = {
-        "attention": "cbam",
-        "pool_after_attention": False,
         "init_weights": "imagenet",
         "head": "vgg",
         "validation_share": 0.1,
@@ -112,7 +111,7 @@ def test_best_and_last_load_anywhere_and_give_the_trained_logits(train):
 
 
 def test_the_card_tells_how_it_was_made_and_its_snippet_runs(train, pictures, monkeypatch, capsys, tmp_path):
-    run = train("--hub_model_id", "someone/net")
+    run = train("--hub_model_id", "someone/net", "--license", "cc-by-4.0")
     card = (run.folder / "best" / "README.md").read_text()
     best = run.metrics["best"]
     for line in (
@@ -125,7 +124,7 @@ def test_the_card_tells_how_it_was_made_and_its_snippet_runs(train, pictures, mo
         f"| init_all | {run.metrics['settings']['init_all']} |",
         "| learning_rate | 0.01 |",
         "![curve](./curve.png)",
-        "license: apache-2.0",
+        "license: cc-by-4.0",
     ):
         assert line in card
     for secret in (str(pictures), str(tmp_path)):
@@ -328,14 +327,25 @@ def test_imagenets_own_network_is_scored_where_the_classes_are_imagenets(tmp_pat
     assert script.build_network(args, list(imagenet_classes())[:999], 0)[1] is None
 
 
-def test_a_saved_network_of_another_architecture_is_refused(train, tmp_path):
-    AttentionVGG16("cbam", num_classes=0, reduction=2).save_pretrained(tmp_path / "literal")
-    message = r"literal was saved with pool_after_attention=False, this run has pool_after_attention=True"
+def test_a_saved_network_is_tuned_further_as_it_is(train, tmp_path):
+    AttentionVGG16("identity", num_classes=0).save_pretrained(tmp_path / "control")
+    run = train("--init_weights", tmp_path / "control", usual=AS_SAVED)
+    assert (run.network.attention, run.network.pool_after_attention) == ("identity", False)
+    assert run.metrics["settings"]["attention"] == "identity"
+    assert run.metrics["settings"]["new_weights"] == "classifier"
+    message = r"control was saved with attention=identity, this run has attention=cbam"
     with pytest.raises(InputError, match=message):
-        train("--init_weights", tmp_path / "literal")
-    AttentionVGG16("cbam", True, num_classes=0, reduction=4).save_pretrained(tmp_path / "reduced")
-    with pytest.raises(InputError, match=r"reduced: .* of another shape; see `spatial_kernel` and `reduction`"):
-        train("--init_weights", tmp_path / "reduced")
+        train("--init_weights", tmp_path / "control", "--attention", "cbam", usual=AS_SAVED, output="other")
+
+
+def test_the_bundled_network_is_tuned_further(train, monkeypatch):
+    monkeypatch.setattr(backbone, "STAGES", WHOLE)
+    run = train("--init_weights", "bundled", "--freeze", "features", usual=AS_SAVED)
+    bundled = load_backbone()
+    assert run.network.last_layer == bundled.last_layer
+    for name, weight in bundled.state_dict().items():
+        assert torch.equal(run.network.state_dict()[name], weight), name
+    assert "| init_weights | bundled |" in (run.folder / "best" / "README.md").read_text()
 
 
 @pytest.fixture

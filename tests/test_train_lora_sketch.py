@@ -514,6 +514,7 @@ def test_the_hub_gets_adapter_card_and_picture_and_nothing_else(train, monkeypat
         assert secret not in card
     assert "base_model" not in card
     for line in (
+        "license: creativeml-openrail-m",
         "| rank | 4 |",
         "| perceptual_loss | pixel |",
         "| steps | 4 |",

@@ -51,6 +51,11 @@ class CBAM(nn.Module):
         self.channel = ChannelAttention(channels, reduction)
         self.spatial = SpatialAttention(spatial_kernel)
 
+    def start_open(self) -> None:
+        """All gates are one half, whatever the input, until something is learned: the output is a quarter of it."""
+        nn.init.zeros_(self.channel.mlp[2].get_parameter("weight"))
+        nn.init.zeros_(self.spatial.conv.weight)
+
     def forward(self, x: Tensor) -> Tensor:
         x = x * self.channel(x)
         return x * self.spatial(x)

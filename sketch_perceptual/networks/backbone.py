@@ -50,16 +50,20 @@ class AttentionVGG16(
     HubModel,
     library_name="sketch-perceptual",
     tags=["sketch", "perceptual-loss", "vgg16", "attention"],
-    license="apache-2.0",
 ):
     """VGG-16 for drawings: `features[4]` and `features[9]` are attention instead of max-pools (Seo 2025, section 3).
 
-    Without those pools the last map of a 224 px image is 28x28 and a forward pass takes 183.2 G multiply-adds
-    against VGG-16's 15.4 G. All other layers keep torchvision's names, so its `vgg16` weights fit.
+    Without those pools the last map of a 224 px image is 28x28, a forward pass takes 183.2 G multiply-adds against
+    VGG-16's 15.4 G, and the convolutions see less of the image: a square of 15 px in place of 40 at relu3_3, 28 of 92
+    at relu4_3, 54 of 196 at relu5_3. All other layers keep torchvision's names, so its `vgg16` weights fit.
 
     Args:
-        attention: "cbam", or "none" for torchvision's plain `vgg16`.
+        attention: what replaces the two pools: "cbam"; "identity", nothing, the control that tells attention from
+            resolution; or "none" for torchvision's plain `vgg16`, pools and all.
         pool_after_attention: keep the max-pool after each attention: VGG's own cost, not the paper's network.
+        open_gates: the gates start at one half for any image and the weights after them four times as large, so that
+            a network that was never tuned is "identity", or with pools "none", bit for bit. Not the paper's network,
+            whose gates start at random.
         num_classes: outputs of the classifier; 0 leaves the classifier out.
         spatial_kernel: width of the spatial attention's convolution, odd.
         reduction: channel attention's bottleneck divides the channels by this.
@@ -78,8 +82,9 @@ class AttentionVGG16(
     noun = "backbone"
     sources = f'{HubModel.sources}, a .safetensors with VGG-16 weights, or "imagenet"'
     rules: ClassVar = {
-        "attention": one_of("cbam", "none"),
+        "attention": one_of("cbam", "identity", "none"),
         "pool_after_attention": FLAG,
+        "open_gates": FLAG,
         "num_classes": integer(0),
         "spatial_kernel": integer(1),
         "reduction": integer(1),
@@ -100,6 +105,7 @@ class AttentionVGG16(
         classes: Sequence[str] | None = None,
         last_layer: str | None = None,
         calibration: dict[str, dict] | None = None,
+        open_gates: bool = False,
     ):
         super().__init__()
         check_settings(self.rules, {name: value for name, value in locals().items() if name in self.rules})
@@ -115,11 +121,11 @@ class AttentionVGG16(
                 self.features.extend([_conv3x3(channels, width), nn.ReLU(inplace=True)])
                 self.tap_index[f"relu{stage}_{number}"] = len(self.features) - 1
                 channels = width
-            attends = attention == "cbam" and stage in ATTENTION_STAGES
+            replaced = attention != "none" and stage in ATTENTION_STAGES
             block: OrderedDict[str, nn.Module] = OrderedDict()
-            if attends:
+            if replaced and attention == "cbam":
                 block["attention"] = CBAM(channels, reduction, spatial_kernel)
-            if pool_after_attention or not attends:
+            if pool_after_attention or not replaced:
                 block["pool"] = nn.MaxPool2d(2, 2)
             self.features.append(nn.Sequential(block))
             self.stage_bounds.append(len(self.features))
@@ -127,10 +133,21 @@ class AttentionVGG16(
             self.features = self.features[: self.tap_index[last_layer] + 1]
             self.tap_index = {name: index for name, index in self.tap_index.items() if index < len(self.features)}
             channels = dict(zip(LAYERS, chain(*STAGES), strict=True))[last_layer]
+        if open_gates:
+            for attention, conv in self._gated():
+                attention.start_open()
+                conv.weight.data *= 4
         self.avgpool = nn.AdaptiveAvgPool2d(1 if num_classes and head == "linear" else 7)
         self.classifier = _classifier(channels, num_classes, head) if num_classes else nn.Identity()
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
+
+    def _gated(self) -> Iterator[tuple[CBAM, nn.Conv2d]]:
+        """Each attention and the convolution that takes what it gates."""
+        for block, conv in pairwise(self.features):
+            attention = getattr(block, "attention", None)
+            if isinstance(attention, CBAM) and isinstance(conv, nn.Conv2d):
+                yield attention, conv
 
     @property
     def calibration(self) -> dict[str, dict]:
@@ -202,6 +219,9 @@ class AttentionVGG16(
                 " network saved by this package, its folder."
             )
         self.load_state_dict({name: own[name] for name in new} | weights)
+        if self.settings["open_gates"] and any(".attention." in name for name in new):
+            for _, conv in self._gated():
+                conv.weight.data *= 4
         self.calibration = {}
         return new
 

@@ -23,7 +23,6 @@ class SketchEmbedder(
     HubModel,
     library_name="sketch-perceptual",
     tags=["sketch", "image-feature-extraction", "image-retrieval", "vgg16", "attention"],
-    license="apache-2.0",
 ):
     """Drawings to vectors of length 1, whose products are cosine similarities. Frozen, in eval mode.
 

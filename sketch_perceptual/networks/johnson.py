@@ -27,7 +27,6 @@ class JohnsonNet(
     HubModel,
     library_name="sketch-perceptual",
     tags=["sketch", "style-transfer", "image-to-image"],
-    license="apache-2.0",
 ):
     """Photos (B, 3, H, W) in [-1, 1] to pictures of the same size, in [-1.18, 1.18].
 

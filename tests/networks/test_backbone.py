@@ -85,6 +85,7 @@ def test_taps_stop_at_the_deepest_layer_asked_for():
     ("options", "gmac", "last_map"),
     [
         ({"attention": "none"}, 15.4, 7),
+        ({"attention": "identity"}, 183.2, 28),
         ({"attention": "cbam"}, 183.2, 28),
         ({"attention": "cbam", "pool_after_attention": True}, 15.4, 7),
     ],
@@ -97,6 +98,50 @@ def test_multiply_adds_and_map_size_at_224_pixels(options, gmac, last_map):
     assert features.shape == (1, 512, last_map, last_map)
     assert model(images).shape == (1, 1000)
     assert counter.get_total_flops() / 2e9 == pytest.approx(gmac, abs=0.06)
+
+
+@pytest.mark.parametrize(
+    ("attention", "layer", "pixels"),
+    [
+        ("none", "relu3_3", 40),
+        ("none", "relu4_3", 92),
+        ("none", "relu5_3", 196),
+        ("identity", "relu3_3", 15),
+        ("identity", "relu4_3", 28),
+        ("identity", "relu5_3", 54),
+    ],
+)
+def test_how_much_of_the_image_a_layer_sees(attention, layer, pixels):
+    model = AttentionVGG16(attention, num_classes=0, last_layer=layer)
+    for parameter in model.parameters():
+        parameter.data.fill_(1e-3)  # no gradient is lost in a ReLU
+    for block in model.features:
+        if hasattr(block, "pool"):
+            block.pool = torch.nn.AvgPool2d(2)  # nor in a pixel that is not the largest
+    side = 224 if attention == "none" else 64
+    images = torch.ones(1, 3, side, side, requires_grad=True)
+    activations = model.taps(images, [layer])[layer]
+    activations[0, 0, activations.shape[2] // 2, activations.shape[3] // 2].backward()
+    assert int((images.grad[0, 0] != 0).any(0).sum()) == pixels
+
+
+@pytest.mark.parametrize(("pools", "twin"), [(False, "identity"), (True, "none")])
+def test_open_gates_change_nothing_until_something_is_learned(pools, twin, trunk, tmp_path):
+    model = AttentionVGG16(pool_after_attention=pools, open_gates=True, num_classes=0)
+    assert set(model.load_vgg16(trunk)) == ATTENTION_KEYS
+    pretrained = AttentionVGG16(twin, num_classes=0)
+    pretrained.load_vgg16(trunk)
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    assert torch.equal(model(images), pretrained(images))
+    model(images).sum().backward()
+    attention = model.features[4].attention
+    assert attention.channel.mlp[2].weight.grad.abs().sum() > 0
+    assert attention.spatial.conv.weight.grad.abs().sum() > 0
+    model.features[9].attention.spatial.conv.weight.data.add_(0.1)
+    model.save_pretrained(tmp_path)
+    again = load_backbone(tmp_path)
+    assert again.settings["open_gates"]
+    assert torch.equal(again(images), model.eval()(images))
 
 
 def test_imagenet_weights_leave_only_the_attention_new(vgg, trunk):

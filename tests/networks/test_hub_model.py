@@ -41,7 +41,7 @@ SETTINGS = [
     ("backbone", {"num_classes": float("nan")}, ": num_classes must be an integer of at least 0, got NaN"),
     ("backbone", {"spatial_kernel": 4}, ": spatial_kernel must be odd and positive, got 4"),
     ("backbone", {"pool_after_attention": 1}, ": pool_after_attention must be true or false, got 1"),
-    ("backbone", {"attention": {}}, ": attention must be one of cbam, none, got {}"),
+    ("backbone", {"attention": {}}, ": attention must be one of cbam, identity, none, got {}"),
     ("backbone", {"classes": "cat"}, ': classes must be a list of texts, got "cat"'),
     ("backbone", {"classes": ["cat"]}, ": 1 classes for num_classes=0"),
     ("backbone", {"last_layer": 3}, ": last_layer must be one of relu1_1, "),
