@@ -30,15 +30,17 @@ from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dic
 from PIL import Image
 from safetensors.torch import save_file
 
-from sketch_perceptual.arguments import at_least
+from sketch_perceptual.arguments import at_least, fraction
 from sketch_perceptual.data.batches import make_loader
-from sketch_perceptual.data.checks import read_keys
+from sketch_perceptual.data.checks import read_keys, read_once
 from sketch_perceptual.data.image_sets import CaptionedImages
 from sketch_perceptual.data.images import INTERPOLATIONS, to_pil
 from sketch_perceptual.data.options import add_caption_options, check_caption_options, load_captioned
+from sketch_perceptual.data.splits import split
 from sketch_perceptual.diffusion import (
     PREDICTION_TYPES,
     PerceptualTerm,
+    balance,
     decode,
     denoising_target,
     encode_moments,
@@ -48,7 +50,7 @@ from sketch_perceptual.diffusion import (
 from sketch_perceptual.errors import InputError, first_line
 from sketch_perceptual.evaluation.pipelines import add_pipeline_options, load_pipeline
 from sketch_perceptual.figures import image_grid
-from sketch_perceptual.losses import LOSSES, build_loss
+from sketch_perceptual.losses import LOSSES, build_losses
 from sketch_perceptual.networks.backbone import AttentionVGG16
 from sketch_perceptual.networks.hub_model import fingerprint
 from sketch_perceptual.running import cards, startup
@@ -73,6 +75,7 @@ WEIGHTS = "pytorch_lora_weights.safetensors"
 KOHYA_WEIGHTS = "pytorch_lora_weights_kohya.safetensors"
 BEFORE_AFTER = "before_after.png"
 FEW_PROMPTS = 1000
+HELD_OUT_TIMESTEPS = 4  # of each image, in quarters of the schedule
 RANDOM_CROPS = "images that are not square are cropped at random: add --fit pad or --center_crop"
 
 
@@ -103,16 +106,29 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     cache = {"action": argparse.BooleanOptionalAction, "default": None}
     add("--cache_latents", **cache, help="encode each image only once; default: unless images are cropped at random")
     add("--cache_prompts", **cache, help=f"embed each caption once; default: if there are at most {FEW_PROMPTS}")
+    add(
+        "--validation_share",
+        type=fraction,
+        default=0.0,
+        help="share of the images, with all their copies, that is not trained on: the losses on them are logged after"
+        " each epoch",
+    )
     add_feature_dir(add, "cache of latents, keyed by image, VAE, resolution, fit and precision")
 
     add = parser.add_argument_group("perceptual term").add_argument
     add(
         "--perceptual_weight",
         type=rate,
-        default=0.03,
-        help="weight of the perceptual loss, which is 1 for unrelated drawings; 0 disables it",
+        default=0.1,
+        help="how hard the perceptual loss pulls at a prediction, relative to the denoising loss; 0 disables it",
     )
-    add("--perceptual_loss", default="attention_vgg", help=f"{', '.join(LOSSES)}, an entry point, or module:Class")
+    add(
+        "--perceptual_loss",
+        nargs="+",
+        metavar="LOSS",
+        default=["attention_vgg"],
+        help=f"{', '.join(LOSSES)}, an entry point, or module:Class; several, NAME=WEIGHT, are averaged",
+    )
     add("--backbone", help="network of the loss: folder, Hub id, .safetensors of VGG-16; default: the loss's own")
     add("--perceptual_layers", nargs="+", metavar="LAYER", help="layers to compare, e.g. relu1_2 relu3_3")
     add("--perceptual_resolution", type=count, help="downscale larger images to this size for the loss; default: 224")
@@ -163,7 +179,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.lora_alpha = args.rank
     if args.perceptual_crop is None:
         args.perceptual_crop = max(16, args.resolution // 16 * 8)
-    if args.perceptual_resolution is None and args.perceptual_loss in LOSSES:
+    if args.perceptual_resolution is None and all(name.split("=")[0] in LOSSES for name in args.perceptual_loss):
         args.perceptual_resolution = 224
     return args
 
@@ -173,12 +189,13 @@ def main(args: argparse.Namespace) -> None:
     accelerator, seed = run.accelerator, run.seed
     pipeline, noise_scheduler = load_models(args, accelerator)
     perceptual_term = build_term(args, pipeline.vae, noise_scheduler)
-    data, keys, random_crops = load_data(args, accelerator, pipeline.tokenizer, seed)
+    data, keys, random_crops, held_out_data = load_data(args, accelerator, pipeline.tokenizer, seed)
     run.settle(**contents(pipeline, perceptual_term, data, keys))
     repo_id = cards.create_repo(args, accelerator)
     start_trackers(accelerator, "text2image-fine-tune", args)
 
-    embed = PromptEmbedder(args, pipeline, data)
+    embed = PromptEmbedder(args, pipeline, [data, held_out_data] if held_out_data else [data])
+    held_out = HeldOut(args, pipeline, embed, noise_scheduler, perceptual_term, held_out_data, seed)
     lora_parameters = add_lora(args, pipeline.unet, seed)
     loader, sampler = make_loader(
         data, args.train_batch_size, seed, collate, args.dataloader_num_workers, worker_init_fn=ignore_in_worker
@@ -194,14 +211,19 @@ def main(args: argparse.Namespace) -> None:
     adapter = accelerator.unwrap_model(unet)
     run.begin(steps, meter, optimizer, partial(save_adapter, adapter), partial(load_adapter, adapter), lr_scheduler)
 
+    held_out.measure(run)
     unet.train()
     for batch in steps:
         with accelerator.accumulate(unet):
-            losses, timesteps = compute_losses(
+            losses, model_pred, timesteps = compute_losses(
                 args, pipeline.vae, unet, embed, noise_scheduler, perceptual_term, batch, steps
             )
-            accelerator.backward(losses["denoising"].mean() + args.perceptual_weight * losses["perceptual"].mean())
-            meter.add(batch["name"], losses, timesteps)
+            denoising, perceptual = losses["denoising"], losses["perceptual"]
+            loss, pull = balance(denoising.mean(), perceptual, model_pred, args.perceptual_weight)
+            accelerator.backward(loss)
+            losses |= {"train": denoising + pull["factor"] * perceptual} | pull
+            total = noise_scheduler.config.num_train_timesteps
+            meter.add(batch["name"], losses | by_decile(denoising, timesteps, total), timesteps)
             if not accelerator.sync_gradients:
                 continue
             grad_norm = accelerator.clip_grad_norm_(lora_parameters, args.max_grad_norm)
@@ -214,6 +236,8 @@ def main(args: argparse.Namespace) -> None:
 
         steps.advance()
         run.log(step_logs(args, totals, lr_scheduler, meter))
+        if steps.at_epoch_end:
+            held_out.measure(run)
         if args.validation_prompt and steps.at_epoch_end and steps.epoch % args.validation_epochs == 0:
             with interruptible():  # nobody waits for pictures to stop a run
                 if accelerator.is_main_process:
@@ -232,8 +256,8 @@ def main(args: argparse.Namespace) -> None:
 
 def compute_losses(
     args, vae, unet, embed, noise_scheduler, perceptual_term, batch: dict, steps: Steps
-) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Denoising loss, perceptual loss and gate (1 where the term is open) of one batch, and timesteps, each (B,)."""
+) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
+    """Denoising loss, perceptual loss and gate (1: open) of one batch, (B,); then the prediction and timesteps."""
     draw = steps.draw("noise")
     with torch.no_grad():
         moments = batch["moments"] if "moments" in batch else encode_moments(vae, batch["pixel_values"])
@@ -245,18 +269,109 @@ def compute_losses(
     noise = noise.to(latents.device)
     timesteps = torch.randint(noise_scheduler.config.num_train_timesteps, (len(latents),), generator=draw)
     gate = torch.zeros(len(latents)) if perceptual_term is None else perceptual_term.gate(timesteps, steps.done)
-    timesteps = timesteps.to(latents.device)
+    losses, model_pred = score(
+        args,
+        unet,
+        noise_scheduler,
+        perceptual_term,
+        latents,
+        noise,
+        timesteps.to(latents.device),
+        prompt_embeds,
+        batch["pixel_values"] if perceptual_term is not None else None,
+        steps.done,
+        draw,
+    )
+    return losses | {"gated": gate.to(latents)}, model_pred, timesteps
+
+
+def score(
+    args, unet, noise_scheduler, perceptual_term, latents, noise, timesteps, prompt_embeds, images, step: int, draw
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Denoising and perceptual loss (B,) of what the model predicts at these timesteps, and the prediction."""
     noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
     model_pred = unet(noisy_latents.to(prompt_embeds.dtype), timesteps, prompt_embeds, return_dict=False)[0].float()
-
     target = denoising_target(latents, noise, timesteps, noise_scheduler)
     denoising = F.mse_loss(model_pred, target, reduction="none").flatten(1).mean(1)
     if args.snr_gamma is not None:
         denoising = denoising * min_snr_weights(timesteps, args.snr_gamma, noise_scheduler)
     perceptual = torch.zeros_like(denoising)
     if perceptual_term is not None:
-        perceptual = perceptual_term(model_pred, noisy_latents, timesteps, batch["pixel_values"], steps.done, draw)
-    return {"denoising": denoising, "perceptual": perceptual, "gated": gate.to(denoising)}, timesteps
+        perceptual = perceptual_term(model_pred, noisy_latents, timesteps, images, step, draw)
+    return {"denoising": denoising, "perceptual": perceptual}, model_pred
+
+
+def by_decile(losses: torch.Tensor, timesteps: torch.Tensor, total: int) -> dict[str, torch.Tensor]:
+    """The losses (B,) of the rows in each tenth of the schedule, 0 for others, and which rows these are."""
+    rows = F.one_hot(timesteps.to(losses.device) * 10 // total, 10).to(losses)
+    names = [f"t{10 * tenth}-{10 * tenth + 10}%" for tenth in range(10)]
+    both = zip(names, (losses[:, None] * rows).T, rows.T, strict=True)
+    return {key: value for name, loss, row in both for key, value in ((name, loss), (f"{name} rows", row))}
+
+
+class HeldOut:
+    """The losses on images that are not trained on, at timesteps, noise and squares that stay the same.
+
+    They fall while the model learns to draw, and rise when it learns its images by heart.
+    """
+
+    def __init__(
+        self, args, pipeline, embed, noise_scheduler, perceptual_term, data: CaptionedImages | None, seed: int
+    ):
+        self.args, self.pipeline, self.embed, self.seed = args, pipeline, embed, seed
+        self.noise_scheduler, self.perceptual_term, self.data = noise_scheduler, perceptual_term, data
+        if data is not None:  # encoded now, since the encoder may leave
+            self.latents = [self.encode(data.pixels(index)) for index in range(len(data))]
+
+    @torch.no_grad()
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        vae = self.pipeline.vae
+        mean = encode_moments(vae, pixels[None].to(vae.device)).chunk(2, dim=1)[0]
+        return mean.float().cpu() * vae.config.scaling_factor
+
+    def measure(self, run: Run) -> None:
+        """Log the losses of the model as it is and keep them; the processes share the images."""
+        history = run.state.setdefault("held_out", [])
+        if self.data is None or (history and history[-1]["step"] == run.steps.done):
+            return
+        unet, accelerator = self.pipeline.unet, run.accelerator
+        was_training = unet.training
+        unet.eval()
+        with torch.no_grad(), accelerator.autocast():
+            mine = range(accelerator.process_index, len(self.data), accelerator.num_processes)
+            sums = sum(
+                (self.sums(unet, self.data, index) for index in mine), torch.zeros(4, device=accelerator.device)
+            )
+        unet.train(was_training)
+        denoising, perceptual, gated, rows = accelerator.reduce(sums, "sum").tolist()
+        losses = {"denoising_loss": denoising / rows} | ({"perceptual_loss": perceptual / gated} if gated else {})
+        history.append({"step": run.steps.done} | losses)
+        run.log({f"held_out_{name}": value for name, value in losses.items()})
+
+    def sums(self, unet, data: CaptionedImages, index: int) -> torch.Tensor:
+        """Over HELD_OUT_TIMESTEPS rows of one image: denoising loss, perceptual loss, scored rows, rows."""
+        draw, term, rows = generator(self.seed, "held out", index), self.perceptual_term, HELD_OUT_TIMESTEPS
+        places = (torch.arange(rows) + torch.rand(rows, generator=draw)) / rows
+        timesteps = (places * self.noise_scheduler.config.num_train_timesteps).long()
+        latents = self.latents[index].expand(rows, -1, -1, -1)
+        noise = torch.randn(latents.shape, generator=draw)
+        example = data[0, index]
+        losses, _ = score(
+            self.args,
+            unet,
+            self.noise_scheduler,
+            term,
+            latents.to(unet.device),
+            noise.to(unet.device),
+            timesteps.to(unet.device),
+            self.embed([example["caption"]] * rows),
+            example["pixel_values"].expand(rows, -1, -1, -1).to(unet.device),
+            0 if term is None else term.start_step,
+            draw,
+        )
+        gated = torch.zeros(rows) if term is None else term.open[timesteps]
+        columns = (losses["denoising"], losses["perceptual"], gated.to(latents.device), torch.ones(rows))
+        return torch.stack([column.sum().to(unet.device) for column in columns])
 
 
 def load_models(args, accelerator: Accelerator) -> tuple[StableDiffusionPipeline, DDPMScheduler]:
@@ -287,8 +402,11 @@ def load_models(args, accelerator: Accelerator) -> tuple[StableDiffusionPipeline
     return pipeline, noise_scheduler
 
 
-def load_data(args, accelerator: Accelerator, tokenizer, seed: int) -> tuple[CaptionedImages, list[str], bool]:
-    """The captioned images, all read once, a key to the contents of each, and whether any is cropped at random."""
+def load_data(
+    args, accelerator: Accelerator, tokenizer, seed: int
+) -> tuple[CaptionedImages, list[str], bool, CaptionedImages | None]:
+    """The captioned images, all read once, a key to the contents of each, whether any is cropped at random, and what
+    is held out."""
     data = load_captioned(
         args,
         seed,
@@ -299,17 +417,25 @@ def load_data(args, accelerator: Accelerator, tokenizer, seed: int) -> tuple[Cap
         interpolation=args.image_interpolation_mode,
     )
 
-    def read() -> tuple[list[int], list[str], bool]:
+    def read() -> tuple[list[int], list[str], list[int], bool]:
         shapes: set[bool] = set()
-        positions, keys = read_keys(
-            data, args.on_bad_image, lambda index, image: shapes.add(image.width == image.height)
-        )
-        return positions, keys, False in shapes
 
-    positions, keys, some_not_square = on_main(accelerator, read)
-    data = data.select(positions)
+        def note(index: int, image: Image.Image) -> None:
+            shapes.add(image.width == image.height)
+
+        if args.validation_share:
+            return *read_once(data, args.on_bad_image, note), False in shapes
+        return *read_keys(data, args.on_bad_image, note), [], False in shapes
+
+    positions, keys, copies, some_not_square = on_main(accelerator, read)
+    data, held_out = data.select(positions), None
+    if args.validation_share:
+        sides = split([0] * len(keys), keys, copies, validation_share=args.validation_share)
+        logger.info(sides.summary)
+        held_out, data, keys = data.select(sides.validation), data.select(sides.train), [keys[i] for i in sides.train]
+        held_out.center_crop, held_out.random_flip = True, False
     warn_of_long_captions(tokenizer, [text for row in data.rows for text in data.captions[row]])
-    return data, keys, some_not_square and args.fit == "crop" and not args.center_crop
+    return data, keys, some_not_square and args.fit == "crop" and not args.center_crop, held_out
 
 
 def contents(pipeline: StableDiffusionPipeline, perceptual_term, data: CaptionedImages, keys: list[str]) -> dict:
@@ -319,13 +445,15 @@ def contents(pipeline: StableDiffusionPipeline, perceptual_term, data: Captioned
         name: fingerprint(getattr(pipeline, name)) for name in ("unet", "vae", "text_encoder")
     }
     if perceptual_term is not None:
-        backbone = getattr(perceptual_term.loss, "backbone", perceptual_term.loss)
-        if isinstance(backbone, torch.nn.Module):
-            weights["backbone_weights"] = fingerprint(backbone)
-        if isinstance(backbone, AttentionVGG16):
-            weights["backbone_attention"] = backbone.attention
-            weights["backbone_pool_after_attention"] = backbone.pool_after_attention
-            weights["calibration"] = digest([backbone.calibration])
+        loss = perceptual_term.loss
+        modules = list(loss.modules()) if isinstance(loss, torch.nn.Module) else []
+        backbones = [module for module in modules if isinstance(module, AttentionVGG16)]
+        if modules:
+            weights["backbone_weights"] = fingerprint(backbones[0] if len(backbones) == 1 else loss)
+        if backbones:
+            weights["backbone_attention"] = backbones[0].attention
+            weights["backbone_pool_after_attention"] = backbones[0].pool_after_attention
+            weights["calibration"] = digest(backbone.calibration for backbone in backbones)
     return {"data": f"{len(data)} images {digest(rows)}"} | weights
 
 
@@ -353,10 +481,10 @@ def collate(examples: list[dict]) -> dict:
 class PromptEmbedder:
     """Captions -> (B, 77, C). With `--cache_prompts` all are embedded at the start and the text encoder leaves."""
 
-    def __init__(self, args, pipeline: StableDiffusionPipeline, data: CaptionedImages):
+    def __init__(self, args, pipeline: StableDiffusionPipeline, data: list[CaptionedImages]):
         self.tokenizer, self.text_encoder = pipeline.tokenizer, pipeline.text_encoder
         self.device = pipeline.unet.device
-        captions = {caption for row in data.rows for caption in data.captions[row]}
+        captions = {caption for part in data for row in part.rows for caption in part.captions[row]}
         caches_all = len(captions) <= FEW_PROMPTS if args.cache_prompts is None else args.cache_prompts
         to_draw = ["", *args.validation_prompt] if args.validation_prompt else []
         wanted = {*to_draw, *(captions if caches_all else [])}
@@ -433,7 +561,7 @@ def build_term(args, vae, noise_scheduler) -> PerceptualTerm | None:
     if args.perceptual_weight == 0:
         return None
     dtype = getattr(torch, args.perceptual_dtype)
-    loss = build_loss(
+    loss = build_losses(
         args.perceptual_loss,
         size=min(args.perceptual_crop, args.resolution),
         dtype=dtype,
@@ -531,7 +659,7 @@ def run_summary(args, run: Run, steps: Steps, perceptual_term, lora_parameters) 
     else:
         open_timesteps = perceptual_term.open
         lines.append(
-            f"perceptual term: {args.perceptual_weight:g} x {args.perceptual_loss}; open at"
+            f"perceptual term: {args.perceptual_weight:g} x {' + '.join(args.perceptual_loss)}; open at"
             f" {open_timesteps.float().mean():.0%} of the timesteps, up to {int(open_timesteps.nonzero().max())}"
         )
     return "\n".join(lines)
@@ -541,12 +669,14 @@ def step_logs(args, totals: dict[str, float], lr_scheduler, meter: Meter) -> dic
     """Means of one optimizer step: the perceptual loss over the rows that the gate let through."""
     logs = {"grad_norm": totals["grad_norm"], "lr": lr_scheduler.get_last_lr()[0]}
     if rows := totals["rows"]:
-        loss = totals["denoising"] + args.perceptual_weight * totals["perceptual"]
-        logs |= {"train_loss": loss / rows, "denoising_loss": totals["denoising"] / rows}
+        logs |= {"train_loss": totals["train"] / rows, "denoising_loss": totals["denoising"] / rows}
         if args.perceptual_weight:
             logs["gated_rows"] = totals["gated"] / rows
-        if totals["gated"]:
-            logs["perceptual_loss"] = totals["perceptual"] / totals["gated"]
+        if gated := totals["gated"]:
+            logs["perceptual_loss"] = totals["perceptual"] / gated
+            logs |= {name: totals[name] / gated for name in ("gradient_ratio", "gradient_cosine")}
+        tenths = [name for name in totals if totals.get(f"{name} rows")]
+        logs |= {f"denoising_loss/{name}": totals[name] / totals[f"{name} rows"] for name in tenths}
     return logs | ({"skipped_steps": meter.skipped} if meter.skipped else {})
 
 
@@ -664,6 +794,23 @@ def verify_export(args, pipeline) -> None:
         raise ExportError(f"{path} loads but predicts otherwise than the trained model, by up to {difference:.3g}")
 
 
+def held_out_words(history: list[dict]) -> str:
+    """What the losses on held-out images did, for the card."""
+    if not history:
+        return ""
+    first, last = history[0], history[-1]
+    lowest = min(history, key=lambda record: record["denoising_loss"])
+    words = [
+        f"{name.replace('_', ' ')} {first[name]:.4g} at first, {last[name]:.4g} at last"
+        for name in last
+        if name != "step"
+    ]
+    return (
+        f" On held-out images: {'; '.join(words)}. The denoising loss was lowest after step {lowest['step']},"
+        f" {lowest['denoising_loss']:.4g}."
+    )
+
+
 def write_card(args, run: Run, pictures: list[str]) -> None:
     base_model = args.pretrained_model_name_or_path
     prompt = args.validation_prompt[0] if args.validation_prompt else args.caption_template.replace("{class}", "house")
@@ -688,7 +835,7 @@ pipeline({prompt!r}).images[0].save("sketch.png")"""
         ),
         title=f"Sketch LoRA - {cards.model_name(args.hub_model_id, args.output_dir)}",
         description=f"LoRA weights for Stable Diffusion 1.5, fine-tuned on drawings {term} of sketch-perceptual."
-        f" Images of a class were captioned {args.caption_template!r}.",
+        f" Images of a class were captioned {args.caption_template!r}.{held_out_words(run.state['held_out'])}",
         snippet=snippet,
         options={"steps": run.steps.total} | run.record(),
         pictures=pictures,

@@ -1,8 +1,7 @@
 """The perceptual term of a latent diffusion run (Seo 2025, section 4.1): predicted x0, decoded, scored.
 
-    perceptual_term = PerceptualTerm(loss, vae, noise_scheduler)
-    perceptual = perceptual_term(model_pred, noisy_latents, timesteps, images)  # (B,)
-    loss = denoising_loss + weight * perceptual.mean()
+    perceptual_term = PerceptualTerm(perceptual_loss, vae, noise_scheduler)
+    loss = perceptual_term.add(loss, model_pred, noisy_latents, timesteps, images, weight=0.1)
 
 Latents here are already multiplied by the VAE's scaling factor; only `sample_latents` and `decode` know it.
 """
@@ -17,6 +16,8 @@ from .errors import InputError
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 # Below this share of signal, 1 in 10,000, dividing the noise prediction by it leaves no picture to score.
 MIN_SIGNAL = 1e-4
+# No perceptual loss, 1 for unrelated drawings, counts more: a row that is right already is not to be blown up.
+MAX_FACTOR = 1.0
 
 
 def encode_moments(vae, images: Tensor) -> Tensor:
@@ -105,6 +106,32 @@ def check_prediction_type(prediction_type: str) -> str:
     if prediction_type not in PREDICTION_TYPES:
         raise InputError(f"prediction_type must be one of {', '.join(PREDICTION_TYPES)}; got {prediction_type!r}")
     return prediction_type
+
+
+def balance(loss: Tensor, values: Tensor, model_pred: Tensor, weight: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """`loss`, a scalar, plus `values` (B,), which pull `weight` times as hard as it at each row of `model_pred`.
+
+    A row's factor makes the length of its gradient at the prediction `weight` times that of the gradient of `loss`,
+    but is no more than MAX_FACTOR of a mean over rows. What lies between the prediction and `values`, decoder and
+    backbone, is passed through backwards here, once; the backward pass of the sum leads from the prediction on.
+
+    Returns the sum and what was reached at each row, (B,), 0 where `values` has no gradient: "factor", of a mean over
+    rows; "gradient_ratio" of the lengths, and "gradient_cosine" of the angle between the gradients.
+    """
+    if weight == 0 or not values.requires_grad:
+        return loss, dict.fromkeys(("factor", "gradient_ratio", "gradient_cosine"), torch.zeros_like(values))
+    (pull,) = torch.autograd.grad(values.sum(), model_pred)
+    (own,) = torch.autograd.grad(loss, model_pred, retain_graph=True)
+    pull, own = pull.float().flatten(1) / len(values), own.float().flatten(1)
+    tiny = torch.finfo(torch.float32).tiny
+    length, own_length = pull.norm(dim=1), own.norm(dim=1)
+    factor = (weight * own_length / length.clamp(min=tiny)).clamp(max=MAX_FACTOR)
+    linear = (model_pred.flatten(1) * (factor[:, None] * pull)).sum()  # whose gradient is what the term adds
+    return loss + (factor * values).mean().detach() + (linear - linear.detach()), {
+        "factor": factor,
+        "gradient_ratio": factor * length / own_length.clamp(min=tiny),
+        "gradient_cosine": (pull * own).sum(1) / (length * own_length).clamp(min=tiny),
+    }
 
 
 class PerceptualTerm:
@@ -218,6 +245,27 @@ class PerceptualTerm:
             target = self._target(images).to(self.dtype)
             value = self.loss(decode(self.decoder, latents), target).float()
             return per_row.index_put((rows,), value)
+
+    def add(
+        self,
+        loss: Tensor,
+        model_pred: Tensor,
+        noisy_latents: Tensor,
+        timesteps: Tensor,
+        images: Tensor,
+        weight: float = 0.1,
+        step: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """`loss` plus the term, which pulls `weight` times as hard as `loss` at each scored row of the prediction.
+
+        Args:
+            loss: the scalar denoising loss, computed from `model_pred`.
+            weight: length of the term's gradient at the prediction over that of `loss`, row by row.
+            model_pred, noisy_latents, timesteps, images, step, generator: those of a call.
+        """
+        values = self(model_pred, noisy_latents, timesteps, images, step, generator)
+        return balance(loss, values, model_pred, weight)[0]
 
     def _random_squares(self, latents: Tensor, images: Tensor, generator) -> tuple[Tensor, Tensor]:
         height, width = (min(self.crop // self.pixels, side) for side in latents.shape[-2:])

@@ -14,6 +14,7 @@ from diffusers.training_utils import compute_snr
 from sketch_perceptual.diffusion import (
     PREDICTION_TYPES,
     PerceptualTerm,
+    balance,
     decode,
     denoising_target,
     encode_moments,
@@ -305,3 +306,53 @@ def test_other_schedules_are_refused(vae):
     with pytest.raises(InputError, match="FlowMatchEulerDiscreteScheduler has no alphas_cumprod"):
         PerceptualTerm(PixelLoss(), vae, flow)
     assert PerceptualTerm(PixelLoss(), vae, EulerDiscreteScheduler(**SD15)).open.sum() == 354
+
+
+def rows_of(prediction, weight, loss_scale=1.0, value_scale=1.0):
+    """What `balance` makes of a squared error and of an absolute one, and the gradient of each alone, by row."""
+    loss = loss_scale * prediction.square().mean()
+    values = value_scale * (prediction - 0.3).abs().flatten(1).mean(1)
+    (own,), (pull,) = (
+        torch.autograd.grad(x, prediction, retain_graph=True) for x in (loss, values.sum() / len(values))
+    )
+    total, measured = balance(loss, values, prediction, weight)
+    (both,) = torch.autograd.grad(total, prediction)
+    return total, loss, values, measured, own.flatten(1), pull.flatten(1), both.flatten(1)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_the_term_pulls_at_each_row_as_hard_as_its_weight_says_whatever_its_scale(scale):
+    prediction = (torch.randn(4, 4, 8, 8) * torch.tensor([0.1, 1, 3, 10]).view(4, 1, 1, 1)).requires_grad_()
+    total, loss, values, measured, own, pull, both = rows_of(
+        prediction, 0.3, loss_scale=1e-4 * scale, value_scale=scale
+    )
+    added = both - own
+    torch.testing.assert_close(added.norm(dim=1), 0.3 * own.norm(dim=1), rtol=1e-3, atol=0)
+    assert (added - measured["factor"][:, None] * pull).norm() < 1e-3 * added.norm()
+    torch.testing.assert_close(measured["gradient_ratio"], torch.full((4,), 0.3))
+    cosine = torch.cosine_similarity(own.double(), pull.double(), eps=1e-30)
+    torch.testing.assert_close(measured["gradient_cosine"], cosine.float())
+    torch.testing.assert_close(total, loss + (measured["factor"] * values).mean())
+
+
+def test_a_row_whose_term_hardly_pulls_is_not_blown_up():
+    prediction = torch.randn(2, 4, 8, 8).requires_grad_()
+    *_, measured, own, pull, both = rows_of(prediction, 0.3, value_scale=1e-6)
+    torch.testing.assert_close(measured["factor"], torch.ones(2))
+    torch.testing.assert_close(both, own + pull)
+
+
+def test_added_to_a_loss_the_term_leaves_the_rows_outside_the_gate_alone(vae):
+    term = PerceptualTerm(PixelLoss(), vae, scheduler())
+    latents, noise, images = batch()
+    timesteps = torch.tensor([10, 353, 354, 999])
+    noisy_latents = term.noise_scheduler.add_noise(latents, noise, timesteps)
+    weights = torch.ones(4, 1, 1, 1, requires_grad=True)  # in the model's place
+    model_pred = weights * (noise + 0.1 * latents)
+    loss = (model_pred - noise).square().mean()
+    alone = torch.autograd.grad(loss, weights, retain_graph=True)[0].flatten()
+    with_term = torch.autograd.grad(term.add(loss, model_pred, noisy_latents, timesteps, images), weights)[0].flatten()
+    assert torch.equal(with_term[2:], alone[2:])
+    assert (with_term[:2] != alone[:2]).all()
+    shut = term.add(loss, model_pred, noisy_latents, torch.full((4,), 999), images)
+    assert shut is loss

@@ -202,7 +202,7 @@ def test_files_in_the_readme_exist():
 def test_the_recipe_goes_into_a_plain_training_loop(tiny_sd):
     build, call = (
         next(code for code in CODE if "PerceptualTerm(" in code),
-        next(code for code in CODE if "loss +" in code),
+        next(code for code in CODE if ".add(" in code),
     )
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd, safety_checker=None)
     noise_scheduler = DDPMScheduler.from_pretrained(tiny_sd, subfolder="scheduler")

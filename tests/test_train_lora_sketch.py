@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -180,11 +181,62 @@ def test_attention_vgg_scores_a_run(train, backbone):
     run = train("--perceptual_loss", "attention_vgg", "--backbone", backbone, "--perceptual_min_snr", 0)
     assert all(log["perceptual_loss"] > 0 for log in run.logs)
     for log in run.logs:
-        assert log["train_loss"] == pytest.approx(log["denoising_loss"] + 0.03 * log["perceptual_loss"])
+        tenths = {name: value for name, value in log.items() if name.startswith("denoising_loss/")}
+        assert len(tenths) in (1, 2)
+        assert min(tenths.values()) <= log["denoising_loss"] <= max(tenths.values())
+        assert log["denoising_loss"] < log["train_loss"] <= log["denoising_loss"] + log["perceptual_loss"]
+        assert 0 < log["gradient_ratio"] <= 0.1001
+        assert -1 <= log["gradient_cosine"] <= 1
     card = (run.folder / "README.md").read_text()
     scorer = load_backbone(backbone).truncate("relu4_3")
     assert f"| backbone_weights | {fingerprint(scorer)} |" in card
     assert "| backbone_pool_after_attention | True |" in card
+
+
+def test_held_out_images_are_not_trained_on_and_their_losses_are_logged(train, caplog, monkeypatch):
+    caplog.set_level("INFO")
+    seen = []
+    monkeypatch.setattr(
+        script,
+        "collate",
+        lambda examples, collate=script.collate: seen.extend(e["name"] for e in examples) or collate(examples),
+    )
+    run = train("--validation_share", 0.3, "--perceptual_weight", 1, "--fit", "pad", steps=6)
+    held_out = [log for log in run.logs if "held_out_denoising_loss" in log]
+    assert [log["step"] for log in held_out] == [0, *sorted({log["step"] for log in held_out} - {0})]
+    assert held_out[-1]["step"] == 6
+    assert all(log["held_out_denoising_loss"] > 0 and log["held_out_perceptual_loss"] > 0 for log in held_out)
+    assert held_out[0]["held_out_denoising_loss"] != held_out[-1]["held_out_denoising_loss"]
+    trained, apart = map(int, re.search(r"(\d+) images for training, (\d+) held out", caplog.text).groups())
+    assert len(set(seen)) == trained
+    assert apart > 0
+    card = (run.folder / "README.md").read_text()
+    assert f"On held-out images: denoising loss {held_out[0]['held_out_denoising_loss']:.4g} at first" in card
+    assert all("held_out_denoising_loss" not in log for log in train(output="all").logs)
+
+
+def test_the_loss_is_logged_by_tenths_of_the_schedule():
+    tenths = script.by_decile(torch.tensor([1.0, 2, 3, 4]), torch.tensor([0, 99, 100, 999]), 1000)
+    sums = {
+        name: (float(loss.sum()), float(tenths[f"{name} rows"].sum()))
+        for name, loss in tenths.items()
+        if name[-1] == "%"
+    }
+    assert {name: value for name, value in sums.items() if value[1]} == {
+        "t0-10%": (3, 2),
+        "t10-20%": (3, 1),
+        "t90-100%": (4, 1),
+    }
+
+
+def test_held_out_losses_are_the_same_after_a_resume(train):
+    options = ("--validation_share", 0.3, "--fit", "pad")
+    straight = train(*options, "--checkpointing_steps", 3, steps=6)
+    train(*options, "--checkpointing_steps", 3, output="halves", steps=3)
+    resumed = train(*options, "--resume_from_checkpoint", "latest", output="halves", steps=6)
+    assert resumed == straight
+    last = [[log for log in run.logs if "held_out_denoising_loss" in log][-1] for run in (straight, resumed)]
+    assert last[0] == last[1]
 
 
 def test_clipping_clips_and_the_norm_before_it_is_logged(train, monkeypatch):
@@ -266,7 +318,7 @@ def test_validation_puts_modes_and_random_state_back(tiny_sd):
     )
     accelerator = Accelerator(cpu=True)
     pipeline, _ = script.load_models(args, accelerator)
-    embed = script.PromptEmbedder(args, pipeline, CaptionedImages([], [], []))
+    embed = script.PromptEmbedder(args, pipeline, [])
     script.add_lora(args, pipeline.unet, 0)
     pipeline.unet.train()
 

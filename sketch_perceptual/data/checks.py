@@ -13,7 +13,7 @@ from PIL import Image, ImageStat
 from tqdm import tqdm
 
 from ..errors import InputError, check_choice, first_names
-from .image_sets import Images, LabelledImages
+from .image_sets import Images
 from .near_duplicates import content_key, near_duplicates, thumbnail
 
 logger = logging.getLogger(__name__)
@@ -106,10 +106,16 @@ def read_keys(data: Images, on_bad_image: str, visit: Visit | None = None) -> tu
     return positions, [keys[index] for index in positions]
 
 
-def read_once(data: LabelledImages, on_bad_image: str) -> tuple[list[int], list[str], list[int]]:
+def read_once(data: Images, on_bad_image: str, visit: Visit | None = None) -> tuple[list[int], list[str], list[int]]:
     """`read_keys`, and what `near_duplicates` says of the images."""
     thumbnails = {}
-    positions, keys = read_keys(data, on_bad_image, lambda index, image: thumbnails.update({index: thumbnail(image)}))
+
+    def note(index: int, image: Image.Image) -> None:
+        thumbnails[index] = thumbnail(image)
+        if visit:
+            visit(index, image)
+
+    positions, keys = read_keys(data, on_bad_image, note)
     return positions, keys, near_duplicates(keys, np.stack([thumbnails[index] for index in positions])).tolist()
 
 

@@ -1,8 +1,9 @@
 """Losses by name, built-in and plugged in, and the contract that they keep."""
 
 import importlib
+import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from ..errors import InputError, first_line
 from ..networks.backbone import BUNDLED, AttentionVGG16, is_vgg16_weights
 from .controls import LPIPSLoss, PixelLoss
 from .distance import DEFAULT_LAYERS, PerceptualLoss, load_frozen
+from .style import StyleLoss
 
 ENTRY_POINTS = "sketch_perceptual.losses"
 
@@ -40,6 +42,7 @@ def vgg(backbone: str | Path = "imagenet", **options) -> PerceptualLoss:
 LOSSES: dict[str, Callable] = {
     "attention_vgg": attention_vgg,
     "vgg": vgg,
+    "gram": StyleLoss,
     "pixel": PixelLoss,
     "lpips": LPIPSLoss,
 }
@@ -80,6 +83,38 @@ def build_loss(
     if name not in LOSSES:
         check_loss(loss, name, size, dtype)
     return loss
+
+
+class MeanLoss(nn.Module):
+    """Several losses as one, the mean of their values by weight: what is 1 for unrelated drawings stays so."""
+
+    def __init__(self, losses: Sequence[Callable[[Tensor, Tensor], Tensor]], weights: Sequence[float]):
+        super().__init__()
+        self.losses, self.weights = losses, weights
+        self.parts = nn.ModuleList(loss for loss in losses if isinstance(loss, nn.Module))
+
+    def forward(self, images: Tensor, target: Tensor) -> Tensor:
+        values = [w * loss(images, target) for w, loss in zip(self.weights, self.losses, strict=True)]
+        return torch.stack(values).sum(0) / sum(self.weights)
+
+
+def build_losses(names: Sequence[str], **options) -> Callable[[Tensor, Tensor], Tensor]:
+    """One loss of several: each a name as `build_loss` takes it, or NAME=WEIGHT with a positive weight; InputError.
+
+    Args:
+        options: those of `build_loss`, for each of them.
+    """
+    parts, weights = [], []
+    for name in names:
+        part, _, weight = name.partition("=")
+        try:
+            weights.append(float(weight or 1))
+        except ValueError:
+            weights.append(0.0)
+        if not 0 < weights[-1] < math.inf:
+            raise InputError(f"the weight of the perceptual loss {part} must be a positive number, got {weight!r}")
+        parts.append(build_loss(part, **options))
+    return parts[0] if len(parts) == 1 else MeanLoss(parts, weights)
 
 
 def check_loss(

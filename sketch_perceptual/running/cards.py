@@ -86,4 +86,5 @@ def push(folder: str | Path, repo_id: str, files: list[str], token: str | None) 
 
 
 def _one_line(value) -> str:
+    value = " ".join(map(str, value)) if isinstance(value, list) else value
     return " ".join(str(value).split()).replace("|", "\\|")

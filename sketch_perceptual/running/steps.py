@@ -48,6 +48,7 @@ class Steps:
             self.ends = list(itertools.accumulate(math.ceil(batches / accumulation) for batches in batches_per_epoch))
         self.total, self.epochs = self.ends[-1], len(self.ends)
         self.done = self.epoch = self.number = 0
+        self.progress: tqdm | None = None
 
     def __iter__(self) -> Iterator:
         self.progress = tqdm(total=self.total, initial=self.done, desc="Steps", disable=not self.shows)
@@ -69,10 +70,15 @@ class Steps:
     def advance(self) -> None:
         """One optimizer step is done."""
         self.done += 1
-        self.progress.update()
+        if self.progress is not None:
+            self.progress.update()
 
     def show(self, logs: dict[str, float]) -> None:
-        self.progress.set_postfix({name: f"{value:.3g}" for name, value in logs.items()}, refresh=False)
+        """On the progress bar, but for parts of a number, which have a slash in their names."""
+        if self.progress is None:  # before the first step
+            return
+        shown = {name: f"{value:.3g}" for name, value in logs.items() if "/" not in name}
+        self.progress.set_postfix(shown, refresh=False)
 
     def due(self, every: int | None) -> bool:
         return every is not None and self.done % every == 0

@@ -13,8 +13,8 @@ def make_sources(folder):
     plain = AttentionVGG16("none", num_classes=0)
     plain.save_pretrained(folder / "plain")
     save_file(plain.state_dict(), folder / "trunk.safetensors")
-    trunk = str(folder / "trunk.safetensors")
-    return {"attention_vgg": str(folder / "tuned"), "vgg": trunk, "lpips": trunk, "pixel": None, "folder": folder}
+    trunk, tuned = str(folder / "trunk.safetensors"), str(folder / "tuned")
+    return {"attention_vgg": tuned, "gram": tuned, "vgg": trunk, "lpips": trunk, "pixel": None, "folder": folder}
 
 
 def images(seed=0, size=64, n=2):

@@ -13,6 +13,7 @@ from sketch_perceptual.losses import (
     PerceptualLoss,
     PixelLoss,
     build_loss,
+    build_losses,
     check_loss,
 )
 from sketch_perceptual.networks.backbone import AttentionVGG16
@@ -37,6 +38,21 @@ def test_every_loss_keeps_the_contract(name, sources):
     x.grad = None
     loss(x, y).sum().backward()
     assert torch.equal(x.grad, first)
+
+
+def test_several_losses_are_one_by_their_weights(sources):
+    loss = build_losses(["attention_vgg", "gram=0.5"], backbone=sources["gram"])
+    check_loss(loss, "both")
+    one, other = (build_loss(name, backbone=sources["gram"]) for name in ("attention_vgg", "gram"))
+    x, y = images(0), images(1)
+    torch.testing.assert_close(loss(x, y), (one(x, y) + 0.5 * other(x, y)) / 1.5)
+    assert isinstance(build_losses(["pixel=3"]), PixelLoss)
+
+
+@pytest.mark.parametrize("weight", ["0", "-1", "x", "nan", "inf"])
+def test_the_weight_of_a_loss_is_a_positive_number(weight):
+    with pytest.raises(InputError, match=f"the weight of the perceptual loss pixel .* got '{weight}'"):
+        build_losses(["pixel", f"pixel={weight}"])
 
 
 class Wrong(ImageLoss):
@@ -95,7 +111,7 @@ def test_loss_names_options_and_plugins(tmp_path, monkeypatch, sources):
         ("my_losses:half",): "must return one number an image",
         ("my_losses:Nope",): "cannot be imported",
         ("nowhere:Mine",): "cannot be imported .*PYTHONPATH",
-        ("ssim",): "no perceptual loss 'ssim': choose attention_vgg, vgg, pixel, lpips",
+        ("ssim",): "no perceptual loss 'ssim': choose attention_vgg, vgg, gram, pixel, lpips",
         ("attention_vgg", plain): "the loss for it is vgg",
         ("vgg", sources["attention_vgg"]): "the loss for it is attention_vgg",
         ("pixel", plain): "does not take these options, backbone",
