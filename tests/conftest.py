@@ -25,6 +25,9 @@ from sketch_perceptual.running import interruption
 ROOT = Path(__file__).parent.parent
 
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as of a job in the background; runs under test hear it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 NARROW = ((4, 4), (4, 4), (8, 8, 8), (8, 8, 8), (8, 8, 8))
 
 
