@@ -268,7 +268,6 @@ def compute_losses(
         noise += args.noise_offset * torch.randn(*latents.shape[:2], 1, 1, generator=draw)
     noise = noise.to(latents.device)
     timesteps = torch.randint(noise_scheduler.config.num_train_timesteps, (len(latents),), generator=draw)
-    gate = torch.zeros(len(latents)) if perceptual_term is None else perceptual_term.gate(timesteps, steps.done)
     losses, model_pred = score(
         args,
         unet,
@@ -278,27 +277,31 @@ def compute_losses(
         noise,
         timesteps.to(latents.device),
         prompt_embeds,
-        batch["pixel_values"] if perceptual_term is not None else None,
+        batch.get("pixel_values"),
         steps.done,
         draw,
     )
-    return losses | {"gated": gate.to(latents)}, model_pred, timesteps
+    return losses, model_pred, timesteps
 
 
 def score(
     args, unet, noise_scheduler, perceptual_term, latents, noise, timesteps, prompt_embeds, images, step: int, draw
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Denoising and perceptual loss (B,) of what the model predicts at these timesteps, and the prediction."""
+    """Denoising loss, perceptual loss and gate (1: open) at these timesteps, each (B,), and the prediction.
+
+    `images` are needed where there is a term.
+    """
     noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
     model_pred = unet(noisy_latents.to(prompt_embeds.dtype), timesteps, prompt_embeds, return_dict=False)[0].float()
     target = denoising_target(latents, noise, timesteps, noise_scheduler)
     denoising = F.mse_loss(model_pred, target, reduction="none").flatten(1).mean(1)
     if args.snr_gamma is not None:
         denoising = denoising * min_snr_weights(timesteps, args.snr_gamma, noise_scheduler)
-    perceptual = torch.zeros_like(denoising)
+    perceptual = gated = torch.zeros_like(denoising)
     if perceptual_term is not None:
         perceptual = perceptual_term(model_pred, noisy_latents, timesteps, images, step, draw)
-    return {"denoising": denoising, "perceptual": perceptual}, model_pred
+        gated = perceptual_term.gate(timesteps, step).to(denoising)
+    return {"denoising": denoising, "perceptual": perceptual, "gated": gated}, model_pred
 
 
 def by_decile(losses: torch.Tensor, timesteps: torch.Tensor, total: int) -> dict[str, torch.Tensor]:
@@ -322,6 +325,7 @@ class HeldOut:
         self.noise_scheduler, self.perceptual_term, self.data = noise_scheduler, perceptual_term, data
         if data is not None:  # encoded now, since the encoder may leave
             self.latents = [self.encode(data.pixels(index)) for index in range(len(data))]
+            data.with_pixels = perceptual_term is not None
 
     @torch.no_grad()
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -340,22 +344,25 @@ class HeldOut:
         with torch.no_grad(), accelerator.autocast():
             mine = range(accelerator.process_index, len(self.data), accelerator.num_processes)
             sums = sum(
-                (self.sums(unet, self.data, index) for index in mine), torch.zeros(4, device=accelerator.device)
+                (self.sums(unet, self.data, index) for index in mine), torch.zeros(3, device=accelerator.device)
             )
         unet.train(was_training)
-        denoising, perceptual, gated, rows = accelerator.reduce(sums, "sum").tolist()
-        losses = {"denoising_loss": denoising / rows} | ({"perceptual_loss": perceptual / gated} if gated else {})
+        denoising, perceptual, gated = accelerator.reduce(sums, "sum").tolist()
+        losses = {"denoising_loss": denoising / (HELD_OUT_TIMESTEPS * len(self.data))}
+        losses |= {"perceptual_loss": perceptual / gated} if gated else {}
         history.append({"step": run.steps.done} | losses)
         run.log({f"held_out_{name}": value for name, value in losses.items()})
 
     def sums(self, unet, data: CaptionedImages, index: int) -> torch.Tensor:
-        """Over HELD_OUT_TIMESTEPS rows of one image: denoising loss, perceptual loss, scored rows, rows."""
+        """Of one image, over HELD_OUT_TIMESTEPS rows: denoising loss, perceptual loss, and how many were scored."""
         draw, term, rows = generator(self.seed, "held out", index), self.perceptual_term, HELD_OUT_TIMESTEPS
         places = (torch.arange(rows) + torch.rand(rows, generator=draw)) / rows
         timesteps = (places * self.noise_scheduler.config.num_train_timesteps).long()
         latents = self.latents[index].expand(rows, -1, -1, -1)
         noise = torch.randn(latents.shape, generator=draw)
-        example = data[0, index]
+        example, images = data[0, index], None
+        if term is not None:
+            images = example["pixel_values"].expand(rows, -1, -1, -1).to(unet.device)
         losses, _ = score(
             self.args,
             unet,
@@ -365,13 +372,11 @@ class HeldOut:
             noise.to(unet.device),
             timesteps.to(unet.device),
             self.embed([example["caption"]] * rows),
-            example["pixel_values"].expand(rows, -1, -1, -1).to(unet.device),
+            images,
             0 if term is None else term.start_step,
             draw,
         )
-        gated = torch.zeros(rows) if term is None else term.open[timesteps]
-        columns = (losses["denoising"], losses["perceptual"], gated.to(latents.device), torch.ones(rows))
-        return torch.stack([column.sum().to(unet.device) for column in columns])
+        return torch.stack([losses[name].sum() for name in ("denoising", "perceptual", "gated")])
 
 
 def load_models(args, accelerator: Accelerator) -> tuple[StableDiffusionPipeline, DDPMScheduler]:

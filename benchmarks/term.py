@@ -38,6 +38,7 @@ from benchmarks.tiny_decoder import TINY_SD
 from sketch_perceptual import load_embedder, to_pil
 from sketch_perceptual.diffusion import decode
 from sketch_perceptual.drawings import CLASSES, write_folder
+from sketch_perceptual.evaluation.drawing import load_adapter
 from sketch_perceptual.measures.image_quality import frechet_distance
 from sketch_perceptual.measures.ink import chroma, ink
 from sketch_perceptual.seeds import generator
@@ -53,6 +54,8 @@ ARMS = {
     "1": "--perceptual_weight 1",
     "gram": "--perceptual_loss gram",
     "both": "--perceptual_loss attention_vgg gram",
+    "gram, 0.3": "--perceptual_weight 0.3 --perceptual_loss gram",
+    "both, 0.3": "--perceptual_weight 0.3 --perceptual_loss attention_vgg gram",
     "whole": f"--perceptual_crop {SIZE}",
     "SNR 0.18": "--perceptual_min_snr 0.18",
     "no gate": "--perceptual_min_snr 0",
@@ -71,7 +74,7 @@ def prompt(name: str) -> str:
 def picture(lora: Path, per_class: int, guidance: float) -> tuple[Tensor, Tensor]:
     """Pictures (N, 3, 64, 64) in [-1, 1] by the pipeline with a LoRA, and their classes."""
     pipeline = StableDiffusionPipeline.from_pretrained(TINY_SD, safety_checker=None)
-    pipeline.load_lora_weights(lora, weight_name="pytorch_lora_weights.safetensors")
+    load_adapter(pipeline, str(lora))
     pipeline.unet.to(memory_format=torch.channels_last)
     pipeline.vae.to(memory_format=torch.channels_last)
     pipeline.set_progress_bar_config(disable=True)

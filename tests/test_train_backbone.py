@@ -72,9 +72,12 @@ def train(pictures, tmp_path, monkeypatch, signals):
     return train
 
 
-def test_the_defaults_are_algorithm_1():
+def test_the_defaults_are_algorithm_1(monkeypatch):
+    monkeypatch.setattr(backbone, "STAGES", WHOLE)
     args = vars(script.parse_args(["--train_data_dir", "ImageNet-Sketch"]))
-    assert script.network_settings(script.argparse.Namespace(**args), None) == {}  # the defaults of AttentionVGG16
+    with torch.device("meta"):
+        network = AttentionVGG16(**script.network_settings(SimpleNamespace(**args), None), num_classes=0)
+    assert (network.attention, network.pool_after_attention, network.settings["open_gates"]) == ("cbam", False, False)
     paper = {
         "init_weights": "imagenet",
         "head": "vgg",
@@ -333,9 +336,24 @@ def test_a_saved_network_is_tuned_further_as_it_is(train, tmp_path):
     assert (run.network.attention, run.network.pool_after_attention) == ("identity", False)
     assert run.metrics["settings"]["attention"] == "identity"
     assert run.metrics["settings"]["new_weights"] == "classifier"
-    message = r"control was saved with attention=identity, this run has attention=cbam"
-    with pytest.raises(InputError, match=message):
-        train("--init_weights", tmp_path / "control", "--attention", "cbam", usual=AS_SAVED, output="other")
+
+
+@pytest.mark.parametrize(
+    ("saved", "options", "message"),
+    [
+        ({"attention": "identity"}, "--attention cbam", "attention=identity, this run has attention=cbam"),
+        (
+            {"reduction": 2},
+            "--pool_after_attention",
+            "pool_after_attention=False, this run has pool_after_attention=True",
+        ),
+        ({"reduction": 4}, "--reduction 2", "reduction=4, this run has reduction=2"),
+    ],
+)
+def test_a_saved_network_of_another_architecture_is_refused(saved, options, message, train, tmp_path):
+    AttentionVGG16(**saved, num_classes=0).save_pretrained(tmp_path / "saved")
+    with pytest.raises(InputError, match=f"saved was saved with {message}"):
+        train("--init_weights", tmp_path / "saved", *options.split(), usual=AS_SAVED)
 
 
 def test_the_bundled_network_is_tuned_further(train, monkeypatch):

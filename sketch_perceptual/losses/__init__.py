@@ -4,7 +4,7 @@ from .base import ImageLoss, check_images
 from .calibration import calibrate, gram_matrix, soft_distance
 from .controls import LPIPSLoss, PixelLoss
 from .distance import DEFAULT_LAYERS, PerceptualLoss
-from .registry import LOSSES, MeanLoss, build_loss, build_losses, check_loss
+from .registry import LOSSES, build_loss, build_losses, check_loss
 from .style import StyleLoss, total_variation
 
 __all__ = [
@@ -12,7 +12,6 @@ __all__ = [
     "LOSSES",
     "ImageLoss",
     "LPIPSLoss",
-    "MeanLoss",
     "PerceptualLoss",
     "PixelLoss",
     "StyleLoss",

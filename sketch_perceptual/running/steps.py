@@ -48,7 +48,7 @@ class Steps:
             self.ends = list(itertools.accumulate(math.ceil(batches / accumulation) for batches in batches_per_epoch))
         self.total, self.epochs = self.ends[-1], len(self.ends)
         self.done = self.epoch = self.number = 0
-        self.progress: tqdm | None = None
+        self.progress = tqdm(disable=True)  # until the first step
 
     def __iter__(self) -> Iterator:
         self.progress = tqdm(total=self.total, initial=self.done, desc="Steps", disable=not self.shows)
@@ -70,13 +70,10 @@ class Steps:
     def advance(self) -> None:
         """One optimizer step is done."""
         self.done += 1
-        if self.progress is not None:
-            self.progress.update()
+        self.progress.update()
 
     def show(self, logs: dict[str, float]) -> None:
         """On the progress bar, but for parts of a number, which have a slash in their names."""
-        if self.progress is None:  # before the first step
-            return
         shown = {name: f"{value:.3g}" for name, value in logs.items() if "/" not in name}
         self.progress.set_postfix(shown, refresh=False)
 
