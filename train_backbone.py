@@ -267,7 +267,9 @@ def build_network(args, classes: list[str], seed: int) -> tuple[AttentionVGG16, 
     saved = None if source == "none" or is_vgg16_weights(source) else load_backbone(source)
     settings = network_settings(args, saved)
     set_seed(seed)  # new weights depend on the seed alone
-    network = AttentionVGG16(num_classes=len(classes), head=args.head, classes=classes, **settings)
+    network = AttentionVGG16(
+        num_classes=len(classes), head=args.head, classes=classes, resolution=args.resolution, **settings
+    )
     untouched, new = None, list(network.state_dict())
     if saved is not None:
         new = take_over(network, saved)

@@ -51,7 +51,7 @@ from sketch_perceptual.errors import InputError, first_line
 from sketch_perceptual.evaluation.pipelines import add_pipeline_options, load_pipeline
 from sketch_perceptual.figures import image_grid
 from sketch_perceptual.losses import LOSSES, build_losses
-from sketch_perceptual.networks.backbone import AttentionVGG16
+from sketch_perceptual.networks.backbone import BUNDLED, AttentionVGG16, tuned_resolution
 from sketch_perceptual.networks.hub_model import fingerprint
 from sketch_perceptual.running import cards, startup
 from sketch_perceptual.running.feature_cache import FeatureCache, cache_folder, fill_cache
@@ -131,7 +131,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--backbone", help="network of the loss: folder, Hub id, .safetensors of VGG-16; default: the loss's own")
     add("--perceptual_layers", nargs="+", metavar="LAYER", help="layers to compare, e.g. relu1_2 relu3_3")
-    add("--perceptual_resolution", type=count, help="downscale larger images to this size for the loss; default: 224")
+    add(
+        "--perceptual_resolution",
+        type=count,
+        help="downscale larger images to this size for the loss; default: what the backbone was tuned at",
+    )
     add(
         "--perceptual_crop",
         type=count,
@@ -179,12 +183,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.lora_alpha = args.rank
     if args.perceptual_crop is None:
         args.perceptual_crop = max(16, args.resolution // 16 * 8)
-    if args.perceptual_resolution is None and all(name.split("=")[0] in LOSSES for name in args.perceptual_loss):
-        args.perceptual_resolution = 224
     return args
 
 
 def main(args: argparse.Namespace) -> None:
+    if args.perceptual_resolution is None:
+        args.perceptual_resolution = default_resolution(args)
     run = start(args)
     accelerator, seed = run.accelerator, run.seed
     pipeline, noise_scheduler = load_models(args, accelerator)
@@ -559,6 +563,15 @@ def read_place(data: CaptionedImages, places: list[tuple[int, bool]], position: 
 def read_moments(cache: FeatureCache, keys: list[str], channels: int, index: int, flipped: bool) -> torch.Tensor:
     row = cache.row(latents_key(keys[index], flipped))
     return row.view(channels, math.isqrt(len(row) // channels), -1)
+
+
+def default_resolution(args) -> int | None:
+    """What the backbone of the loss was tuned at; None leaves a loss of somebody else's as it is."""
+    names = {name.split("=")[0] for name in args.perceptual_loss}
+    if args.perceptual_weight == 0 or not names <= set(LOSSES):
+        return None
+    reads_bundled = names & {"attention_vgg", "gram"}
+    return tuned_resolution(args.backbone or (BUNDLED if reads_bundled else "imagenet"))
 
 
 def build_term(args, vae, noise_scheduler) -> PerceptualTerm | None:

@@ -38,6 +38,7 @@ from sketch_perceptual.losses import DEFAULT_LAYERS, LPIPSLoss, calibrate, gram_
 from sketch_perceptual.losses.calibration import gram_distance, reference_drawings, unrelated
 from sketch_perceptual.networks.backbone import BUNDLED
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LAYERS_LEARNED = "soft, weights of layers learned: the default"
 CHANNELS_LEARNED = "soft, weights of channels learned"
 Distances = Callable[[Tensor, Tensor], dict[str, Tensor]]  # all drawings, pairs of positions (2, N) -> (N,) a row
@@ -47,24 +48,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--trunk", required=True, help="a .safetensors with VGG-16 weights")
-    add("--backbone", default=str(BUNDLED))
+    add("--models", nargs="+", default=[f"bundled={BUNDLED}"], metavar="NAME=BACKBONE", help="rows for each")
     add("--labelled", nargs="*", default=[], metavar="NAME=DATASET")
     add("--held_out", nargs="*", default=[], metavar="NAME=DATASET")
     add("--colour_pairs", nargs="*", default=[], metavar="NAME=DATASET")
-    add("--channels", type=Path, help="the channels.json of benchmarks.learned")
+    add("--channels", type=Path, help="the channels.json of benchmarks.learned for the first of --models")
     add("--triplets", type=int, default=1000, help="of each set")
     add("--side", type=int, default=64, help="drawings are scored at this size")
     add("--output", type=Path, help="write the figures as JSON")
     add("--figure", type=Path, help="measure and draw the tolerance curves")
     args = parser.parse_args()
     channels = json.loads(args.channels.read_text()) if args.channels else None
-    judges = [
-        pixel_rows,
-        functools.partial(network_rows, load_backbone(args.backbone), "bundled", channels),
-        functools.partial(network_rows, load_backbone(args.trunk, "none").truncate(DEFAULT_LAYERS[-1]), "vgg", None),
-        lpips_rows(args.trunk),
-        dists_rows(args.trunk),
-    ]
+    models = dict(value.split("=", 1) for value in args.models) | {"vgg": args.trunk}
+    backbones = {name: load_backbone(path, "none", DEFAULT_LAYERS).to(DEVICE) for name, path in models.items()}
+    judges: list[Distances] = [pixel_rows]
+    for name, backbone in backbones.items():
+        own_channels = channels if name == next(iter(models)) else None
+        judges.append(functools.partial(network_rows, backbone, name, own_channels))
+    judges += [lpips_rows(args.trunk), dists_rows(args.trunk)]
     found = {}
     for name, triplets in build_sets(args).items():
         found[name] = accuracies(triplets, measure(judges, triplets, args.side, name))
@@ -75,7 +76,7 @@ def main() -> None:
         curves = tolerance(judges, args.side)
         print(curves_table(curves))
         plot(curves).savefig(args.figure)
-        print(drift(args))
+        print(drift(backbones))
 
 
 def build_sets(args) -> dict[str, Triplets]:
@@ -122,14 +123,14 @@ def network_rows(
             rows[LAYERS_LEARNED] += values["weight"] * soft / values["distance"]
         if channels is not None:
             parts = (soft_units(a, values["softening"]) - soft_units(b, values["softening"])).square().mean((2, 3))
-            rows[CHANNELS_LEARNED] += parts @ torch.tensor(channels[layer]) / values["distance"]
+            rows[CHANNELS_LEARNED] += parts @ torch.tensor(channels[layer], device=DEVICE) / values["distance"]
     return {f"{name}, {row}": value for row, value in rows.items()}
 
 
 @functools.cache
 def typical(network: AttentionVGG16, layer: str) -> float:
     """Raw L1 between unrelated drawings."""
-    features = network.taps(reference_drawings(), [layer])[layer]
+    features = network.taps(reference_drawings().to(DEVICE), [layer])[layer]
     return float(unrelated(lambda a, b: (a - b).abs().mean((1, 2, 3)), features))
 
 
@@ -153,7 +154,7 @@ def dists_rows(trunk: str) -> Distances:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            metric = DISTS().eval()
+            metric = DISTS().eval().to(DEVICE)
     finally:
         torchvision.models.vgg16 = vgg16
     return lambda images, pairs: {"DISTS, its weights": metric(*((images[pairs] + 1) / 2))}
@@ -166,10 +167,10 @@ def measure(judges: list[Distances], triplets: Triplets, side: int, name: str, c
     for start in tqdm(range(0, len(triplets.rows), chunk), name):
         images, places = triplets.tensors(range(start, min(start + chunk, len(triplets.rows))), side)
         anchor, same, other = places.T
-        pairs = torch.stack([anchor.repeat(2), torch.cat([same, other])])
+        images, pairs = images.to(DEVICE), torch.stack([anchor.repeat(2), torch.cat([same, other])]).to(DEVICE)
         for judge in judges:
             for row, values in judge(images, pairs).items():
-                near, far = values.chunk(2)
+                near, far = values.cpu().chunk(2)
                 found.setdefault(row, []).append(far - near)
     return {row: torch.cat(values) for row, values in found.items()}
 
@@ -240,11 +241,11 @@ def tolerance(judges: list[Distances], side: int, per_class: int = 3) -> dict[st
         for level in levels:
             changed[kind, level] = torch.stack([change(scene, kind, level, side) for scene in scenes])
     curves: dict[str, dict[tuple[str, float], Tensor]] = {}
-    pairs = torch.arange(2 * len(scenes)).view(2, -1)
+    pairs = torch.arange(2 * len(scenes), device=DEVICE).view(2, -1)
     for place, images in tqdm(changed.items(), "tolerance"):
         for judge in judges:
-            for row, values in judge(torch.cat([plain, images]), pairs).items():
-                curves.setdefault(row, {})[place] = values
+            for row, values in judge(torch.cat([plain, images]).to(DEVICE), pairs).items():
+                curves.setdefault(row, {})[place] = values.cpu()
     return {row: {at: x / values[ANOTHER, 0].mean() for at, x in values.items()} for row, values in curves.items()}
 
 
@@ -260,12 +261,11 @@ def steadiness(curve: dict[tuple[str, float], Tensor]) -> tuple[float, float]:
 
 
 @torch.inference_mode()
-def drift(args, sides: tuple[int, ...] = (32, 48, 64, 96, 128, 224)) -> str:
+def drift(backbones: dict[str, AttentionVGG16], sides: tuple[int, ...] = (32, 48, 64, 96, 128, 224)) -> str:
     """What the loss says of unrelated drawings at other sizes than that of the calibration."""
     lines = ["| pixels a side | " + " | ".join(map(str, sides)) + " |", "|---" * (len(sides) + 1) + "|"]
-    for name, source in {"bundled": args.backbone, "vgg": args.trunk}.items():
-        loss = PerceptualLoss(load_backbone(source, "none"))
-        values = (float(unrelated(loss, reference_drawings(side))) for side in sides)
+    for name, backbone in backbones.items():
+        values = (float(unrelated(PerceptualLoss(backbone), reference_drawings(side).to(DEVICE))) for side in sides)
         lines.append(f"| {name} | " + " | ".join(f"{value:.2f}" for value in values) + " |")
     return "\n".join(lines)
 

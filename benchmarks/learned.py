@@ -33,12 +33,14 @@ def main() -> None:
     add = parser.add_argument
     add("--backbone", default=str(BUNDLED))
     add("--dataset_name", required=True, help="drawings of things by hands: columns image, label, set")
+    add("--side", type=int, default=SIDE, help="of the drawings in pixels: what the backbone was tuned at")
     add("--triplets", type=int, default=2000)
     add("--redraws", type=int, default=500)
     add("--decay", type=float, default=0.05, help="how strongly weights are held to 1")
     add("--output_dir", type=Path, required=True)
     args = parser.parse_args()
-    backbone = load_backbone(args.backbone).requires_grad_(False)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    backbone = load_backbone(args.backbone, layers=DEFAULT_LAYERS).requires_grad_(False).to(device)
     backbone.calibration = {}
     calibrate(backbone, DEFAULT_LAYERS)
     data = load_labelled(args.dataset_name)
@@ -46,9 +48,9 @@ def main() -> None:
     train, _ = data.sides()
     sets = [
         by_hands(data.select(train), args.triplets, same_thing, seed=1),
-        redraws(args.redraws, 2 * SIDE, FITTED_CLASSES, seed=1),
+        redraws(args.redraws, 2 * args.side, FITTED_CLASSES, seed=1),
     ]
-    margins = [measure(backbone, triplets) for triplets in sets]
+    margins = [measure(backbone, triplets, args.side) for triplets in sets]
     widths = [backbone.features[index - 1].out_channels for index in backbone.find_taps(DEFAULT_LAYERS)]
     by_layer = [torch.stack([part.sum(1) for part in margin.split(widths, 1)], 1) for margin in margins]
     layers, channels = fit(by_layer, args.decay), fit(margins, args.decay)
@@ -65,14 +67,14 @@ def main() -> None:
 
 
 @torch.no_grad()
-def measure(backbone, triplets: Triplets, chunk: int = 32) -> Tensor:
+def measure(backbone, triplets: Triplets, side: int, chunk: int = 32) -> Tensor:
     """How much farther the other is than the same, in each channel of each layer: (triplets, channels)."""
-    draw, found = random.Random(0), []
+    draw, found, weight = random.Random(0), [], next(backbone.parameters())
     for start in range(0, len(triplets.rows), chunk):
         rows = range(start, min(start + chunk, len(triplets.rows)))
-        images, places = triplets.tensors(rows, SIDE)
-        taps = backbone.walk(torch.stack([jitter(image, draw) for image in images]), DEFAULT_LAYERS)
-        found.append(torch.cat([_channels(backbone, name, features, places) for name, features in taps], 1))
+        images, places = triplets.tensors(rows, side)
+        taps = backbone.walk(torch.stack([jitter(image, draw) for image in images]).to(weight), DEFAULT_LAYERS)
+        found.append(torch.cat([_channels(backbone, name, features, places) for name, features in taps], 1).cpu())
     return torch.cat(found)
 
 

@@ -76,6 +76,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="turns of each")
     parser.add_argument("--steps", type=int, default=20, help="measured steps of a turn")
     parser.add_argument("--arms", nargs="+", help="only these, and the official script")
+    parser.add_argument("--mixed_precision", default="no", help="of all runs")
+    parser.add_argument("--count", action=argparse.BooleanOptionalAction, default=True, help="count TFLOP")
     args, options = parser.parse_known_args()
     cache = ["--cache_latents"]  # as a run does by itself that sees its pictures more than once
     no_cache = ["--no-cache_latents", "--no-cache_prompts"]
@@ -100,10 +102,10 @@ def main() -> None:
         (AutoencoderTiny() if args.sd15 else make_decoder()).save_pretrained(root / "tiny-decoder")
         common = f"""--pretrained_model_name_or_path {model} --train_data_dir {root}/data --output_dir {root}/out
             --resolution {args.resolution} --train_batch_size {args.batch_size}
-            --checkpointing_steps 100000 --dataloader_num_workers 1""".split()
+            --checkpointing_steps 100000 --dataloader_num_workers 1 --mixed_precision {args.mixed_precision}""".split()
         found = {name: [] for name in chosen}
         counted = {}
-        for turn in range(args.rounds + 1):
+        for turn in range(0 if args.count else 1, args.rounds + 1):
             for name, own in chosen.items():
                 script = args.official if own is None else ROOT / "train_lora_sketch.py"
                 own = [] if own is None else [*own, *options, "--feature_dir", str(root / f"features-{turn}-{name}")]
@@ -120,10 +122,11 @@ def main() -> None:
     for name, runs in found.items():
         seconds = [run["seconds"] for run in runs]
         ratios = [run["seconds"] / other["seconds"] for run, other in zip(runs, found["official"], strict=True)]
+        tflop = f"{counted[name] / 1e12:.3f}" if counted else ""
         print(
             f"| {name} | {statistics.median(seconds):.3f} | {statistics.median(ratios):.2f} ({min(ratios):.2f} to"
             f" {max(ratios):.2f}) | {statistics.median(run['first'] for run in runs):.1f} |"
-            f" {max(run['peak'] for run in runs) / 1e9:.2f} | {counted[name] / 1e12:.3f} |"
+            f" {max(run['peak'] for run in runs) / 1e9:.2f} | {tflop} |"
         )
 
 

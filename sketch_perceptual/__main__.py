@@ -20,10 +20,9 @@ from .data.folders import find_images
 from .data.images import load_image, to_pil, to_tensor
 from .errors import InputError, in_options
 from .losses import DEFAULT_LAYERS, PerceptualLoss
-from .networks.backbone import BUNDLED
+from .networks.backbone import BUNDLED, tuned_resolution
 from .networks.hub_model import fingerprint
 
-TUNED_AT = 64  # pixels a side: what the bundled backbone was tuned at, and reads best
 SHOWN = 256  # pixels a side in the figure
 FULL_RED = 1.5  # what a map shows as plain red; 1 is what unrelated drawings have on average
 
@@ -37,7 +36,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("second", type=Path, metavar="B", help="another image, or the folder with the other images")
     add("--backbone", default=str(BUNDLED), help='a folder or Hub id, a .safetensors with VGG-16 weights, "imagenet"')
     add("--layers", nargs="+", metavar="LAYER", default=list(DEFAULT_LAYERS))
-    add("--resolution", type=int, default=TUNED_AT, help="larger images are shrunk to this (%(default)s)")
+    add("--resolution", type=int, help="larger images are shrunk to this; default: what the backbone was tuned at")
     add(
         "--fit",
         choices=("refuse", "pad"),
@@ -66,7 +65,8 @@ def main(argv: list[str] | None = None) -> None:
 @torch.inference_mode()
 def compare(args: argparse.Namespace) -> dict:
     """The distance of each pair, and what it was measured with; writes the figure."""
-    loss = PerceptualLoss(args.backbone, args.layers, resolution=args.resolution)
+    resolution = args.resolution or tuned_resolution(args.backbone)
+    loss = PerceptualLoss(args.backbone, args.layers, resolution=resolution)
     pairs: list[dict[str, Any]] = []
     rows = {}
     for first, second in find_pairs(args.first, args.second):
@@ -87,7 +87,7 @@ def compare(args: argparse.Namespace) -> dict:
         "backbone": "bundled" if args.backbone == str(BUNDLED) else args.backbone,
         "backbone_weights": fingerprint(loss.backbone),
         "layer_weights": loss.layer_weights,
-        "resolution": args.resolution,
+        "resolution": resolution,
         "fit": args.fit,
         "background": args.background,
     }

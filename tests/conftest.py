@@ -189,5 +189,5 @@ def backbone(tmp_path_factory):
     """Folder of an attention-VGG16 with random weights."""
     folder = tmp_path_factory.mktemp("backbone")
     torch.manual_seed(0)
-    AttentionVGG16(pool_after_attention=True, num_classes=0).save_pretrained(folder)
+    AttentionVGG16(pool_after_attention=True, num_classes=0, resolution=48).save_pretrained(folder)
     return folder

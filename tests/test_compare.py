@@ -50,7 +50,7 @@ def test_folders_are_paired_by_name(folders, capsys):
     assert "owl.png" in err
     figure = Image.open(folders / "difference.png")
     assert figure.width > 3 * 256
-    reds = [pixel for _, pixel in figure.getcolors(10**7) if pixel[0] > pixel[1] + 20]
+    reds = [pixel for _, pixel in figure.getcolors(10**7) if pixel[0] > pixel[1] + 5]
     assert reds
 
 

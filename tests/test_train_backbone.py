@@ -100,6 +100,7 @@ def test_best_and_last_load_anywhere_and_give_the_trained_logits(train):
     torch.testing.assert_close(last(images), run.network.eval()(images))
     best = AttentionVGG16.from_pretrained(run.folder / "best")
     assert set(best.calibration) == set(best.tap_index)
+    assert best.settings["resolution"] == 32
     assert best.classes == last.classes == ["hot_dog", "n02012849"]
     history = run.metrics["history"]
     assert [record["epoch"] for record in history] == [1, 2, 3]

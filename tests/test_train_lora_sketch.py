@@ -191,6 +191,7 @@ def test_attention_vgg_scores_a_run(train, backbone):
     scorer = load_backbone(backbone).truncate("relu4_3")
     assert f"| backbone_weights | {fingerprint(scorer)} |" in card
     assert "| backbone_pool_after_attention | True |" in card
+    assert "| perceptual_resolution | 48 |" in card
 
 
 def test_held_out_images_are_not_trained_on_and_their_losses_are_logged(train, caplog, monkeypatch):

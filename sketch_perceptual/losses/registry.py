@@ -22,7 +22,7 @@ ENTRY_POINTS = "sketch_perceptual.losses"
 def attention_vgg(backbone: AttentionVGG16 | str | Path = BUNDLED, **options) -> PerceptualLoss:
     """`PerceptualLoss` on a sketch-tuned attention-VGG: the one that comes with the package, or `backbone`."""
     loss = PerceptualLoss(backbone, **options)
-    _expect_attention(loss, "cbam", "vgg")
+    _expect_attention(loss, ("cbam",), "vgg")
     if is_vgg16_weights(backbone):
         warnings.warn(
             f"{backbone} holds plain VGG-16 weights, so the attention is untrained and random: the arm that fails in"
@@ -33,9 +33,9 @@ def attention_vgg(backbone: AttentionVGG16 | str | Path = BUNDLED, **options) ->
 
 
 def vgg(backbone: str | Path = "imagenet", **options) -> PerceptualLoss:
-    """`PerceptualLoss` on plain VGG-16: ImageNet weights, a `.safetensors`, or a folder tuned without attention."""
+    """`PerceptualLoss` on VGG-16: ImageNet weights, a `.safetensors`, or a folder tuned without attention."""
     loss = PerceptualLoss(load_frozen(backbone, options.get("layers", DEFAULT_LAYERS), "none"), **options)
-    _expect_attention(loss, "none", "attention_vgg")
+    _expect_attention(loss, ("none", "identity"), "attention_vgg")
     return loss
 
 
@@ -166,8 +166,8 @@ def check_loss(
     require(not any(w.requires_grad for w in weights), "must be frozen: requires_grad_(False) on its weights")
 
 
-def _expect_attention(loss: PerceptualLoss, attention: str, other: str) -> None:
-    if loss.backbone.attention != attention:
+def _expect_attention(loss: PerceptualLoss, expected: tuple[str, ...], other: str) -> None:
+    if loss.backbone.attention not in expected:
         raise InputError(f"the backbone has attention={loss.backbone.attention!r}: the loss for it is {other}")
 
 

@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ..errors import InputError
 from .attention import CBAM
-from .hub_model import HubModel
-from .settings import FLAG, TEXTS, check_settings, integer, is_positive, one_of, optional
+from .hub_model import HubModel, read_config
+from .settings import FLAG, TEXTS, check_json, check_settings, integer, is_positive, one_of, optional
 from .vgg16_weights import read_vgg16, unknown_to
 
 # Simonyan & Zisserman 2015, configuration D: convolutions per stage, each stage ended by a max-pool.
@@ -21,6 +21,7 @@ STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512
 ATTENTION_STAGES = (1, 2)
 LAYERS = tuple(f"relu{s}_{c}" for s, widths in enumerate(STAGES, 1) for c in range(1, len(widths) + 1))
 BUNDLED = Path(__file__).parents[1] / "assets" / "attention-vgg16"
+IMAGENETS = 224  # pixels a side of the images that VGG-16 learned from
 UNITS = ("softening", "distance", "gram")  # of a layer's calibration, see `losses.calibrate`
 
 
@@ -73,6 +74,7 @@ class AttentionVGG16(
         last_layer: the deepest layer that is kept, e.g. "relu4_3"; the classifier takes what comes out there. None
             keeps all.
         calibration: what the losses divide by at each layer, as `losses.calibrate` measures it; see there.
+        resolution: pixels a side of the drawings that it was tuned on, see `tuned_resolution`; None is not known.
 
     Images are RGB in [-1, 1], (B, 3, H, W); ImageNet's normalisation happens inside.
     """
@@ -92,6 +94,7 @@ class AttentionVGG16(
         "classes": optional(TEXTS),
         "last_layer": optional(one_of(*LAYERS)),
         "calibration": optional(CALIBRATION),
+        "resolution": optional(integer(1)),
     }
 
     def __init__(
@@ -106,6 +109,7 @@ class AttentionVGG16(
         last_layer: str | None = None,
         calibration: dict[str, dict] | None = None,
         open_gates: bool = False,
+        resolution: int | None = None,
     ):
         super().__init__()
         check_settings(self.rules, {name: value for name, value in locals().items() if name in self.rules})
@@ -257,6 +261,19 @@ def load_backbone(
         return backbone
     taps = backbone.find_taps(layers)
     return backbone.truncate(taps[max(taps)])
+
+
+def tuned_resolution(source: str | Path = BUNDLED) -> int:
+    """Pixels a side of the drawings that a backbone was tuned on, where it reads best; 224 where that is not known.
+
+    Args:
+        source: as in `load_backbone`.
+    """
+    if is_vgg16_weights(source):
+        return IMAGENETS
+    _, config = read_config(source, AttentionVGG16)
+    check_json(AttentionVGG16.rules, config, str(source))
+    return config.get("resolution") or IMAGENETS
 
 
 def is_vgg16_weights(source) -> bool:

@@ -175,9 +175,9 @@ def test_untrained_attention_is_said(sources):
         build_loss("attention_vgg", backbone=sources["vgg"])
 
 
-@pytest.mark.parametrize("name", ["attention_vgg", "vgg"])
-def test_a_network_that_is_loaded_keeps_only_what_the_loss_reads(tmp_path, name):
-    network = AttentionVGG16("cbam" if name == "attention_vgg" else "none", True, num_classes=3, head="linear")
+@pytest.mark.parametrize(("name", "attention"), [("attention_vgg", "cbam"), ("vgg", "none"), ("vgg", "identity")])
+def test_a_network_that_is_loaded_keeps_only_what_the_loss_reads(tmp_path, name, attention):
+    network = AttentionVGG16(attention, True, num_classes=3, head="linear")
     network.save_pretrained(tmp_path)
     loss = build_loss(name, backbone=str(tmp_path), layers=["relu2_2", "relu1_2"])
     assert loss.backbone.last_layer == "relu2_2"

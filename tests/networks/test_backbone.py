@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from sketch_perceptual.errors import InputError
-from sketch_perceptual.networks.backbone import LAYERS, AttentionVGG16, load_backbone
+from sketch_perceptual.networks.backbone import LAYERS, AttentionVGG16, load_backbone, tuned_resolution
 from sketch_perceptual.networks.hub_model import fingerprint
 
 ATTENTION_KEYS = {
@@ -217,6 +217,18 @@ def test_save_and_load_keep_configuration_weights_and_outputs(tmp_path):
     assert torch.equal(again(images), model(images))
     assert fingerprint(again) == fingerprint(model)
     assert fingerprint(AttentionVGG16(num_classes=0)) != fingerprint(model)
+
+
+def test_a_saved_network_tells_at_which_size_it_was_tuned(trunk, tmp_path):
+    assert tuned_resolution() == 64
+    assert tuned_resolution("imagenet") == tuned_resolution(trunk) == 224
+    for resolution in (None, 96):
+        network = AttentionVGG16("none", num_classes=0, resolution=resolution)
+        network.truncate("relu1_2").save_pretrained(tmp_path)
+        assert tuned_resolution(tmp_path) == (resolution or 224)
+    (tmp_path / "config.json").write_text('{"resolution": "large"}')
+    with pytest.raises(InputError, match=r"resolution must be a positive integer, got \"large\""):
+        tuned_resolution(tmp_path)
 
 
 def test_a_saved_network_must_fit_its_configuration(tmp_path):
