@@ -25,8 +25,10 @@ from sketch_perceptual.running import interruption
 ROOT = Path(__file__).parent.parent
 
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as of a job in the background; runs under test hear it
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# A job in the background, or under nohup, ignores these; runs under test hear them.
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
 
 NARROW = ((4, 4), (4, 4), (8, 8, 8), (8, 8, 8), (8, 8, 8))
 

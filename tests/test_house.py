@@ -169,8 +169,8 @@ SECTIONS = {title: (text, scripts) for title, text, scripts in sections()}
 # Sections without a command that name options: of which scripts each of them must be.
 ABOUT = {
     "What survives what": list(TRAINERS),
-    "Expected results": ["train_lora_sketch.py", "train_retrieval.py"],
-    "What the paper leaves open": ["train_lora_sketch.py"],
+    "Expected results": ["train_lora_sketch.py", "train_backbone.py", "train_retrieval.py"],
+    "What the paper leaves open": ["train_lora_sketch.py", "train_backbone.py"],
 }
 
 
