@@ -264,7 +264,7 @@ def load_backbone(
 
 
 def tuned_resolution(source: str | Path = BUNDLED) -> int:
-    """Pixels a side of the drawings that a backbone was tuned on, where it reads best; 224 where that is not known.
+    """Pixels a side of the drawings that a backbone was tuned on; 224 where that is not known.
 
     Args:
         source: as in `load_backbone`.
