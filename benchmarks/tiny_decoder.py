@@ -56,16 +56,16 @@ def fit(tiny: AutoencoderTiny, drawings: Tensor, mean: Tensor, std: Tensor) -> N
             print(f"step {step}/{STEPS} loss {loss:.4f} {step / (time.time() - start):.2f} steps/s", flush=True)
 
 
-def strokes(width: float, count: int = 64) -> Tensor:
-    """(count, 3, 64, 64) in [-1, 1]: black lines of that many pixels on white, in all directions."""
+def strokes(width: float, count: int = 64, side: int = SIZE) -> Tensor:
+    """(count, 3, side, side) in [-1, 1]: black lines of that many pixels on white, in all directions."""
     images, scale, draws = [], 8, np.random.default_rng(0)
     for angle in np.linspace(0, np.pi, count, endpoint=False):
-        x, y = (SIZE / 2 + draws.uniform(-8, 8, 2)) * scale
-        along = np.array([np.cos(angle), np.sin(angle)]) * 20 * scale
-        paper = Image.new("L", (SIZE * scale, SIZE * scale), "white")
+        x, y = (side / 2 + draws.uniform(-side / 8, side / 8, 2)) * scale
+        along = np.array([np.cos(angle), np.sin(angle)]) * side / 3.2 * scale
+        paper = Image.new("L", (side * scale, side * scale), "white")
         ends = (x - along[0], y - along[1], x + along[0], y + along[1])
         ImageDraw.Draw(paper).line(ends, "black", round(width * scale))
-        images.append(np.asarray(paper.resize((SIZE, SIZE), Image.Resampling.BOX)))
+        images.append(np.asarray(paper.resize((side, side), Image.Resampling.BOX)))
     return images_of(torch.from_numpy(np.stack(images))[:, None].expand(-1, 3, -1, -1))
 
 

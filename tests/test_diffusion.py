@@ -342,6 +342,16 @@ def test_a_row_whose_term_hardly_pulls_is_not_blown_up():
     torch.testing.assert_close(both, own + pull)
 
 
+def test_a_gradient_scaler_scales_the_term_as_it_does_the_loss():
+    weights = torch.randn(4, 1, 1, 1, dtype=torch.float64).requires_grad_()  # in the model's place
+    model_pred = weights * torch.randn(4, 4, 8, 8, dtype=torch.float64)
+    total, _ = balance(model_pred.square().mean(), (model_pred - 0.3).abs().flatten(1).mean(1), model_pred, 0.3)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    (scaled,) = torch.autograd.grad(scaler.scale(total), weights, retain_graph=True)
+    (alone,) = torch.autograd.grad(total, weights)
+    torch.testing.assert_close(scaled, 2.0**16 * alone)
+
+
 def test_added_to_a_loss_the_term_leaves_the_rows_outside_the_gate_alone(vae):
     term = PerceptualTerm(PixelLoss(), vae, scheduler())
     latents, noise, images = batch()
