@@ -12,7 +12,7 @@ with the drawing by a network that knows drawings; --perceptual_weight 0 is the 
 """
 
 import argparse
-import math
+from collections import Counter
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,7 @@ from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dic
 from PIL import Image
 from safetensors.torch import save_file
 
-from sketch_perceptual.arguments import at_least, fraction
+from sketch_perceptual.arguments import at_least, fraction, size
 from sketch_perceptual.data.batches import make_loader
 from sketch_perceptual.data.checks import read_keys, read_once
 from sketch_perceptual.data.image_sets import CaptionedImages
@@ -99,7 +99,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     add = add_caption_options(parser)
     add("--resolution", type=count, default=512, help="size of the square training images, in pixels")
-    add("--fit", choices=("crop", "pad"), default="crop", help="how images that are not square are made square")
+    add(
+        "--fit",
+        choices=("crop", "pad", "bucket"),
+        default="crop",
+        help="make images square by cropping or padding them, or keep their proportions at about as many pixels",
+    )
     add("--center_crop", action="store_true", help="crop at the centre; default: at random")
     add("--random_flip", action="store_true", help="mirror half of the images")
     add("--image_interpolation_mode", choices=tuple(INTERPOLATIONS), default="lanczos")
@@ -175,6 +180,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="prompts to generate from during training and at its end",
     )
     add("--num_validation_images", type=natural, default=4, help="number of images per prompt")
+    add(
+        "--validation_size",
+        type=size,
+        metavar="WIDTHxHEIGHT",
+        help="of these images; default: a square of --resolution",
+    )
     add("--validation_epochs", type=count, default=1, help="generate them every N epochs")
 
     args = parser.parse_args(argv)
@@ -193,7 +204,7 @@ def main(args: argparse.Namespace) -> None:
     accelerator, seed = run.accelerator, run.seed
     pipeline, noise_scheduler = load_models(args, accelerator)
     perceptual_term = build_term(args, pipeline.vae, noise_scheduler)
-    data, keys, random_crops, held_out_data = load_data(args, accelerator, pipeline.tokenizer, seed)
+    data, keys, random_crops, held_out_data = load_data(args, accelerator, pipeline, seed)
     run.settle(**contents(pipeline, perceptual_term, data, keys))
     repo_id = cards.create_repo(args, accelerator)
     start_trackers(accelerator, "text2image-fine-tune", args)
@@ -395,6 +406,9 @@ def load_models(args, accelerator: Accelerator) -> tuple[StableDiffusionPipeline
         requires_safety_checker=False,
         **place,
     )
+    factor = pipeline.vae_scale_factor
+    if args.validation_size and any(side < 1 or side % factor for side in args.validation_size):
+        raise InputError(f"`validation_size` must be two multiples of {factor}")
     noise_scheduler = DDPMScheduler.from_pretrained(source, subfolder="scheduler", **place)
     if args.prediction_type is not None:
         noise_scheduler.register_to_config(prediction_type=args.prediction_type)
@@ -412,7 +426,7 @@ def load_models(args, accelerator: Accelerator) -> tuple[StableDiffusionPipeline
 
 
 def load_data(
-    args, accelerator: Accelerator, tokenizer, seed: int
+    args, accelerator: Accelerator, pipeline: StableDiffusionPipeline, seed: int
 ) -> tuple[CaptionedImages, list[str], bool, CaptionedImages | None]:
     """The captioned images, all read once, a key to the contents of each, whether any is cropped at random, and what
     is held out."""
@@ -425,25 +439,30 @@ def load_data(
         random_flip=args.random_flip,
         interpolation=args.image_interpolation_mode,
     )
+    data.multiple = pipeline.vae_scale_factor
 
-    def read() -> tuple[list[int], list[str], list[int], bool]:
-        shapes: set[bool] = set()
+    def read() -> tuple[list[int], list[str], list[int], dict[int, tuple[int, int]]]:
+        sizes: dict[int, tuple[int, int]] = {}
 
         def note(index: int, image: Image.Image) -> None:
-            shapes.add(image.width == image.height)
+            sizes[data.rows[index]] = image.size
 
         if args.validation_share:
-            return *read_once(data, args.on_bad_image, note), False in shapes
-        return *read_keys(data, args.on_bad_image, note), [], False in shapes
+            return *read_once(data, args.on_bad_image, note), sizes
+        return *read_keys(data, args.on_bad_image, note), [], sizes
 
-    positions, keys, copies, some_not_square = on_main(accelerator, read)
+    positions, keys, copies, data.sizes = on_main(accelerator, read)
     data, held_out = data.select(positions), None
+    if args.fit == "bucket":
+        shapes = Counter("{} x {}".format(*data.shape(index)) for index in range(len(data)))
+        logger.info(f"images by shape: {', '.join(f'{count} of {shape}' for shape, count in shapes.most_common())}")
+    some_not_square = any(width != height for width, height in data.sizes.values())
     if args.validation_share:
         sides = split([0] * len(keys), keys, copies, validation_share=args.validation_share)
         logger.info(sides.summary)
         held_out, data, keys = data.select(sides.validation), data.select(sides.train), [keys[i] for i in sides.train]
         held_out.center_crop, held_out.random_flip = True, False
-    warn_of_long_captions(tokenizer, [text for row in data.rows for text in data.captions[row]])
+    warn_of_long_captions(pipeline.tokenizer, [text for row in data.rows for text in data.captions[row]])
     return data, keys, some_not_square and args.fit == "crop" and not args.center_crop, held_out
 
 
@@ -533,8 +552,10 @@ def cache_latents(
     settings = [args.resolution, args.fit, args.image_interpolation_mode, args.background, accelerator.mixed_precision]
     kind = "-".join(map(str, ["latents", fingerprint(vae), *settings]))
     cache = FeatureCache(Path(args.feature_dir or cache_folder(), kind))
+    shapes = [data.shape(index) for index in range(len(data))]
     flips = (False, True) if args.random_flip else (False,)
-    places = [(index, flipped) for index in range(len(data)) for flipped in flips]
+    in_shapes = sorted(range(len(data)), key=shapes.__getitem__)  # a file of the cache has one
+    places = [(index, flipped) for index in in_shapes for flipped in flips]
     fill_cache(
         accelerator,
         cache,
@@ -546,7 +567,7 @@ def cache_latents(
         num_workers=args.dataloader_num_workers,
         what="latents",
     )
-    data.moments = partial(read_moments, cache, keys, 2 * vae.config.latent_channels)
+    data.moments = partial(read_moments, cache, shapes, keys, 2 * vae.config.latent_channels)
     data.with_pixels = perceptual_term is not None
     if perceptual_term is None or perceptual_term.target == "image":
         vae.encoder = None
@@ -560,9 +581,13 @@ def read_place(data: CaptionedImages, places: list[tuple[int, bool]], position: 
     return data.pixels(*places[position])
 
 
-def read_moments(cache: FeatureCache, keys: list[str], channels: int, index: int, flipped: bool) -> torch.Tensor:
+def read_moments(
+    cache: FeatureCache, shapes: list[tuple[int, int]], keys: list[str], channels: int, index: int, flipped: bool
+) -> torch.Tensor:
+    width, height = shapes[index]
     row = cache.row(latents_key(keys[index], flipped))
-    return row.view(channels, math.isqrt(len(row) // channels), -1)
+    pixels = round((width * height * channels / len(row)) ** 0.5)  # of a latent's side
+    return row.view(channels, height // pixels, width // pixels)
 
 
 def default_resolution(args) -> int | None:
@@ -703,7 +728,8 @@ def generate(args, accelerator: Accelerator, pipeline, embed, seed: int) -> dict
     """`num_validation_images` of each validation prompt; leaves modes and random state as they were."""
     unet, was_training = pipeline.unet, pipeline.unet.training
     unet.eval()
-    size = {"height": args.resolution, "width": args.resolution}
+    width, height = args.validation_size or (args.resolution, args.resolution)
+    size = {"height": height, "width": width}
     images = {}
     try:
         with torch.random.fork_rng(), accelerator.autocast():

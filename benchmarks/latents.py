@@ -2,8 +2,8 @@
 
     python -m benchmarks.latents --taesd madebyollin/taesd --openmoji openmoji
 
-TAESD encodes to and decodes from the latents of SD-1.5; its decoder stands in for the VAE's. `--openmoji` is a data set
-with OpenMoji's drawings in `line`. Prints what is left of strokes and drawings; then, for latents that are off by a
+TAESD encodes to and decodes from the latents of SD-1.5; its decoder stands in for the VAE's. `--openmoji` is a data
+set with OpenMoji's drawings in `line`. Prints what is left of strokes and drawings; then, for latents that are off by a
 share of noise or of another drawing, the cosine between the way that a loss pulls them and the way to the true ones.
 """
 
@@ -63,8 +63,13 @@ def which_way(vae: AutoencoderTiny, images: Tensor) -> None:
     images = images[..., start:, start:][..., :CROP, :CROP]
     with torch.no_grad():
         latents = torch.cat([vae.encode(part).latents for part in images.split(4)])
-        targets = {"image": images, "reconstruction": torch.cat([decode(vae, z) for z in latents.split(4)]).clamp(-1, 1)}
-    losses = {name: build_losses([name]) for name in ("pixel", "gram")} | {"attention_vgg": PerceptualLoss(resolution=64)}
+        targets = {
+            "image": images,
+            "reconstruction": torch.cat([decode(vae, z) for z in latents.split(4)]).clamp(-1, 1),
+        }
+    losses = {name: build_losses([name]) for name in ("pixel", "gram")} | {
+        "attention_vgg": PerceptualLoss(resolution=64)
+    }
     for loss in losses.values():
         loss.requires_grad_(False)
     print("| off by | " + " | ".join(f"{name}, {target}" for name in losses for target in targets) + " |")
@@ -91,7 +96,11 @@ def main() -> None:
     args = parser.parse_args()
     vae = AutoencoderTiny.from_pretrained(args.taesd, torch_dtype=torch.float32).eval().requires_grad_(False)
     pictures = {f"strokes of {width:g} px": strokes(width, COUNT, 512) for width in WIDTHS}
-    pictures |= {"embedded, 512 px": drawings(512), "embedded, 256 px": drawings(256), "OpenMoji, 256 px": openmoji(args.openmoji)}
+    pictures |= {
+        "embedded, 512 px": drawings(512),
+        "embedded, 256 px": drawings(256),
+        "OpenMoji, 256 px": openmoji(args.openmoji),
+    }
     what_is_left(vae, PerceptualLoss(resolution=64), pictures)
     for name in ("embedded, 512 px", "OpenMoji, 256 px"):
         print(f"\n{name}:")

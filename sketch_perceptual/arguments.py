@@ -20,6 +20,12 @@ def fraction(text: str) -> float:
     return _number(float, lambda value: 0 <= value < 1, "from 0 to below 1")(text)
 
 
+def size(text: str) -> tuple[int, int]:
+    """An argparse type: width and height, as in 768x512."""
+    width, _, height = text.partition("x")
+    return int(width), int(height)
+
+
 def _number(kind, is_right: Callable, words: str) -> Callable[[str], int | float]:
     def number(text: str):
         value = kind(text)

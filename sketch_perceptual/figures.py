@@ -7,7 +7,7 @@ LONGEST = 80  # letters of a name
 
 
 def image_grid(rows: dict[str, list[Image.Image]], columns: list[str] | None = None, size: int = 160) -> Image.Image:
-    """One labelled row of images a name, each drawn `size` pixels wide and high; columns may have heads."""
+    """One labelled row of images a name, the longer side of each `size` pixels; columns may have heads."""
     gap, head = 4, 20
     font = ImageFont.load_default(14)
     names = int(max(font.getlength(as_label(name)) for name in rows)) + 3 * gap
@@ -21,7 +21,9 @@ def image_grid(rows: dict[str, list[Image.Image]], columns: list[str] | None = N
         draw.text((gap, top + size / 2), as_label(name), "black", font, anchor="lm")
         for x, image in enumerate(images):
             resample = Image.Resampling.LANCZOS if image.width >= size else Image.Resampling.BICUBIC
-            page.paste(image.convert("RGB").resize((size, size), resample), (names + x * (size + gap), top))
+            shown = [max(1, round(side * size / max(image.size))) for side in image.size]
+            corner = (names + x * (size + gap) + (size - shown[0]) // 2, top + (size - shown[1]) // 2)
+            page.paste(image.convert("RGB").resize((shown[0], shown[1]), resample), corner)
     return page
 
 

@@ -47,6 +47,12 @@ def test_a_grid_has_a_row_for_each_name_and_bounded_width():
     assert np.asarray(grid)[30, -10].tolist() == [255, 0, 0]
 
 
+def test_a_grid_keeps_proportions():
+    grid = np.asarray(image_grid({"": [Image.new("RGB", (40, 20), "red")]}, size=20))
+    red = (grid == (255, 0, 0)).all(2)
+    assert (red.any(1).sum(), red.any(0).sum()) == (10, 20)
+
+
 @pytest.mark.parametrize(("name", "label"), [("a\tb\nc ", "a b c"), ("\ud83d", "?"), ("y" * 81, "y" * 77 + "...")])
 def test_a_label_is_one_line(name, label):
     assert as_label(name) == label

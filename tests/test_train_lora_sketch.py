@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from conftest import FakeHub, reset_accelerate, torchrun
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from peft.tuners.lora import LoraLayer
-from PIL import Image
+from PIL import Image, ImageDraw
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -134,6 +134,56 @@ def test_caches_change_nothing(train, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(script, "encode_moments", None)
     assert train(*WHOLE, steps=16, output="again") == plain
     assert "have latents in" not in caplog.text
+
+
+@pytest.fixture
+def pages(tmp_path):
+    """Seven drawings in five proportions."""
+    folder = tmp_path / "pages" / "house"
+    folder.mkdir(parents=True)
+    for number, size in enumerate([(60, 30), (62, 30), (60, 31), (30, 60), (50, 50), (45, 30), (90, 30)]):
+        image = Image.new("RGB", size, "white")
+        ImageDraw.Draw(image).line((0, 4 * number, *size), "black", 3)
+        image.save(folder / f"{number}.png")
+    return folder.parent
+
+
+BUCKET = ("--fit", "bucket", "--random_flip", "--perceptual_min_snr", 0, "--perceptual_crop", 16)
+
+
+def test_drawings_keep_their_shapes(train, pages, caplog, monkeypatch):
+    caplog.set_level("INFO")
+    data, epoch = ("--train_data_dir", str(pages)), ("--num_train_epochs", 2)
+    plain = train("--no-cache_latents", "--no-cache_prompts", *BUCKET, *epoch, data=data, steps=None)
+    assert "images by shape: 3 of 40 x 20, 1 of 20 x 40, 1 of 32 x 32, 1 of 36 x 24, 1 of 48 x 16" in caplog.text
+    assert len(plain.logs) == 12  # two epochs of one batch of two and five of one
+    cached = train(*BUCKET, *epoch, data=data, steps=None, output="cached")
+    for name, weight in cached.adapter.items():  # which were encoded one by one
+        torch.testing.assert_close(weight, plain.adapter[name], rtol=0, atol=1e-3)
+    assert "0 of 14 images have latents in" in caplog.text
+    monkeypatch.setattr(script, "encode_moments", None)
+    assert train(*BUCKET, *epoch, data=data, steps=None, output="again") == cached
+
+
+def test_a_run_with_shapes_is_resumed_bit_for_bit(train, pages):
+    options = (*BUCKET, "--gradient_accumulation_steps", 2, "--checkpointing_steps", 2, "--dataloader_num_workers", 1)
+    data = ("--train_data_dir", str(pages))
+    straight = train(*options, data=data, steps=5)
+    stopped = train(*options, data=data, steps=5, output="resumed")
+    (stopped.folder / "checkpoint-4" / checkpoints.STATE_FILE).unlink()
+    resumed = train(*options, "--resume_from_checkpoint", "latest", data=data, steps=5, output="resumed")
+    assert resumed.logs == straight.logs[2:]
+    assert resumed == straight
+
+
+def test_validation_images_have_the_size_that_was_asked_for(train, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(script, "image_grid", lambda rows, *rest: drawn.extend(rows["x"]) or Image.new("L", (1, 1)))
+    prompt = ("--validation_prompt", "x", "--num_validation_images", 1)
+    train(*prompt, "--validation_size", "48x24", steps=1)
+    assert {image.size for image in drawn} == {(48, 24)}
+    with pytest.raises(InputError, match="`validation_size` must be two multiples of 4"):
+        train(*prompt, "--validation_size", "49x24", steps=1)
 
 
 def test_without_a_term_cached_images_are_not_read(train, monkeypatch):
@@ -729,6 +779,21 @@ rank = os.environ["RANK"]
 torch.save({n: p for n, p in unets[0].named_parameters() if p.requires_grad}, f"{sys.argv[1]}/adapter-{rank}.pt")
 json.dump(steps, open(f"{sys.argv[1]}/steps-{rank}.json", "w"))
 """
+
+
+@pytest.mark.slow
+def test_two_processes_share_batches_of_one_shape(tiny_sd, pages, tmp_path):
+    (tmp_path / "driver.py").write_text(DRIVER)
+    options = f"""--pretrained_model_name_or_path {tiny_sd} --output_dir {tmp_path / "out"} --resolution 32
+        --train_data_dir {pages} --perceptual_loss pixel --train_batch_size 2 --num_train_epochs 2 --seed 0
+        --learning_rate 1e-2 --lr_warmup_steps 0 --report_to none --fit bucket --feature_dir {tmp_path / "features"}"""
+    done = torchrun(tmp_path / "driver.py", str(tmp_path), *options.split())
+    assert done.returncode == 0, done.stderr[-3000:]
+    adapters = [torch.load(tmp_path / f"adapter-{rank}.pt", weights_only=True) for rank in (0, 1)]
+    assert all(torch.equal(adapters[0][name], adapters[1][name]) for name in adapters[0])
+    steps = [json.loads((tmp_path / f"steps-{rank}.json").read_text()) for rank in (0, 1)]
+    assert [len(rank) for rank in steps] == [6, 6]
+    assert len({name for rank in steps for step in rank[:3] for name in step[2]}) == 7
 
 
 @pytest.mark.slow

@@ -1,15 +1,16 @@
 """Images by index: plain, captioned, labelled."""
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 
+from ..errors import InputError, check_choice
 from ..seeds import generator
-from .images import Source, fit_image, load_image, to_tensor
+from .images import Source, bucket_size, fit_image, load_image, to_tensor
 
 Kind = TypeVar("Kind", bound="Images")
 
@@ -49,7 +50,7 @@ class Images(torch.utils.data.Dataset):
 class CaptionedImages(Images):
     """Images with captions, indexed by `(epoch, index)`; a sampler supplies the pairs.
 
-    `data[epoch, index]` is `{"pixel_values": (3, resolution, resolution) in [-1, 1], "caption": str, "name": str}`.
+    `data[epoch, index]` is `{"pixel_values": (3, H, W) in [-1, 1], "caption": str, "name": str}`.
     The crop, the flip and the choice among several captions depend on the seed, the epoch and the item alone, so
     neither workers nor the number of processes nor a resumed run changes them.
 
@@ -61,8 +62,12 @@ class CaptionedImages(Images):
         captions: a caption or a list of captions for each image.
         center_crop: keep the centre of each image; otherwise a random place along the longer side.
         random_flip: mirror half of the images.
-        resolution, fit, interpolation: see `fit_image`.
+        resolution, fit, interpolation: see `fit_image`; or fit "bucket", see `bucket_size`, for which `sizes` must be
+            set, to width and height of the image of each row, before a `shape` is asked for.
     """
+
+    multiple = 8  # of which the sides of a bucket must be: what the VAE makes one latent of
+    sizes: Mapping[int, tuple[int, int]]
 
     def __init__(
         self,
@@ -78,7 +83,8 @@ class CaptionedImages(Images):
         background: str = "white",
         seed: int = 0,
     ):
-        fit_image(Image.new("RGB", (1, 1)), resolution, fit, background, interpolation)  # a wrong option fails here
+        check_choice("fit", fit, ("crop", "pad", "bucket"))
+        fit_image(Image.new("RGB", (1, 1)), resolution, "crop", background, interpolation)  # a wrong option fails here
         super().__init__(sources, names, background)
         self.captions = [[c] if isinstance(c, str) else list(c) for c in captions]
         self.resolution, self.fit, self.center_crop, self.random_flip = resolution, fit, center_crop, random_flip
@@ -103,8 +109,21 @@ class CaptionedImages(Images):
     def pixels(self, index: int, flipped: bool = False, place: float = 0.5) -> torch.Tensor:
         """The image as the model takes it; `place` is where a crop lies, from 0 to 1 along the longer side."""
         image = self.image(index)
-        image = fit_image(image, self.resolution, self.fit, self.background, self.interpolation, (place, place))
+        if self.fit == "bucket":
+            size = bucket_size(image.size, self.resolution, self.multiple)
+            image = fit_image(image, size, "crop", self.background, self.interpolation)
+        else:
+            image = fit_image(image, self.resolution, self.fit, self.background, self.interpolation, (place, place))
         return to_tensor(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flipped else image)
+
+    def shape(self, index: int) -> tuple[int, int]:
+        """Width and height of `pixels`."""
+        if self.fit != "bucket":
+            return self.resolution, self.resolution
+        try:
+            return bucket_size(self.sizes[self.rows[index]], self.resolution, self.multiple)
+        except InputError as error:
+            raise InputError(f"{self.name(index)}: {error}") from error
 
 
 class LabelledImages(Images):

@@ -1,5 +1,6 @@
 """Pictures of any kind made RGB: the one place that knows 0-255, alpha, EXIF, palettes and 16 bits."""
 
+import functools
 import io
 import logging
 import os
@@ -94,31 +95,31 @@ def to_pil(x: Tensor) -> Image.Image:
 
 def fit_image(
     image: Image.Image,
-    resolution: int,
+    resolution: int | tuple[int, int],
     fit: str = "crop",
     background: str = "white",
     interpolation: str = "lanczos",
     position: tuple[float, float] = (0.5, 0.5),
 ) -> Image.Image:
-    """An RGB image made (resolution, resolution).
+    """An RGB image made a square of `resolution`, or as wide and high as two numbers say.
 
     Args:
-        fit: "crop" brings the shorter side to `resolution` and cuts the longer one; "pad" brings the longer side
-            to it and fills up with `background`.
+        fit: "crop" fills it and cuts what stands out on two sides; "pad" keeps all and fills up with `background`.
         interpolation: a name in `INTERPOLATIONS`.
         position: what a crop keeps, as fractions of the free room in x and y; (0.5, 0.5) is the centre.
     """
-    if resolution < 1:
+    size = (resolution, resolution) if isinstance(resolution, int) else resolution
+    if min(size) < 1:
         raise InputError(f"`resolution` must be at least 1 pixel, got {resolution}.")
     check_choice("fit", fit, ("crop", "pad"))
     check_choice("interpolation", interpolation, INTERPOLATIONS)
     colour, resample = _colour(background), INTERPOLATIONS[interpolation]
     if fit == "crop":
-        return image.resize((resolution, resolution), resample, box=_crop_box(image.size, resolution, position))
-    longer = max(image.size)
-    width, height = (max(1, round(side * resolution / longer)) for side in image.size)
-    canvas = Image.new("RGB", (resolution, resolution), colour)
-    corner = ((resolution - width) // 2, (resolution - height) // 2)
+        return image.resize(size, resample, box=_crop_box(image.size, size, position))
+    whole, part = _tightest(image.size, size)
+    width, height = (max(1, round(side * whole / part)) for side in image.size)
+    canvas = Image.new("RGB", size, colour)
+    corner = ((size[0] - width) // 2, (size[1] - height) // 2)
     canvas.paste(image.resize((width, height), resample), corner)
     return canvas
 
@@ -214,19 +215,61 @@ def _describe(x: Any) -> str:
     return f"{x.dtype} {tuple(x.shape)}{values}"
 
 
+@functools.cache
+def bucket_size(size: tuple[int, int], resolution: int, multiple: int = 8) -> tuple[int, int]:
+    """Width and height for an image of this size to be trained at: less than a twentieth of it is cut.
+
+    Of at most `resolution` squared pixels and at least three quarters of that, in multiples of 64, or of the largest
+    of 32, 16, 8 and `multiple` that will do; InputError where none does.
+    """
+    for step in (64, 32, 16, 8, multiple):
+        widths = range(step, resolution**2 // step + 1, step) if step >= multiple else ()
+        sizes = [
+            (width, height)
+            for width in widths
+            for height in _heights(width, size, step)
+            if 0.75 * resolution**2 <= width * height <= resolution**2 and _cut(size, (width, height)) < 0.05
+        ]
+        if sizes:
+            return max(sizes, key=lambda found: (found[0] * found[1], -_cut(size, found)))
+    raise InputError(
+        f"`fit` bucket: no size near `resolution` {resolution} in multiples of {multiple} keeps 95 % of an image of"
+        f" {size[0]} x {size[1]} pixels; use a larger `resolution`, or `fit` pad."
+    )
+
+
+def _heights(width: int, size: tuple[int, int], step: int) -> set[int]:
+    """The multiples of `step` next to the height that would cut nothing."""
+    below = int(width * size[1] / size[0]) // step * step
+    return {below, below + step} - {0}
+
+
+def _cut(size: tuple[int, int], target: tuple[int, int]) -> float:
+    """The share of an image that is lost where it fills the target."""
+    one, other = target[0] * size[1], target[1] * size[0]
+    return 1 - min(one, other) / max(one, other)
+
+
+def _tightest(size: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:
+    """The side of the target that an image of this size meets first when it grows, and that side of the image."""
+    across = target[0] * size[1] <= target[1] * size[0]
+    return (target[0], size[0]) if across else (target[1], size[1])
+
+
 def _crop_box(
-    size: tuple[int, int], resolution: int, position: tuple[float, float]
+    size: tuple[int, int], target: tuple[int, int], position: tuple[float, float]
 ) -> tuple[float, float, float, float]:
     """The part of the image that resizing and then cropping would keep.
 
     Resizing this part alone is the same picture, and a strip of 2 x 9000 does not grow to gigabytes on the way.
     """
     low, high = [], []
-    for side, fraction in zip(size, position, strict=True):
-        resized = int(side * resolution / min(size))
-        start = round((resized - resolution) * fraction)  # whole pixels: half a pixel would blur the lines
+    part, whole = _tightest(target, size)  # the side of the image that is kept whole
+    for side, wanted, fraction in zip(size, target, position, strict=True):
+        resized = max(wanted, int(side * whole / part))
+        start = round((resized - wanted) * fraction)  # whole pixels: half a pixel would blur the lines
         low.append(start * side / resized)
-        high.append((start + resolution) * side / resized)
+        high.append((start + wanted) * side / resized)
     return low[0], low[1], high[0], high[1]
 
 

@@ -240,17 +240,27 @@ def fill_cache(
         batches = iter(loader)
     pending: list[Tensor] = []
     start = 0
+
+    def add() -> None:
+        nonlocal start
+        stop = start + len(pending)
+        cache.add([keys[index] for index in mine[start:stop]], torch.stack(pending))
+        pending.clear()
+        start = stop
+
     disable = None if accelerator.is_main_process else True
     for batch in tqdm(batches, what.capitalize(), len(loader), unit="batch", disable=disable):
         features = compute(batch.to(accelerator.device, memory_format=torch.channels_last)).float().cpu()
         if bad := (~features.isfinite().all(1)).nonzero().flatten().tolist():
             image = name(mine[start + len(pending) + bad[0]])
             raise InputError(f"the {what} of {image} are not finite: choose a `mixed_precision` of bf16 or no")
+        if pending and len(pending[0]) != features.shape[1]:
+            add()
         pending.extend(features)
-        stop = start + len(pending)
-        if len(pending) >= CACHE_FILE or stop == len(mine):
-            cache.add([keys[index] for index in mine[start:stop]], torch.stack(pending))
-            pending, start = [], stop
+        if len(pending) >= CACHE_FILE:
+            add()
+    if pending:
+        add()
     accelerator.wait_for_everyone()
     cache.refresh()
     if cache.missing(keys):

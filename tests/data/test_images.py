@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision import transforms
 
-from sketch_perceptual.data.images import INTERPOLATIONS, fit_image, load_extras, load_image, to_pil, to_tensor
+from sketch_perceptual.data.images import (
+    INTERPOLATIONS,
+    bucket_size,
+    fit_image,
+    load_extras,
+    load_image,
+    to_pil,
+    to_tensor,
+)
 from sketch_perceptual.errors import InputError
 
 WHITE, BLACK, RED = (255, 255, 255), (0, 0, 0), (255, 0, 0)
@@ -284,6 +292,40 @@ def test_pad_is_centred_on_the_background():
 def test_fit_is_always_exactly_square_and_paints_no_other_colour(size, resolution, fit, interpolation, position):
     image = fit_image(Image.new("RGB", size, RED), resolution, fit, "red", interpolation, position)
     assert image.getcolors() == [(resolution**2, RED)]
+
+
+@settings(deadline=None)
+@given(st.floats(-1, 1), st.sampled_from([(512, 8, 3.3), (768, 8, 3.3), (64, 4, 2)]))
+def test_a_bucket_has_about_as_many_pixels_and_cuts_less_than_a_twentieth(log_ratio, where):
+    resolution, multiple, longest = where
+    log_ratio *= longest
+    width, height = round(1000 * 2 ** (log_ratio / 2)), round(1000 / 2 ** (log_ratio / 2))
+    found = bucket_size((width, height), resolution, multiple)
+    assert all(side % multiple == 0 for side in found)
+    assert 0.75 * resolution**2 <= found[0] * found[1] <= resolution**2
+    scale = max(found[0] / width, found[1] / height)
+    assert found[0] * found[1] / (width * height * scale**2) > 0.95
+
+
+def test_buckets_are_multiples_of_64_where_those_will_do():
+    assert bucket_size((300, 300), 512) == (512, 512)
+    assert bucket_size((2000, 1000), 512) == (640, 320)
+    assert bucket_size((1000, 2000), 512) == (320, 640)
+    assert bucket_size((210, 297), 512) == (416, 608)
+    assert bucket_size((200, 100), 64, 4) == (80, 40)
+    with pytest.raises(InputError, match="keeps 95 % of an image of 9000 x 2 pixels; use a larger `resolution`, or"):
+        bucket_size((9000, 2), 512)
+
+
+def test_another_shape_than_a_square_is_filled_or_padded():
+    image = stripes(60, 30)
+    cropped = np.asarray(fit_image(image, (20, 30)))
+    assert cropped.shape == (30, 20, 3)
+    assert (cropped == np.asarray(image)[:, 20:40]).all()
+    padded = np.asarray(fit_image(image, (60, 40), "pad", "white"))
+    assert (padded[5:35] == np.asarray(image)).all()
+    assert (padded[:5] == 255).all()
+    assert (padded[35:] == 255).all()
 
 
 def test_interpolations_are_those_of_torchvision():
