@@ -35,6 +35,7 @@ from sketch_perceptual.data.batches import make_loader
 from sketch_perceptual.data.checks import read_keys, read_once
 from sketch_perceptual.data.image_sets import CaptionedImages
 from sketch_perceptual.data.images import INTERPOLATIONS, to_pil
+from sketch_perceptual.data.near_duplicates import content_key
 from sketch_perceptual.data.options import add_caption_options, check_caption_options, load_captioned
 from sketch_perceptual.data.splits import split
 from sketch_perceptual.diffusion import (
@@ -47,7 +48,7 @@ from sketch_perceptual.diffusion import (
     min_snr_weights,
     sample_latents,
 )
-from sketch_perceptual.errors import InputError, first_line
+from sketch_perceptual.errors import InputError, first_line, first_names
 from sketch_perceptual.evaluation.pipelines import add_pipeline_options, load_pipeline
 from sketch_perceptual.figures import image_grid
 from sketch_perceptual.losses import LOSSES, build_losses
@@ -107,6 +108,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--center_crop", action="store_true", help="crop at the centre; default: at random")
     add("--random_flip", action="store_true", help="mirror half of the images")
+    add(
+        "--alpha_mask",
+        action="store_true",
+        help="count what is opaque alone, or what is white in mask/NAME beside an image, in both losses",
+    )
     add("--image_interpolation_mode", choices=tuple(INTERPOLATIONS), default="lanczos")
     cache = {"action": argparse.BooleanOptionalAction, "default": None}
     add("--cache_latents", **cache, help="encode each image only once; default: unless images are cropped at random")
@@ -293,6 +299,7 @@ def compute_losses(
         timesteps.to(latents.device),
         prompt_embeds,
         batch.get("pixel_values"),
+        batch.get("mask"),
         steps.done,
         draw,
     )
@@ -300,21 +307,37 @@ def compute_losses(
 
 
 def score(
-    args, unet, noise_scheduler, perceptual_term, latents, noise, timesteps, prompt_embeds, images, step: int, draw
+    args,
+    unet,
+    noise_scheduler,
+    perceptual_term,
+    latents,
+    noise,
+    timesteps,
+    prompt_embeds,
+    images,
+    masks,
+    step: int,
+    draw,
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """Denoising loss, perceptual loss and gate (1: open) at these timesteps, each (B,), and the prediction.
 
-    `images` are needed where there is a term.
+    `images` are needed where there is a term; `masks`, (B, 1, H, W) or None, say what counts of them.
     """
     noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
     model_pred = unet(noisy_latents.to(prompt_embeds.dtype), timesteps, prompt_embeds, return_dict=False)[0].float()
     target = denoising_target(latents, noise, timesteps, noise_scheduler)
-    denoising = F.mse_loss(model_pred, target, reduction="none").flatten(1).mean(1)
+    errors = F.mse_loss(model_pred, target, reduction="none")
+    if masks is None:
+        denoising = errors.flatten(1).mean(1)
+    else:
+        counts = F.interpolate(masks, errors.shape[-2:], mode="area").expand_as(errors).flatten(1)
+        denoising = (errors.flatten(1) * counts).sum(1) / counts.sum(1).clamp(min=1)
     if args.snr_gamma is not None:
         denoising = denoising * min_snr_weights(timesteps, args.snr_gamma, noise_scheduler)
     perceptual = gated = torch.zeros_like(denoising)
     if perceptual_term is not None:
-        perceptual = perceptual_term(model_pred, noisy_latents, timesteps, images, step, draw)
+        perceptual = perceptual_term(model_pred, noisy_latents, timesteps, images, step, draw, masks)
         gated = perceptual_term.gate(timesteps, step).to(denoising)
     return {"denoising": denoising, "perceptual": perceptual, "gated": gated}, model_pred
 
@@ -375,9 +398,11 @@ class HeldOut:
         timesteps = (places * self.noise_scheduler.config.num_train_timesteps).long()
         latents = self.latents[index].expand(rows, -1, -1, -1)
         noise = torch.randn(latents.shape, generator=draw)
-        example, images = data[0, index], None
-        if term is not None:
-            images = example["pixel_values"].expand(rows, -1, -1, -1).to(unet.device)
+        example = data[0, index]
+        images, masks = (
+            example[name].expand(rows, -1, -1, -1).to(unet.device) if name in example else None
+            for name in ("pixel_values", "mask")
+        )
         losses, _ = score(
             self.args,
             unet,
@@ -388,6 +413,7 @@ class HeldOut:
             timesteps.to(unet.device),
             self.embed([example["caption"]] * rows),
             images,
+            masks,
             0 if term is None else term.start_step,
             draw,
         )
@@ -437,19 +463,30 @@ def load_data(
         fit=args.fit,
         center_crop=args.center_crop,
         random_flip=args.random_flip,
+        alpha_mask=args.alpha_mask,
         interpolation=args.image_interpolation_mode,
     )
     data.multiple = pipeline.vae_scale_factor
 
     def read() -> tuple[list[int], list[str], list[int], dict[int, tuple[int, int]]]:
         sizes: dict[int, tuple[int, int]] = {}
+        masks: dict[int, tuple[str, list[int]]] = {}
 
         def note(index: int, image: Image.Image) -> None:
             sizes[data.rows[index]] = image.size
+            if args.alpha_mask:
+                mask = data.mask(index)
+                masks[index] = content_key(mask), mask.getchannel(0).histogram()
 
+        copies: list[int] = []
         if args.validation_share:
-            return *read_once(data, args.on_bad_image, note), sizes
-        return *read_keys(data, args.on_bad_image, note), [], sizes
+            positions, keys, copies = read_once(data, args.on_bad_image, note)
+        else:
+            positions, keys = read_keys(data, args.on_bad_image, note)
+        if args.alpha_mask:
+            check_masks(data, {index: masks[index][1] for index in positions})
+            keys = [f"{key}-{masks[index][0]}" for index, key in zip(positions, keys, strict=True)]
+        return positions, keys, copies, sizes
 
     positions, keys, copies, data.sizes = on_main(accelerator, read)
     data, held_out = data.select(positions), None
@@ -464,6 +501,16 @@ def load_data(
         held_out.center_crop, held_out.random_flip = True, False
     warn_of_long_captions(pipeline.tokenizer, [text for row in data.rows for text in data.captions[row]])
     return data, keys, some_not_square and args.fit == "crop" and not args.center_crop, held_out
+
+
+def check_masks(data: CaptionedImages, histograms: dict[int, list[int]]) -> None:
+    """Log how many images are masked, from how often each level is in their masks; InputError."""
+    if empty := [data.name(index) for index, counts in histograms.items() if not any(counts[1:])]:
+        raise InputError(f"`alpha_mask`: nothing counts of {first_names(empty)}: leave them out, or mend their masks")
+    masked = sum(any(counts[:-1]) for counts in histograms.values())
+    if not masked:
+        raise InputError("`alpha_mask`: no image has transparent parts or a mask in a folder `mask` beside it")
+    logger.info(f"--alpha_mask: {masked} of {len(histograms)} images have parts that do not count")
 
 
 def contents(pipeline: StableDiffusionPipeline, perceptual_term, data: CaptionedImages, keys: list[str]) -> dict:

@@ -3,8 +3,8 @@
     python -m benchmarks.latents --taesd madebyollin/taesd --openmoji openmoji
 
 TAESD encodes to and decodes from the latents of SD-1.5; its decoder stands in for the VAE's. `--openmoji` is a data
-set with OpenMoji's drawings in `line`. Prints what is left of strokes and drawings; then, for latents that are off by a
-share of noise or of another drawing, the cosine between the way that a loss pulls them and the way to the true ones.
+set with OpenMoji's drawings in `line`. Prints what is left of strokes and drawings; then, for latents that are off by
+a share of noise or of another drawing, the cosine between the way that a loss pulls them and the way to the truth.
 """
 
 import argparse

@@ -18,6 +18,8 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 MIN_SIGNAL = 1e-4
 # No perceptual loss, 1 for unrelated drawings, counts more: a row that is right already is not to be blown up.
 MAX_FACTOR = 1.0
+# What counts of a square, at the least: a few pixels of it are not to count as much as a whole.
+MIN_SHARE = 1 / 64
 
 
 def encode_moments(vae, images: Tensor) -> Tensor:
@@ -222,6 +224,7 @@ class PerceptualTerm:
         images: Tensor,
         step: int | None = None,
         generator: torch.Generator | None = None,
+        masks: Tensor | None = None,
     ) -> Tensor:
         """The loss of each row, (B,) float32, exactly 0 where the gate is shut.
 
@@ -232,18 +235,26 @@ class PerceptualTerm:
             images: the clean images (B, 3, H, W) in [-1, 1].
             step: the training step, from 0.
             generator: of the CPU; draws the squares of `crop`.
+            masks: what counts of the images, (B, 1, H, W) in [0, 1]. Elsewhere the prediction is taken to be right,
+                and the loss is divided by the share that counts.
         """
         per_row = model_pred.new_zeros(len(model_pred), dtype=torch.float32)
         rows = self.gate(timesteps, step).nonzero().flatten().to(model_pred.device)
         if len(rows) == 0:
             return per_row
         latents = predict_x0(model_pred[rows], noisy_latents[rows], timesteps[rows], self.noise_scheduler)
-        images = images[rows]
+        images = images[rows] if masks is None else torch.cat([images[rows], masks[rows].to(images)], 1)
         if self.crop is not None:
             latents, images = self._random_squares(latents, images, generator)
         with torch.autocast(model_pred.device.type, enabled=False):
-            target = self._target(images).to(self.dtype)
-            value = self.loss(decode(self.decoder, latents), target).float()
+            target = self._target(images[:, :3]).to(self.dtype)
+            decoded = decode(self.decoder, latents)
+            if masks is None:
+                value = self.loss(decoded, target).float()
+            else:
+                counts = images[:, 3:].to(self.dtype)
+                value = self.loss(target + counts * (decoded - target), target).float()
+                value = value / counts.float().mean((1, 2, 3)).clamp(min=MIN_SHARE)
             return per_row.index_put((rows,), value)
 
     def add(
@@ -256,15 +267,16 @@ class PerceptualTerm:
         weight: float = 0.1,
         step: int | None = None,
         generator: torch.Generator | None = None,
+        masks: Tensor | None = None,
     ) -> Tensor:
         """`loss` plus the term, which pulls `weight` times as hard as `loss` at each scored row of the prediction.
 
         Args:
             loss: the scalar denoising loss, computed from `model_pred`.
             weight: length of the term's gradient at the prediction over that of `loss`, row by row.
-            model_pred, noisy_latents, timesteps, images, step, generator: those of a call.
+            model_pred, noisy_latents, timesteps, images, step, generator, masks: those of a call.
         """
-        values = self(model_pred, noisy_latents, timesteps, images, step, generator)
+        values = self(model_pred, noisy_latents, timesteps, images, step, generator, masks)
         return balance(loss, values, model_pred, weight)[0]
 
     def _random_squares(self, latents: Tensor, images: Tensor, generator) -> tuple[Tensor, Tensor]:

@@ -252,6 +252,24 @@ def test_a_crop_that_is_not_smaller_leaves_the_whole(vae):
     )
 
 
+def test_only_what_the_mask_shows_counts(vae):
+    latents, noise, images = batch()
+    timesteps = torch.zeros(4, dtype=torch.long)
+    term = PerceptualTerm(PixelLoss(), vae, scheduler())
+    masks = torch.ones(4, 1, *images.shape[-2:])
+    torch.testing.assert_close(
+        term(noise, latents, timesteps, images, masks=masks), term(noise, latents, timesteps, images)
+    )
+    masks[..., 8:] = 0
+    found = term(noise, latents, timesteps, images, masks=masks)
+    decoded = decode(vae, predict_x0(noise, latents, timesteps, scheduler()))
+    torch.testing.assert_close(found, PixelLoss()(decoded[..., :8], images[..., :8]))
+    assert (term(noise, latents, timesteps, images, masks=torch.zeros_like(masks)) == 0).all()
+    cut = PerceptualTerm(PixelLoss(), vae, scheduler(), crop=16)
+    value = cut(noise, latents, timesteps, images, generator=torch.Generator().manual_seed(1), masks=masks)
+    assert torch.isfinite(value).all()
+
+
 def test_a_tiny_autoencoder_decodes_the_same_scaled_latents(vae):
     tiny = tiny_decoder()
     latents, noise, images = batch()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import FakeHub, reset_accelerate, torchrun
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from peft.tuners.lora import LoraLayer
 from PIL import Image, ImageDraw
 from safetensors import safe_open
@@ -174,6 +174,53 @@ def test_a_run_with_shapes_is_resumed_bit_for_bit(train, pages):
     resumed = train(*options, "--resume_from_checkpoint", "latest", data=data, steps=5, output="resumed")
     assert resumed.logs == straight.logs[2:]
     assert resumed == straight
+
+
+def test_only_what_is_opaque_counts_in_the_denoising_loss():
+    target, scheduler = torch.zeros(2, 4, 4, 4), DDPMScheduler()
+    wrong = target.clone()
+    wrong[..., 2:] = 1
+    masks = torch.ones(2, 1, 16, 16)
+    masks[0, ..., 8:] = 0
+    args = script.parse_args(["--pretrained_model_name_or_path", "x", "--train_data_dir", "y"])
+    losses, _ = script.score(
+        args,
+        lambda *_, **options: [wrong],
+        scheduler,
+        None,
+        target,
+        target,
+        torch.tensor([5, 5]),
+        torch.zeros(2, 1, 1),
+        None,
+        masks,
+        0,
+        None,
+    )
+    assert losses["denoising"].tolist() == [0, 0.5]
+
+
+def test_a_run_with_masks(train, tmp_path, caplog):
+    caplog.set_level("INFO")
+    folder = tmp_path / "masked" / "house"
+    (folder / "mask").mkdir(parents=True)
+    for number in range(4):
+        ImageDraw.Draw(image := Image.new("RGBA", (40, 40))).line((0, 9 * number, 40, 20), "black", 3)
+        image.save(folder / f"{number}.png")
+    Image.new("L", (40, 40), 255).save(folder / "mask" / "3.png")
+    data = ("--train_data_dir", str(folder.parent))
+    options = ("--perceptual_min_snr", 0, "--validation_share", 0.25)
+    masked = train("--alpha_mask", *options, data=data)
+    assert "3 of 4 images have parts that do not count" in caplog.text
+    (folder / "mask" / "3.png").unlink()
+    assert train("--alpha_mask", *options, data=data, output="other") != masked
+    for number in range(4):
+        Image.open(folder / f"{number}.png").convert("RGB").save(folder / f"{number}.png")
+    with pytest.raises(InputError, match="`alpha_mask`: no image has transparent parts or a mask in a folder `mask`"):
+        train("--alpha_mask", data=data, output="third")
+    Image.new("L", (40, 40), 0).save(folder / "mask" / "3.png")
+    with pytest.raises(InputError, match=r"`alpha_mask`: nothing counts of .*3\.png"):
+        train("--alpha_mask", data=data, output="fourth")
 
 
 def test_validation_images_have_the_size_that_was_asked_for(train, monkeypatch):

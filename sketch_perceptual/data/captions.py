@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import InputError, check_choice, first_names
 from .class_names import readable_class
-from .folders import find_images, read_text
+from .folders import find_images, is_mask, read_text
 from .image_sets import CaptionedImages
 from .metadata import as_captions, read_metadata
 from .rows import check_column, image_column_of, lone_label
@@ -46,6 +46,8 @@ def captioned_folder(
     _check_caption_options(caption_template, default_caption, on_missing_caption)
     root = Path(root)
     files, images = find_images(root)
+    if transform.get("alpha_mask"):
+        images = [image for image in images if not is_mask(image)]
     listed, descriptions = read_metadata(root, files, images, caption_column)
     texts = {file for file in files if file.endswith(".txt")}
     origins, captions = Counter(), []

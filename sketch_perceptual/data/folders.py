@@ -12,6 +12,7 @@ from ..errors import InputError, first_names
 logger = logging.getLogger(__name__)
 
 METADATA = ("metadata.csv", "metadata.jsonl")
+MASKS = "mask"  # a folder beside the images
 OUTPUT = ".sketch-perceptual.lock"  # in the folder that a training or a generation writes to
 # Left by file managers and network disks, like all names with a leading dot.
 NOT_DATA = ("__MACOSX", "Thumbs.db", "desktop.ini", "@eaDir", "#recycle", "$RECYCLE.BIN", "lost+found")
@@ -34,6 +35,17 @@ def find_images(root: Path, argument: str = "") -> tuple[list[str], list[str]]:
     warn_about_links(root, images)
     _warn_about_leftovers(root, files, images)
     return files, images
+
+
+def is_mask(image: str) -> bool:
+    """Whether a path below the root is that of a mask: in a folder `mask` beside an image."""
+    return PurePosixPath(image).parent.name == MASKS
+
+
+def mask_beside(image: Path) -> Path | None:
+    """The mask of an image: of its name, or a .png, in the folder `mask` beside it."""
+    places = (image.parent / MASKS / name for name in (image.name, f"{image.stem}.png"))
+    return next((place for place in places if place.exists()), None)
 
 
 def is_inside(path: Path, root: Path) -> bool:

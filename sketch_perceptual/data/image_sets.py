@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -10,7 +11,8 @@ from torchvision.transforms import RandomResizedCrop
 
 from ..errors import InputError, check_choice
 from ..seeds import generator
-from .images import Source, bucket_size, fit_image, load_image, to_tensor
+from .folders import mask_beside
+from .images import Source, bucket_size, fit_image, load_extras, load_image, to_tensor
 
 Kind = TypeVar("Kind", bound="Images")
 
@@ -54,6 +56,8 @@ class CaptionedImages(Images):
     The crop, the flip and the choice among several captions depend on the seed, the epoch and the item alone, so
     neither workers nor the number of processes nor a resumed run changes them.
 
+    With `alpha_mask` there is also "mask", (1, H, W) in [0, 1]: what counts of the image.
+
     Where `moments` is set, to a function of index and flip, its result is there under this name; `with_pixels = False`
     then leaves the image unread.
 
@@ -62,6 +66,7 @@ class CaptionedImages(Images):
         captions: a caption or a list of captions for each image.
         center_crop: keep the centre of each image; otherwise a random place along the longer side.
         random_flip: mirror half of the images.
+        alpha_mask: see `mask`.
         resolution, fit, interpolation: see `fit_image`; or fit "bucket", see `bucket_size`, for which `sizes` must be
             set, to width and height of the image of each row, before a `shape` is asked for.
     """
@@ -79,6 +84,7 @@ class CaptionedImages(Images):
         fit: str = "crop",
         center_crop: bool = False,
         random_flip: bool = False,
+        alpha_mask: bool = False,
         interpolation: str = "lanczos",
         background: str = "white",
         seed: int = 0,
@@ -88,7 +94,7 @@ class CaptionedImages(Images):
         super().__init__(sources, names, background)
         self.captions = [[c] if isinstance(c, str) else list(c) for c in captions]
         self.resolution, self.fit, self.center_crop, self.random_flip = resolution, fit, center_crop, random_flip
-        self.interpolation, self.seed = interpolation, seed
+        self.interpolation, self.seed, self.alpha_mask = interpolation, seed, alpha_mask
         self.moments: Callable[[int, bool], torch.Tensor] | None = None
         self.with_pixels = True
 
@@ -102,18 +108,38 @@ class CaptionedImages(Images):
         example: dict[str, Any] = {"caption": captions[int(choice * len(captions))], "name": self.name(index)}
         if self.moments is not None:
             example["moments"] = self.moments(index, flipped)
+        place = 0.5 if self.center_crop else place
         if self.with_pixels:
-            example["pixel_values"] = self.pixels(index, flipped, 0.5 if self.center_crop else place)
+            example["pixel_values"] = self.pixels(index, flipped, place)
+        if self.alpha_mask:
+            mask = self.mask(index)
+            example["mask"] = (self._fitted(mask, "black", flipped, place)[:1] + 1) / 2
         return example
 
     def pixels(self, index: int, flipped: bool = False, place: float = 0.5) -> torch.Tensor:
         """The image as the model takes it; `place` is where a crop lies, from 0 to 1 along the longer side."""
-        image = self.image(index)
+        return self._fitted(self.image(index), self.background, flipped, place)
+
+    def mask(self, index: int) -> Image.Image:
+        """What counts of an image, white, and what does not, black, as RGB of its size.
+
+        That is an image of the same name in a folder `mask` beside it, or else the image's own opacity. InputError.
+        """
+        source = self.sources[self.rows[index]]
+        if isinstance(source, Path) and (beside := mask_beside(source)):
+            mask, image = load_image(beside), self.image(index)
+            if mask.size != image.size:
+                raise InputError("{} has {} x {} pixels, its image {} x {}.".format(beside, *mask.size, *image.size))
+            return mask
+        alpha = load_extras(source)[0]
+        return alpha.convert("RGB") if alpha else Image.new("RGB", self.image(index).size, "white")
+
+    def _fitted(self, image: Image.Image, background: str, flipped: bool, place: float) -> torch.Tensor:
         if self.fit == "bucket":
             size = bucket_size(image.size, self.resolution, self.multiple)
-            image = fit_image(image, size, "crop", self.background, self.interpolation)
+            image = fit_image(image, size, "crop", background, self.interpolation)
         else:
-            image = fit_image(image, self.resolution, self.fit, self.background, self.interpolation, (place, place))
+            image = fit_image(image, self.resolution, self.fit, background, self.interpolation, (place, place))
         return to_tensor(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flipped else image)
 
     def shape(self, index: int) -> tuple[int, int]:

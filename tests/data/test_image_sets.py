@@ -95,3 +95,38 @@ def test_a_file_lost_during_training_is_named(workers, tmp_path):
     data = CaptionedImages([tmp_path / "1.png"], ["sketches/1.png"], ["x"])
     with pytest.raises(InputError, match=r"sketches/1\.png: there is no such file"):
         list(DataLoader(data, sampler=[(0, torch.tensor(0).item())], num_workers=workers))
+
+
+@pytest.mark.parametrize("fit", ["crop", "pad", "bucket"])
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_mask_lies_where_its_image_does(tmp_path, fit, beside):
+    opaque = Image.new("L", (60, 40), 0)
+    opaque.paste(255, (30, 10, 60, 30))
+    image = Image.new("RGBA", opaque.size, "black")
+    image.putalpha(opaque)
+    image.save(tmp_path / "a.png")
+    if beside:
+        Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB").save(tmp_path / "a.png")
+        (tmp_path / "mask").mkdir()
+        opaque.save(tmp_path / "mask" / "a.png")
+    data = CaptionedImages(
+        [tmp_path / "a.png"], ["a.png"], ["a"], resolution=32, fit=fit, random_flip=True, alpha_mask=True
+    )
+    data.multiple = 4
+    sides = set()
+    for epoch in range(20):
+        example = data[epoch, 0]
+        black = (1 - example["pixel_values"][:1]) / 2
+        torch.testing.assert_close(example["mask"], black, rtol=0, atol=0.02)
+        sides.add(bool(black[..., : black.shape[-1] // 2].sum() < black.sum() / 2))
+    assert sides == {False, True}
+
+
+def test_what_is_opaque_counts_and_masks_of_another_size_are_refused(tmp_path):
+    Image.new("RGB", (60, 40), "white").save(tmp_path / "a.jpg")
+    data = CaptionedImages([tmp_path / "a.jpg"], ["a.jpg"], ["a"], resolution=32, fit="pad", alpha_mask=True)
+    assert data[0, 0]["mask"].mean() == pytest.approx(21 / 32)  # the padding does not
+    (tmp_path / "mask").mkdir()
+    Image.new("L", (40, 60)).save(tmp_path / "mask" / "a.png")
+    with pytest.raises(InputError, match=r"mask.a\.png has 40 x 60 pixels, its image 60 x 40"):
+        data[0, 0]
