@@ -414,8 +414,8 @@ def load_models(args, accelerator: Accelerator) -> tuple[StableDiffusionPipeline
 def load_data(
     args, accelerator: Accelerator, tokenizer, seed: int
 ) -> tuple[CaptionedImages, list[str], bool, CaptionedImages | None]:
-    """The captioned images, all read once, a key to the contents of each, whether any is cropped at random, and what
-    is held out."""
+    """The captioned images of an epoch, all read once, a key to the contents of each, whether any is cropped at
+    random, and what is held out."""
     data = load_captioned(
         args,
         seed,
@@ -444,6 +444,11 @@ def load_data(
         held_out, data, keys = data.select(sides.validation), data.select(sides.train), [keys[i] for i in sides.train]
         held_out.center_crop, held_out.random_flip = True, False
     warn_of_long_captions(tokenizer, [text for row in data.rows for text in data.captions[row]])
+    count = len(data)
+    data, indices = data.repeated()
+    if len(data) > count:
+        logger.info(f"{count} images, {len(data)} in an epoch")
+    keys = [keys[index] for index in indices]
     return data, keys, some_not_square and args.fit == "crop" and not args.center_crop, held_out
 
 

@@ -420,6 +420,28 @@ def test_a_resumed_run_is_the_straight_run_bit_for_bit(train, first, options):
     assert resumed == straight
 
 
+@pytest.fixture
+def tags(drawings, tmp_path):
+    """Four drawings with lists of tags; in folders that repeat two of them twice."""
+    folder = tmp_path / "tags"
+    for number, repeats in enumerate((2, 2, 1, 1)):
+        path = folder / f"{repeats}_house" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.open(drawings / ("house", "snow_man")[number % 2] / f"{number}.png").save(path)
+        path.with_suffix(".txt").write_text("a, b, c, d")
+    return ("--train_data_dir", str(folder))
+
+
+def test_an_epoch_shows_images_as_often_as_their_folder_says(train, tags, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    names = []
+    collate = script.collate
+    monkeypatch.setattr(script, "collate", lambda rows: names.extend(row["name"][-5] for row in rows) or collate(rows))
+    train("--fit", "pad", data=tags, steps=3)
+    assert sorted(names) == list("001123")
+    assert "4 images, 6 in an epoch" in caplog.text and "0 of 4 images have latents in" in caplog.text
+
+
 def test_a_finished_run_resumed_trains_nothing_and_exports_again(train):
     run = train("--checkpointing_steps", 4)
     again = train("--resume_from_checkpoint", run.folder / "checkpoint-4", output="again")

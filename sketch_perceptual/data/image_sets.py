@@ -83,6 +83,7 @@ class CaptionedImages(Images):
         self.captions = [[c] if isinstance(c, str) else list(c) for c in captions]
         self.resolution, self.fit, self.center_crop, self.random_flip = resolution, fit, center_crop, random_flip
         self.interpolation, self.seed = interpolation, seed
+        self.repeats = [1] * len(self.captions)  # what `repeated` makes of each
         self.moments: Callable[[int, bool], torch.Tensor] | None = None
         self.with_pixels = True
 
@@ -99,6 +100,17 @@ class CaptionedImages(Images):
         if self.with_pixels:
             example["pixel_values"] = self.pixels(index, flipped, 0.5 if self.center_crop else place)
         return example
+
+    def repeated(self) -> tuple["CaptionedImages", list[int]]:
+        """Each image as often as `repeats` says, each time with draws of its own; and the index that each item had."""
+        extra = [index for index, row in enumerate(self.rows) for _ in range(self.repeats[row] - 1)]
+        rows = [self.rows[index] for index in extra]
+        data, count = copy.copy(self), len(self.sources)
+        for name in ("sources", "names", "captions", "repeats"):
+            values = getattr(self, name)
+            setattr(data, name, [*values, *(values[row] for row in rows)] if rows else values)
+        data.rows = [*self.rows, *range(count, count + len(rows))]
+        return data, [*range(len(self)), *extra]
 
     def pixels(self, index: int, flipped: bool = False, place: float = 0.5) -> torch.Tensor:
         """The image as the model takes it; `place` is where a crop lies, from 0 to 1 along the longer side."""

@@ -95,3 +95,15 @@ def test_a_file_lost_during_training_is_named(workers, tmp_path):
     data = CaptionedImages([tmp_path / "1.png"], ["sketches/1.png"], ["x"])
     with pytest.raises(InputError, match=r"sketches/1\.png: there is no such file"):
         list(DataLoader(data, sampler=[(0, torch.tensor(0).item())], num_workers=workers))
+
+
+def test_repeated_images_are_items_with_their_own_draws(striped):
+    striped.repeats = [1, 3, 1, 1, 1, 2]
+    data, indices = striped.select([0, 1, 5]).repeated()
+    assert indices == [0, 1, 2, 1, 1, 2]
+    assert [data.name(index) for index in range(len(data))] == [f"{n}.png" for n in (0, 1, 5, 1, 1, 5)]
+    items = [data[0, index] for index in range(len(data))]
+    assert all(torch.equal(items[n]["pixel_values"], striped[0, (0, 1, 5)[n]]["pixel_values"]) for n in range(3))
+    pixels = [item["pixel_values"].flatten().tolist() for item in items if item["name"] == "1.png"]
+    assert len(pixels) == 3 and pixels[0] != pixels[1] != pixels[2] != pixels[0]
+    assert len(striped) == 6
