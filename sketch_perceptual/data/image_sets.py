@@ -10,6 +10,7 @@ from torchvision.transforms import RandomResizedCrop
 
 from ..seeds import generator
 from .images import Source, fit_image, load_image, to_tensor
+from .tags import shuffle_tags, with_trigger
 
 Kind = TypeVar("Kind", bound="Images")
 
@@ -50,8 +51,8 @@ class CaptionedImages(Images):
     """Images with captions, indexed by `(epoch, index)`; a sampler supplies the pairs.
 
     `data[epoch, index]` is `{"pixel_values": (3, resolution, resolution) in [-1, 1], "caption": str, "name": str}`.
-    The crop, the flip and the choice among several captions depend on the seed, the epoch and the item alone, so
-    neither workers nor the number of processes nor a resumed run changes them.
+    The crop, the flip and what becomes of the caption depend on the seed, the epoch and the item alone, so neither
+    workers nor the number of processes nor a resumed run changes them.
 
     Where `moments` is set, to a function of index and flip, its result is there under this name; `with_pixels = False`
     then leaves the image unread.
@@ -61,6 +62,10 @@ class CaptionedImages(Images):
         captions: a caption or a list of captions for each image.
         center_crop: keep the centre of each image; otherwise a random place along the longer side.
         random_flip: mirror half of the images.
+        trigger_word: what each caption begins with, unless the word is in it.
+        caption_dropout: share of the captions that are left empty.
+        shuffle_tags: put what stands between the commas of a caption in another order each time, except for the first
+            `keep_tags` and the trigger word at its beginning.
         resolution, fit, interpolation: see `fit_image`.
     """
 
@@ -74,13 +79,20 @@ class CaptionedImages(Images):
         fit: str = "crop",
         center_crop: bool = False,
         random_flip: bool = False,
+        trigger_word: str | None = None,
+        caption_dropout: float = 0.0,
+        shuffle_tags: bool = False,
+        keep_tags: int = 0,
         interpolation: str = "lanczos",
         background: str = "white",
         seed: int = 0,
     ):
         fit_image(Image.new("RGB", (1, 1)), resolution, fit, background, interpolation)  # a wrong option fails here
         super().__init__(sources, names, background)
-        self.captions = [[c] if isinstance(c, str) else list(c) for c in captions]
+        own = ([c] if isinstance(c, str) else c for c in captions)
+        self.captions = [[with_trigger(caption, trigger_word) for caption in several] for several in own]
+        self.trigger_word, self.caption_dropout = trigger_word, caption_dropout
+        self.shuffle_tags, self.keep_tags = shuffle_tags, keep_tags
         self.resolution, self.fit, self.center_crop, self.random_flip = resolution, fit, center_crop, random_flip
         self.interpolation, self.seed = interpolation, seed
         self.repeats = [1] * len(self.captions)  # what `repeated` makes of each
@@ -93,8 +105,7 @@ class CaptionedImages(Images):
         # All three are drawn whatever the settings, so that switching one on leaves the others as they were.
         place, flip, choice = torch.rand(3, generator=generator(self.seed, int(epoch), row)).tolist()
         flipped = self.random_flip and flip < 0.5
-        captions = self.captions[row]
-        example: dict[str, Any] = {"caption": captions[int(choice * len(captions))], "name": self.name(index)}
+        example: dict[str, Any] = {"caption": self._caption(int(epoch), row, choice), "name": self.name(index)}
         if self.moments is not None:
             example["moments"] = self.moments(index, flipped)
         if self.with_pixels:
@@ -111,6 +122,18 @@ class CaptionedImages(Images):
             setattr(data, name, [*values, *(values[row] for row in rows)] if rows else values)
         data.rows = [*self.rows, *range(count, count + len(rows))]
         return data, [*range(len(self)), *extra]
+
+    def _caption(self, epoch: int, row: int, choice: float) -> str:
+        captions = self.captions[row]
+        caption, keep = captions[int(choice * len(captions))], self.keep_tags
+        draw = generator(self.seed, "caption", epoch, row)
+        if torch.rand((), generator=draw) < self.caption_dropout:
+            return ""
+        if not self.shuffle_tags:
+            return caption
+        if self.trigger_word and caption.lower().startswith(self.trigger_word.lower()):
+            keep = max(keep, len(self.trigger_word.split(",")))
+        return shuffle_tags(caption, keep, draw)
 
     def pixels(self, index: int, flipped: bool = False, place: float = 0.5) -> torch.Tensor:
         """The image as the model takes it; `place` is where a crop lies, from 0 to 1 along the longer side."""
