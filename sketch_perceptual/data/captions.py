@@ -68,7 +68,9 @@ def captioned_folder(
         descriptions.append(describe_no_classes(root, images, classes))
         descriptions.append(f"a caption would be {_class_caption(caption_template, unnamed[0])!r}")
     elif len(unnamed) > 1:
-        logger.warning("All of %s are read; pass one of these folders for it alone: %s", root, ", ".join(unnamed))
+        logger.warning(
+            "All of %s in %s are read: pass one of these folders to leave out the others.", ", ".join(unnamed), root
+        )
     names = [str(root / image) for image in images]
     captions, kept = _settle_missing(captions, names, "; ".join(descriptions), default_caption, on_missing_caption)
     data = CaptionedImages([root / image for image in images], names, captions, **transform)

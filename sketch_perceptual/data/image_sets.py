@@ -10,7 +10,7 @@ from torchvision.transforms import RandomResizedCrop
 
 from ..seeds import generator
 from .images import Source, fit_image, load_image, to_tensor
-from .tags import shuffle_tags, with_trigger
+from .tags import shuffled, with_trigger
 
 Kind = TypeVar("Kind", bound="Images")
 
@@ -133,7 +133,7 @@ class CaptionedImages(Images):
             return caption
         if self.trigger_word and caption.lower().startswith(self.trigger_word.lower()):
             keep = max(keep, len(self.trigger_word.split(",")))
-        return shuffle_tags(caption, keep, draw)
+        return shuffled(caption, keep, draw)
 
     def pixels(self, index: int, flipped: bool = False, place: float = 0.5) -> torch.Tensor:
         """The image as the model takes it; `place` is where a crop lies, from 0 to 1 along the longer side."""

@@ -12,7 +12,7 @@ def with_trigger(caption: str, trigger: str | None) -> str:
     return f"{trigger}, {caption}"
 
 
-def shuffle_tags(caption: str, keep: int, draw: torch.Generator) -> str:
+def shuffled(caption: str, keep: int, draw: torch.Generator) -> str:
     """A list between commas with all but its first `keep` tags in an order that is drawn."""
     tags = [tag.strip() for tag in caption.split(",")]
     order = torch.randperm(len(tags[keep:]), generator=draw).tolist()

@@ -61,7 +61,7 @@ CAPTIONED = {
     "splits with captions": (
         {"train/1.png": None, "train/1.txt": "a", "test/2.png": None, "test/2.txt": "b"},
         {"train/1.png": ["a"], "test/2.png": ["b"]},
-        "All of {root} are read; pass one of these folders for it alone: test, train",
+        "All of test, train in {root} are read: pass one of these folders",
     ),
     "kohya's repeats": (
         {"10_cat/1.png": None, "5_old dog/1.png": None},

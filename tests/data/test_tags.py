@@ -1,6 +1,6 @@
 import pytest
 
-from sketch_perceptual.data.tags import shuffle_tags, with_trigger
+from sketch_perceptual.data.tags import shuffled, with_trigger
 from sketch_perceptual.seeds import generator
 
 # caption, trigger -> caption
@@ -22,8 +22,8 @@ def test_a_trigger_stands_before_captions_without_it(caption, trigger, expected)
 
 
 def test_shuffled_tags_are_all_there_and_the_first_stay():
-    shuffled = {shuffle_tags("a, b,c ,d", 1, generator(n)) for n in range(100)}
-    assert shuffled == {f"a, {rest}" for rest in ("b, c, d", "b, d, c", "c, b, d", "c, d, b", "d, b, c", "d, c, b")}
-    assert len({shuffle_tags("a, b, c", 0, generator(n)) for n in range(100)}) == 6
-    assert shuffle_tags("a, b", 5, generator(0)) == "a, b"
-    assert shuffle_tags("a fox", 0, generator(0)) == "a fox"
+    found = {shuffled("a, b,c ,d", 1, generator(n)) for n in range(100)}
+    assert found == {f"a, {rest}" for rest in ("b, c, d", "b, d, c", "c, b, d", "c, d, b", "d, b, c", "d, c, b")}
+    assert len({shuffled("a, b, c", 0, generator(n)) for n in range(100)}) == 6
+    assert shuffled("a, b", 5, generator(0)) == "a, b"
+    assert shuffled("a fox", 0, generator(0)) == "a fox"
