@@ -60,8 +60,8 @@ def captioned_folder(
     origins = [next((name for name, found in sources.items() if found.get(image)), "nowhere") for image in images]
     captions = [sources.get(origin, {}).get(image, []) for origin, image in zip(origins, images, strict=True)]
     descriptions += [f"captions from {origin}: {count}" for origin, count in Counter(origins).items()]
-    descriptions += [f"{folder} is shown {count} times an epoch" for folder, count in repeats.items()]
-    logger.info("%s: %s; the first caption is %s", root, "; ".join(descriptions), captions[0])
+    if repeats:
+        descriptions.append("repeats: " + first_names([f"{folder} {count}" for folder, count in repeats.items()]))
     _warn_of_unread(root, files, side_cars.values())
     unnamed = [folder for folder, name in classes.items() if name is None]
     if unnamed and "nowhere" in origins:
@@ -75,7 +75,9 @@ def captioned_folder(
     captions, kept = _settle_missing(captions, names, "; ".join(descriptions), default_caption, on_missing_caption)
     data = CaptionedImages([root / image for image in images], names, captions, **transform)
     data.repeats = [next((repeats[part] for part in image.split("/")[:-1] if part in repeats), 1) for image in images]
-    return data.select(kept)
+    data = data.select(kept)
+    logger.info("%s: %s; the first caption is %s", root, "; ".join(descriptions), data.captions[data.rows[0]])
+    return data
 
 
 def captioned_dataset(

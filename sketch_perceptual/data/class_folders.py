@@ -17,14 +17,13 @@ DRAWN = {"train", "image", "picture", "photo"}  # which people also draw, among 
 def folder_repeats(images: Iterable[str]) -> dict[str, int]:
     """How often an epoch shows what is in each folder that is named as for kohya's trainers: {"10_boat": 10}.
 
-    Numbers that only count the folders, as 01_ and 02_, or 0_ to 9_, repeat nothing.
+    Numbers that only count the folders, as 01_ and 02_, or 0_ to 9_, are taken for 1.
     """
     folders = {part for image in images for part in image.split("/")[:-1]}
     numbers = {folder: match[1] for folder in folders if (match := NUMBERED.fullmatch(folder))}
-    in_order = len(numbers) > 2 and sorted(map(int, numbers.values())) == list(range(1, len(numbers) + 1))
-    if in_order or any(number.startswith("0") for number in numbers.values()):
-        return {}
-    return {folder: int(numbers[folder]) for folder in sorted(numbers)}
+    count = len(numbers) > 2 and sorted(map(int, numbers.values())) == list(range(1, len(numbers) + 1))
+    count = count or any(number.startswith("0") for number in numbers.values())
+    return {folder: 1 if count else int(numbers[folder]) for folder in sorted(numbers)}
 
 
 def class_folders(images: Iterable[str], with_letters: bool = False) -> dict[str, str | None]:

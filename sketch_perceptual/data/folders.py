@@ -21,7 +21,7 @@ NOT_DATA = {
     *("system volume information", "network trash folder", "temporary items", "__pycache__"),
     *("@eadir", "@recycle", "@recently-snapshot", "@tmp", "#recycle", "#snapshot"),
 }
-# Pillow opens these without reading them, or, of layers, reads a picture that may be missing.
+# Pillow opens these but does not read them; of PSD it reads a preview, which may be blank.
 NOT_READ = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF", "PSD"}
 PICTURES = set(  # that Pillow does not read, or not alone
     """.svg .svgz .heic .heif .hif .avif .jxl .jxr .wdp .bpg .exr .hdr .dng .cr2 .cr3 .crw .nef .nrw .arw .orf .rw2

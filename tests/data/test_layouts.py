@@ -192,9 +192,9 @@ REPEATS = {
     "kohya's": (["10_cat", "5_dog"], {"10_cat": 10, "5_dog": 5}),
     "some of the folders": (["3_cat", "dog"], {"3_cat": 3}),
     "one and two": (["1_cat", "2_dog"], {"1_cat": 1, "2_dog": 2}),
-    "a list": (["1_cat", "2_dog", "3_fox"], {}),
-    "a list from 0": (["0_cat", "1_dog"], {}),
-    "a list with zeros": (["08_cat", "10_dog"], {}),
+    "a list": (["1_cat", "2_dog", "3_fox"], {"1_cat": 1, "2_dog": 1, "3_fox": 1}),
+    "a list from 0": (["0_cat", "2_dog"], {"0_cat": 1, "2_dog": 1}),
+    "a list with zeros": (["08_cat", "10_dog"], {"08_cat": 1, "10_dog": 1}),
     "dates": (["20240131_cat"], {}),
     "inside": (["img/4_cat"], {"4_cat": 4}),
 }
