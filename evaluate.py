@@ -59,9 +59,9 @@ from sketch_perceptual.running.startup import PATIENCE, check_writable, run, sta
 
 logger = get_logger(__name__, log_level="INFO")
 
-RECORDED = """dataset_name train_data_dir group_column validation_share max_train_samples paired_data_dir part
-    paired_style resolution fit mixed_precision seed pretrained_model_name_or_path prompts num_images
-    num_inference_steps guidance_scale""".split()  # the options that stand in the JSON
+RECORDED = """dataset_name train_data_dir group_column validation_share max_train_samples trigger_word
+    paired_data_dir part paired_style resolution fit mixed_precision seed pretrained_model_name_or_path prompts
+    num_images num_inference_steps guidance_scale""".split()  # the options that stand in the JSON
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

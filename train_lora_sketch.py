@@ -38,6 +38,7 @@ from sketch_perceptual.data.images import INTERPOLATIONS, to_pil
 from sketch_perceptual.data.near_duplicates import content_key
 from sketch_perceptual.data.options import add_caption_options, check_caption_options, load_captioned
 from sketch_perceptual.data.splits import split
+from sketch_perceptual.data.tags import with_trigger
 from sketch_perceptual.diffusion import (
     PREDICTION_TYPES,
     PerceptualTerm,
@@ -77,6 +78,7 @@ KOHYA_WEIGHTS = "pytorch_lora_weights_kohya.safetensors"
 BEFORE_AFTER = "before_after.png"
 FEW_PROMPTS = 1000
 HELD_OUT_TIMESTEPS = 4  # of each image, in quarters of the schedule
+NEW_CAPTIONS = "--shuffle_tags makes new captions all the time"
 RANDOM_CROPS = "images that are not square are cropped at random: add --fit pad or --center_crop"
 
 
@@ -99,6 +101,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--export_kohya", action="store_true", help=f"also write {KOHYA_WEIGHTS} for AUTOMATIC1111 and ComfyUI")
 
     add = add_caption_options(parser)
+    add("--caption_dropout", type=fraction, default=0.0, help="share of captions that are left empty, for guidance")
+    add("--shuffle_tags", action="store_true", help="put what stands between commas in another order each time")
+    add("--keep_tags", type=natural, default=0, help="with --shuffle_tags: the first N stay where they are")
     add("--resolution", type=count, default=512, help="size of the square training images, in pixels")
     add(
         "--fit",
@@ -116,7 +121,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--image_interpolation_mode", choices=tuple(INTERPOLATIONS), default="lanczos")
     cache = {"action": argparse.BooleanOptionalAction, "default": None}
     add("--cache_latents", **cache, help="encode each image only once; default: unless images are cropped at random")
-    add("--cache_prompts", **cache, help=f"embed each caption once; default: if there are at most {FEW_PROMPTS}")
+    add(
+        "--cache_prompts",
+        **cache,
+        help=f"embed each caption once; default: if there are at most {FEW_PROMPTS} and no --shuffle_tags",
+    )
     add(
         "--validation_share",
         type=fraction,
@@ -196,6 +205,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     args = parser.parse_args(argv)
     check_caption_options(parser, args)
+    if args.shuffle_tags and args.cache_prompts:
+        parser.error(f"--cache_prompts cannot be used: {NEW_CAPTIONS}")
+    if args.keep_tags and not args.shuffle_tags:
+        parser.error("--keep_tags needs --shuffle_tags")
     if args.lora_alpha is None:
         args.lora_alpha = args.rank
     if args.perceptual_crop is None:
@@ -454,8 +467,8 @@ def load_models(args, accelerator: Accelerator) -> tuple[StableDiffusionPipeline
 def load_data(
     args, accelerator: Accelerator, pipeline: StableDiffusionPipeline, seed: int
 ) -> tuple[CaptionedImages, list[str], bool, CaptionedImages | None]:
-    """The captioned images, all read once, a key to the contents of each, whether any is cropped at random, and what
-    is held out."""
+    """The captioned images of an epoch, all read once, a key to the contents of each, whether any is cropped at
+    random, and what is held out."""
     data = load_captioned(
         args,
         seed,
@@ -464,12 +477,15 @@ def load_data(
         center_crop=args.center_crop,
         random_flip=args.random_flip,
         alpha_mask=args.alpha_mask,
+        caption_dropout=args.caption_dropout,
+        shuffle_tags=args.shuffle_tags,
+        keep_tags=args.keep_tags,
         interpolation=args.image_interpolation_mode,
     )
     data.multiple = pipeline.vae_scale_factor
 
-    def read() -> tuple[list[int], list[str], list[int], dict[int, tuple[int, int]]]:
-        sizes: dict[int, tuple[int, int]] = {}
+    def read() -> tuple[list[int], list[str], list[int], list[tuple[int, int]]]:
+        sizes = list(data.sizes)
         masks: dict[int, tuple[str, list[int]]] = {}
 
         def note(index: int, image: Image.Image) -> None:
@@ -493,13 +509,19 @@ def load_data(
     if args.fit == "bucket":
         shapes = Counter("{} x {}".format(*data.shape(index)) for index in range(len(data)))
         logger.info(f"images by shape: {', '.join(f'{count} of {shape}' for shape, count in shapes.most_common())}")
-    some_not_square = any(width != height for width, height in data.sizes.values())
+    some_not_square = any(width != height for width, height in data.sizes)
     if args.validation_share:
         sides = split([0] * len(keys), keys, copies, validation_share=args.validation_share)
         logger.info(sides.summary)
         held_out, data, keys = data.select(sides.validation), data.select(sides.train), [keys[i] for i in sides.train]
         held_out.center_crop, held_out.random_flip = True, False
+        held_out.caption_dropout, held_out.shuffle_tags = 0.0, False
     warn_of_long_captions(pipeline.tokenizer, [text for row in data.rows for text in data.captions[row]])
+    count = len(data)
+    data, indices = data.repeated()
+    if len(data) > count:
+        logger.info(f"{count} images, {len(data)} in an epoch")
+    keys = [keys[index] for index in indices]
     return data, keys, some_not_square and args.fit == "crop" and not args.center_crop, held_out
 
 
@@ -560,7 +582,13 @@ class PromptEmbedder:
         self.tokenizer, self.text_encoder = pipeline.tokenizer, pipeline.text_encoder
         self.device = pipeline.unet.device
         captions = {caption for part in data for row in part.rows for caption in part.captions[row]}
-        caches_all = len(captions) <= FEW_PROMPTS if args.cache_prompts is None else args.cache_prompts
+        if args.caption_dropout:
+            captions.add("")
+        caches_all = args.cache_prompts
+        if caches_all is None:
+            caches_all = len(captions) <= FEW_PROMPTS and not args.shuffle_tags
+            if args.shuffle_tags:
+                logger.info(f"--no-cache_prompts, because {NEW_CAPTIONS}")
         to_draw = ["", *args.validation_prompt] if args.validation_prompt else []
         wanted = {*to_draw, *(captions if caches_all else [])}
         self.kept: dict[str, torch.Tensor] = {}
@@ -904,7 +932,8 @@ def held_out_words(history: list[dict]) -> str:
 
 def write_card(args, run: Run, pictures: list[str]) -> None:
     base_model = args.pretrained_model_name_or_path
-    prompt = args.validation_prompt[0] if args.validation_prompt else args.caption_template.replace("{class}", "house")
+    template = with_trigger(args.caption_template, args.trigger_word)
+    prompt = args.validation_prompt[0] if args.validation_prompt else template.replace("{class}", "house")
     is_local = Path(base_model).exists()
     term = "with the perceptual term" if args.perceptual_weight else "by the script"
     tags = "stable-diffusion stable-diffusion-diffusers text-to-image diffusers diffusers-training lora sketch"
@@ -923,10 +952,11 @@ pipeline({prompt!r}).images[0].save("sketch.png")"""
             library_name="diffusers",
             tags=tags.split(),
             inference=True,
+            instance_prompt=args.trigger_word,
         ),
         title=f"Sketch LoRA - {cards.model_name(args.hub_model_id, args.output_dir)}",
         description=f"LoRA weights for Stable Diffusion 1.5, fine-tuned on drawings {term} of sketch-perceptual."
-        f" Images of a class were captioned {args.caption_template!r}.{held_out_words(run.state['held_out'])}",
+        f" Images of a class were captioned {template!r}.{held_out_words(run.state['held_out'])}",
         snippet=snippet,
         options={"steps": run.steps.total} | run.record(),
         pictures=pictures,

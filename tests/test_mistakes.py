@@ -98,7 +98,7 @@ add(
 add(
     LABELLED,
     ("--train_data_dir drawings/house", "must hold a folder for each of two classes or more, found none"),
-    ("--train_data_dir splits", "holds train, val, which are splits, not classes: pass splits/train"),
+    ("--train_data_dir splits", "no class can be called train, val: pass splits/train"),
     ("--train_data_dir drawings --group_column hand", "--group_column needs --dataset_name"),
 )
 add(
@@ -114,6 +114,7 @@ add(
     ("--resolution 33", "--resolution 33 must be a multiple of 4"),
     ("--caption_template x", r"--caption_template must contain \{class\}, got 'x'"),
     ("--caption_column title --train_data_dir told", "has no column 'title', --caption_column can be one of"),
+    ("--train_data_dir splits", "no class can be called train, val: pass splits/train"),
     ("--train_data_dir uncaptioned", "2 of 2 images have no caption"),
     ("--train_data_dir outside", r"line 1 leaves the folder: \.\./one\.png"),
     ("--train_data_dir lost", r"lists gone\.png, but there is no such image"),

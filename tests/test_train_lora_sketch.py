@@ -517,6 +517,91 @@ def test_a_resumed_run_is_the_straight_run_bit_for_bit(train, first, options):
     assert resumed == straight
 
 
+CHANGED = "--trigger_word ink --caption_dropout 0.4 --shuffle_tags --keep_tags 1".split()
+
+
+@pytest.fixture
+def tags(drawings, tmp_path):
+    """Four drawings with lists of tags; in folders that repeat two of them twice."""
+    folder = tmp_path / "tags"
+    for number, repeats in enumerate((2, 2, 1, 1)):
+        path = folder / f"{repeats}_house" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.open(drawings / ("house", "snow_man")[number % 2] / f"{number}.png").save(path)
+        path.with_suffix(".txt").write_text("a, b, c, d")
+    return ("--train_data_dir", str(folder))
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """The captions of each batch, and those of held-out images."""
+    read = {"trained": [], "held out": []}
+
+    def compute(*args, losses=script.compute_losses):
+        read["trained"] += args[6]["caption"]
+        return losses(*args)
+
+    def sums(self, unet, data, index, sums=script.HeldOut.sums):
+        read["held out"].append(data[0, index]["caption"])
+        return sums(self, unet, data, index)
+
+    monkeypatch.setattr(script, "compute_losses", compute)
+    monkeypatch.setattr(script.HeldOut, "sums", sums)
+    return read
+
+
+def test_changed_captions_are_trained_on_and_held_out_ones_are_whole(train, tags, read, caplog):
+    run = train(*CHANGED, "--validation_share", 0.25, data=tags, steps=24)
+    assert "--no-cache_prompts, because --shuffle_tags makes new captions" in caplog.text
+    assert set(read["held out"]) == {"ink, a, b, c, d"}
+    assert 0.2 < read["trained"].count("") / 48 < 0.6
+    shuffled = set(read["trained"]) - {""}
+    assert all(text.startswith("ink, ") and sorted(text[5:].split(", ")) == list("abcd") for text in shuffled)
+    assert len(shuffled) > 12
+    card = (run.folder / "README.md").read_text()
+    assert "captioned 'ink, a sketch of a {class}'" in card and "instance_prompt: ink" in card
+
+
+def test_changed_captions_are_the_same_after_a_resume_and_with_workers(train, tags):
+    straight = train(*CHANGED, "--checkpointing_steps", 2, data=tags)
+    train(*CHANGED, "--checkpointing_steps", 2, data=tags, output="halves", steps=2)
+    resume = ("--resume_from_checkpoint", "latest", "--dataloader_num_workers", 2)
+    assert train(*CHANGED, *resume, data=tags, output="halves") == straight
+    assert train(data=tags, output="plain") != straight
+
+
+def test_empty_captions_are_embedded_with_the_others(train, tags):
+    options = ("--caption_dropout", 0.5)
+    assert train(*options, "--cache_prompts", data=tags) == train(
+        *options, "--no-cache_prompts", data=tags, output="each"
+    )
+
+
+def test_an_epoch_shows_images_as_often_as_their_folder_says(train, tags, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    names = []
+    collate = script.collate
+    monkeypatch.setattr(script, "collate", lambda rows: names.extend(row["name"][-5] for row in rows) or collate(rows))
+    train("--fit", "pad", data=tags, steps=3)
+    assert sorted(names) == list("001123")
+    assert "4 images, 6 in an epoch" in caplog.text and "0 of 4 images have latents in" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--shuffle_tags --cache_prompts", "--cache_prompts cannot be used: --shuffle_tags makes new captions"),
+        ("--keep_tags 1", "--keep_tags needs --shuffle_tags"),
+        ("--caption_dropout 1.5", "must be a number from 0 to below 1"),
+    ],
+)
+def test_caption_options_that_contradict_each_other_are_refused(options, message, capsys):
+    command = ["--pretrained_model_name_or_path", "x", "--train_data_dir", "y", *options.split()]
+    with pytest.raises(SystemExit):
+        script.parse_args(command)
+    assert message in capsys.readouterr().err
+
+
 def test_a_finished_run_resumed_trains_nothing_and_exports_again(train):
     run = train("--checkpointing_steps", 4)
     again = train("--resume_from_checkpoint", run.folder / "checkpoint-4", output="again")

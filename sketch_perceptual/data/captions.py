@@ -3,15 +3,18 @@
 import logging
 import os
 from collections import Counter
-from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from posixpath import basename, splitext
 from typing import TYPE_CHECKING
 
 from ..errors import InputError, check_choice, first_names
+from .class_folders import class_folders, describe_no_classes, folder_repeats
 from .class_names import readable_class
-from .folders import find_images, is_mask, read_text
+from .folders import METADATA, PICTURES, TEXTS, ending_of, find_images, is_mask, read_text
 from .image_sets import CaptionedImages
-from .metadata import as_captions, read_metadata
+from .metadata import as_captions, is_caption, read_metadata
+from .names import by_spelling, check_unicode, match_name
 from .rows import check_column, image_column_of, lone_label
 
 if TYPE_CHECKING:
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CAPTION_TEMPLATE = "a sketch of a {class}"
+SIDE_CARS = (".txt", ".caption")
 
 
 def captioned_folder(
@@ -35,13 +39,13 @@ def captioned_folder(
 
     1. `caption_column` of a metadata.csv or metadata.jsonl in any folder, beside the column `file_name` (relative
        to the metadata file). In JSON it may be a list; an image on several lines has several captions.
-    2. A .txt file of the same stem: one caption a line.
-    3. The first-level folder through `caption_template`, if there is no metadata: the images/ beside a
-       metadata.csv is no class.
+    2. A .txt or .caption file of the same stem: one caption a line, or one list of tags if all lines end with commas.
+    3. The first-level folder through `caption_template`, if there is no metadata and its name can be a class: the
+       images/ beside a metadata.csv is none. The class of kohya's 10_boat is "boat".
 
     `default_caption` is the caption of every image if none has one. If only some lack one, `on_missing_caption`
-    decides: "error", "skip" those images, or "default" to give them `default_caption`.
-    `transform` are the keywords of `CaptionedImages`. Raises InputError.
+    decides: "error", "skip" those images, or "default" to give them `default_caption`. Without metadata, `repeats` of
+    images in a folder 10_boat are 10. `transform` are the keywords of `CaptionedImages`. Raises InputError.
     """
     _check_caption_options(caption_template, default_caption, on_missing_caption)
     root = Path(root)
@@ -49,26 +53,33 @@ def captioned_folder(
     if transform.get("alpha_mask"):
         images = [image for image in images if not is_mask(image)]
     listed, descriptions = read_metadata(root, files, images, caption_column)
-    texts = {file for file in files if file.endswith(".txt")}
-    origins, captions = Counter(), []
-    for image in images:
-        text = PurePosixPath(image).with_suffix(".txt").as_posix()
-        if listed.get(image):
-            origin, caption = "metadata", listed[image]
-        elif text in texts:
-            origin, caption = ".txt files", _lines(read_text(root / text, root))
-        elif not descriptions and "/" in image:
-            origin, caption = "class folders", [_class_caption(caption_template, image.split("/")[0])]
-        else:
-            origin, caption = "nowhere", []
-        origins[origin] += 1
-        captions.append(caption)
-    descriptions += [f"captions from {origin}: {count}" for origin, count in origins.items()]
-    sources = "; ".join(descriptions)
-    logger.info("%s: %s; the first caption is %s", root, sources, captions[0])
-    paths = [root / image for image in images]
-    data = CaptionedImages(paths, list(map(str, paths)), captions, **transform)
-    return _settle_missing(data, sources, default_caption, on_missing_caption)
+    side_cars = _side_cars(files, [image for image in images if not listed.get(image)])
+    classes = class_folders(images, with_letters=True)
+    repeats = {} if descriptions else folder_repeats(images)
+    sources = {"metadata": listed, "text files": _read_side_cars(root, side_cars)}
+    if not descriptions:
+        sources["class folders"] = _class_captions(root, images, classes, caption_template)
+    origins = [next((name for name, found in sources.items() if found.get(image)), "nowhere") for image in images]
+    captions = [sources.get(origin, {}).get(image, []) for origin, image in zip(origins, images, strict=True)]
+    descriptions += [f"captions from {origin}: {count}" for origin, count in Counter(origins).items()]
+    if repeats:
+        descriptions.append("repeats: " + first_names([f"{folder} {count}" for folder, count in repeats.items()]))
+    _warn_of_unread(root, files, side_cars.values())
+    unnamed = [folder for folder, name in classes.items() if name is None]
+    if unnamed and "nowhere" in origins:
+        descriptions.append(describe_no_classes(root, images, classes))
+        descriptions.append(f"a caption would be {_class_caption(caption_template, unnamed[0])!r}")
+    elif len(unnamed) > 1:
+        logger.warning(
+            "All of %s in %s are read: pass one of these folders to leave out the others.", ", ".join(unnamed), root
+        )
+    names = [str(root / image) for image in images]
+    captions, kept = _settle_missing(captions, names, "; ".join(descriptions), default_caption, on_missing_caption)
+    data = CaptionedImages([root / image for image in images], names, captions, **transform)
+    data.repeats = [next((repeats[part] for part in image.split("/")[:-1] if part in repeats), 1) for image in images]
+    data = data.select(kept)
+    logger.info("%s: %s; the first caption is %s", root, "; ".join(descriptions), data.captions[data.rows[0]])
+    return data
 
 
 def captioned_dataset(
@@ -100,12 +111,71 @@ def captioned_dataset(
     else:
         check_column(dataset, name, "caption_column", caption_column)
         captions = _column_captions(dataset, caption_column, caption_template, names)
-    data = CaptionedImages(sources, names, captions, **transform)
-    return _settle_missing(data, f"columns {columns}", default_caption, on_missing_caption)
+    captions, kept = _settle_missing(captions, names, f"columns {columns}", default_caption, on_missing_caption)
+    return CaptionedImages(sources, names, captions, **transform).select(kept)
+
+
+def _side_cars(files: Iterable[str], images: Iterable[str]) -> dict[str, str]:
+    """The text file beside each image that has one: 1.txt, 1.caption or 1.png.txt of 1.png."""
+    texts = by_spelling(file for file in files if ending_of(file) in SIDE_CARS)
+    found = {}
+    for image in images:
+        places = (base + ending for base in (splitext(image)[0], image) for ending in SIDE_CARS)
+        if text := next(filter(None, (match_name(place, texts) for place in places)), None):
+            found[image] = text
+    return found
+
+
+def _read_side_cars(root: Path, side_cars: dict[str, str]) -> dict[str, list[str]]:
+    captions = {}
+    for image, file in side_cars.items():
+        try:
+            captions[image] = _lines(read_text(root / file, root))
+        except InputError as error:
+            raise InputError(f"the caption of {image}: {error}") from error
+    if several := [side_cars[image] for image, lines in captions.items() if len(lines) > 1]:
+        logger.warning(
+            "%d text files of %s have several lines, which are captions of their own, one at a time; lines of one list"
+            " of tags must end with commas: %s",
+            len(several),
+            root,
+            first_names(several),
+        )
+    return captions
 
 
 def _lines(text: str) -> list[str]:
-    return [line.strip() for line in text.split("\n") if line.strip()]
+    """The captions of a text file."""
+    lines = [line.strip() for line in text.split("\n") if is_caption(line)]
+    if len(lines) > 1 and all(line.endswith(",") for line in lines[:-1]):
+        return [" ".join(lines).rstrip(",")]
+    return lines
+
+
+def _warn_of_unread(root: Path, files: Iterable[str], used: Iterable[str]) -> None:
+    """Name the texts that may hold captions, except those of pictures that are named as unread themselves."""
+    files, used = list(files), set(used)
+    pictures = {splitext(file)[0] for file in files if ending_of(file) in PICTURES}
+    unread = [file for file in files if ending_of(file) in TEXTS and file not in used]
+    unread = [file for file in unread if basename(file) not in METADATA and splitext(file)[0] not in pictures]
+    if unread:
+        logger.warning(
+            "Not read in %s: %s. Captions are read from %s, with the columns file_name and text, or from a .txt or"
+            " .caption file beside each image.",
+            root,
+            first_names(unread),
+            " or ".join(METADATA),
+        )
+
+
+def _class_captions(
+    root: Path, images: Iterable[str], classes: dict[str, str | None], template: str
+) -> dict[str, list[str]]:
+    captions = {}
+    for image in images:
+        if name := classes.get(image.partition("/")[0]):
+            captions[image] = [_class_caption(template, check_unicode(name, f"a folder of {root}"))]
+    return captions
 
 
 def _column_captions(dataset: "datasets.Dataset", column: str, template: str, names: Sequence[str]) -> list[list[str]]:
@@ -121,24 +191,25 @@ def _class_caption(template: str, name: str) -> str:
 
 
 def _settle_missing(
-    data: CaptionedImages, sources: str, default_caption: str | None, on_missing_caption: str
-) -> CaptionedImages:
-    missing = [index for index, captions in enumerate(data.captions) if not captions]
+    captions: list[list[str]], names: Sequence[str], sources: str, default_caption: str | None, on_missing_caption: str
+) -> tuple[list[list[str]], list[int]]:
+    """Captions with the default where it is due, and the positions of images to keep."""
+    missing = [index for index, texts in enumerate(captions) if not texts]
+    everything = list(range(len(captions)))
     if not missing:
-        return data
-    names = first_names([data.name(index) for index in missing])
-    report = f"{len(missing)} of {len(data)} images have no caption: {names}. Found: {sources}."
-    if default_caption is not None and (on_missing_caption == "default" or len(missing) == len(data)):
+        return captions, everything
+    first = first_names([names[index] for index in missing])
+    report = f"{len(missing)} of {len(captions)} images have no caption: {first}. Found: {sources}."
+    if default_caption is not None and (on_missing_caption == "default" or len(missing) == len(captions)):
         logger.warning("%s They get %r.", report, default_caption)
-        data.captions = [captions or [default_caption] for captions in data.captions]
-        return data
-    if on_missing_caption == "error" or len(missing) == len(data):
+        return [texts or [default_caption] for texts in captions], everything
+    if on_missing_caption == "error" or len(missing) == len(captions):
         raise InputError(
             f"{report} `caption_column`, `caption_template` or `default_caption` can give them one;"
             " `on_missing_caption` can be skip or default."
         )
     logger.warning("%s They are skipped.", report)
-    return data.select(index for index, captions in enumerate(data.captions) if captions)
+    return captions, [index for index in everything if captions[index]]
 
 
 def _check_caption_options(template: str, default_caption: str | None, on_missing_caption: str) -> None:

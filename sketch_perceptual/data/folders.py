@@ -1,5 +1,6 @@
 """What lies in a folder: its images, and texts beside them that no link may take elsewhere."""
 
+import codecs
 import logging
 import os
 from collections.abc import Iterable
@@ -14,24 +15,42 @@ logger = logging.getLogger(__name__)
 METADATA = ("metadata.csv", "metadata.jsonl")
 MASKS = "mask"  # a folder beside the images
 OUTPUT = ".sketch-perceptual.lock"  # in the folder that a training or a generation writes to
+TEXTS = set(".txt .caption .cap .tags .json .jsonl .ndjson .csv .tsv .parquet .xlsx .xls .ods .yaml .yml .xml".split())
 # Left by file managers and network disks, like all names with a leading dot.
-NOT_DATA = ("__MACOSX", "Thumbs.db", "desktop.ini", "@eaDir", "#recycle", "$RECYCLE.BIN", "lost+found")
+NOT_DATA = {
+    *("__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "$recycle.bin", "recycler", "lost+found"),
+    *("system volume information", "network trash folder", "temporary items", "__pycache__"),
+    *("@eadir", "@recycle", "@recently-snapshot", "@tmp", "#recycle", "#snapshot"),
+}
+# Pillow opens these but does not read them; of PSD it reads a preview, which may be blank.
+NOT_READ = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF", "PSD"}
+PICTURES = set(  # that Pillow does not read, or not alone
+    """.svg .svgz .heic .heif .hif .avif .jxl .jxr .wdp .bpg .exr .hdr .dng .cr2 .cr3 .crw .nef .nrw .arw .orf .rw2
+    .raf .pef .srw .psd .psb .kra .xcf .clip .lip .mdp .sai .sai2 .procreate .ora .afphoto .afdesign .ai .pdf .cdr .wmf
+    .emf .odg .vsdx .djvu .djv .dwg .dxf .sketch .fig""".split()
+)
 
 
 def find_images(root: Path, argument: str = "") -> tuple[list[str], list[str]]:
     """All files and the images among them, as sorted paths below `root` with forward slashes.
 
-    Hidden files and folders are left out; pipes, sockets and devices too, by name. Links are followed, and images
-    that they take from elsewhere are named. `argument` begins the message of an InputError.
+    Hidden files and folders are left out; pipes, sockets, devices and pictures that Pillow does not read too, by name.
+    Links are followed, and images that they take from elsewhere are named. `argument` begins the message of an
+    InputError.
     """
     before = f"{argument}: " if argument else ""
     files, others = walk(root, before)
-    openable = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    images = [file for file in files if PurePosixPath(file).suffix.lower() in openable]
+    kinds = Image.registered_extensions().items()
+    openable = {ending for ending, kind in kinds if kind in Image.OPEN and kind not in NOT_READ}
+    images = [file for file in files if ending_of(file) in openable]
     if others:
         logger.warning("Skipped in %s, neither files nor folders: %s", root, first_names(others))
+    unread = [file for file in files if ending_of(file) in PICTURES - openable]
+    count = f"{len(unread)} pictures, convert them to PNG: {first_names(unread)}"
     if not images:
-        raise InputError(f"{before}there are no images in {root}.")
+        raise InputError(f"{before}there are no images in {root}." + (f" Not read: {count}." if unread else ""))
+    if unread:
+        logger.warning("Not read in %s: %s", root, count)
     warn_about_links(root, images)
     _warn_about_leftovers(root, files, images)
     return files, images
@@ -55,16 +74,24 @@ def is_inside(path: Path, root: Path) -> bool:
 
 def read_text(path: Path, root: Path) -> str:
     """A UTF-8 file below `root`; InputError, also where a link takes it elsewhere: texts are read in `root` alone."""
+    if path.is_symlink() and not path.exists():
+        raise InputError(f"{path} is a link to {os.readlink(path)}, which is not there.")
     if not is_inside(path, root):
         raise InputError(
             f"{path} is a link that leaves {root}, and only images are read from elsewhere: copy it there."
         )
     try:
-        return path.read_text(encoding="utf-8-sig")  # spreadsheets write a byte order mark
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text.") from error
+        with path.open("rb") as file:
+            is_utf16 = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        return path.read_text(encoding="utf-16" if is_utf16 else "utf-8-sig")  # spreadsheets write byte order marks
+    except UnicodeError as error:
+        raise InputError(f"{path} is not UTF-8 text: save it as UTF-8.") from error
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}.") from error
+
+
+def ending_of(file: str) -> str:
+    return PurePosixPath(file).suffix.lower()
 
 
 def warn_about_links(root: Path, images: Iterable[str]) -> None:
@@ -76,7 +103,7 @@ def warn_about_links(root: Path, images: Iterable[str]) -> None:
 
 
 def is_visible(name: str) -> bool:
-    return not name.startswith(".") and name not in NOT_DATA
+    return not name.startswith(".") and name.lower() not in NOT_DATA
 
 
 def walk(root: Path, before: str = "") -> tuple[list[str], list[str]]:
@@ -109,6 +136,7 @@ def _warn_about_leftovers(root: Path, files: list[str], images: list[str]) -> No
         if folder not in used and not (root / folder / OUTPUT).exists():
             logger.warning("The folder %s holds no images.", root / folder)
     stems = {PurePosixPath(image).stem for image in images}
-    stray = [f for f in files if "/" not in f and not (f in METADATA or PurePosixPath(f).stem in stems)]
+    known = TEXTS | PICTURES  # what reads captions says which texts it leaves
+    stray = [f for f in files if "/" not in f and PurePosixPath(f).stem not in stems and ending_of(f) not in known]
     if any("/" in image for image in images) and stray:
         logger.warning("Not used, beside the folders of %s: %s", root, first_names(stray))

@@ -1,7 +1,7 @@
 """Images by index: plain, captioned, labelled."""
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,6 +13,7 @@ from ..errors import InputError, check_choice
 from ..seeds import generator
 from .folders import mask_beside
 from .images import Source, bucket_size, fit_image, load_extras, load_image, to_tensor
+from .tags import shuffled, with_trigger
 
 Kind = TypeVar("Kind", bound="Images")
 
@@ -53,8 +54,8 @@ class CaptionedImages(Images):
     """Images with captions, indexed by `(epoch, index)`; a sampler supplies the pairs.
 
     `data[epoch, index]` is `{"pixel_values": (3, H, W) in [-1, 1], "caption": str, "name": str}`.
-    The crop, the flip and the choice among several captions depend on the seed, the epoch and the item alone, so
-    neither workers nor the number of processes nor a resumed run changes them.
+    The crop, the flip and what becomes of the caption depend on the seed, the epoch and the item alone, so neither
+    workers nor the number of processes nor a resumed run changes them.
 
     With `alpha_mask` there is also "mask", (1, H, W) in [0, 1]: what counts of the image.
 
@@ -67,12 +68,15 @@ class CaptionedImages(Images):
         center_crop: keep the centre of each image; otherwise a random place along the longer side.
         random_flip: mirror half of the images.
         alpha_mask: see `mask`.
+        trigger_word: what each caption begins with, unless the word is in it.
+        caption_dropout: share of the captions that are left empty.
+        shuffle_tags: put what stands between the commas of a caption in another order each time, except for the first
+            `keep_tags` and the trigger word at its beginning.
         resolution, fit, interpolation: see `fit_image`; or fit "bucket", see `bucket_size`, for which `sizes` must be
             set, to width and height of the image of each row, before a `shape` is asked for.
     """
 
     multiple = 8  # of which the sides of a bucket must be: what the VAE makes one latent of
-    sizes: Mapping[int, tuple[int, int]]
 
     def __init__(
         self,
@@ -85,6 +89,10 @@ class CaptionedImages(Images):
         center_crop: bool = False,
         random_flip: bool = False,
         alpha_mask: bool = False,
+        trigger_word: str | None = None,
+        caption_dropout: float = 0.0,
+        shuffle_tags: bool = False,
+        keep_tags: int = 0,
         interpolation: str = "lanczos",
         background: str = "white",
         seed: int = 0,
@@ -92,9 +100,14 @@ class CaptionedImages(Images):
         check_choice("fit", fit, ("crop", "pad", "bucket"))
         fit_image(Image.new("RGB", (1, 1)), resolution, "crop", background, interpolation)  # a wrong option fails here
         super().__init__(sources, names, background)
-        self.captions = [[c] if isinstance(c, str) else list(c) for c in captions]
+        own = ([c] if isinstance(c, str) else c for c in captions)
+        self.captions = [[with_trigger(caption, trigger_word) for caption in several] for several in own]
+        self.trigger_word, self.caption_dropout = trigger_word, caption_dropout
+        self.shuffle_tags, self.keep_tags = shuffle_tags, keep_tags
         self.resolution, self.fit, self.center_crop, self.random_flip = resolution, fit, center_crop, random_flip
         self.interpolation, self.seed, self.alpha_mask = interpolation, seed, alpha_mask
+        self.repeats = [1] * len(self.captions)  # what `repeated` makes of each
+        self.sizes = [(0, 0)] * len(self.captions)
         self.moments: Callable[[int, bool], torch.Tensor] | None = None
         self.with_pixels = True
 
@@ -104,8 +117,7 @@ class CaptionedImages(Images):
         # All three are drawn whatever the settings, so that switching one on leaves the others as they were.
         place, flip, choice = torch.rand(3, generator=generator(self.seed, int(epoch), row)).tolist()
         flipped = self.random_flip and flip < 0.5
-        captions = self.captions[row]
-        example: dict[str, Any] = {"caption": captions[int(choice * len(captions))], "name": self.name(index)}
+        example: dict[str, Any] = {"caption": self._caption(int(epoch), row, choice), "name": self.name(index)}
         if self.moments is not None:
             example["moments"] = self.moments(index, flipped)
         place = 0.5 if self.center_crop else place
@@ -115,6 +127,29 @@ class CaptionedImages(Images):
             mask = self.mask(index)
             example["mask"] = (self._fitted(mask, "black", flipped, place)[:1] + 1) / 2
         return example
+
+    def repeated(self) -> tuple["CaptionedImages", list[int]]:
+        """Each image as often as `repeats` says, each time with draws of its own; and the index that each item had."""
+        extra = [index for index, row in enumerate(self.rows) for _ in range(self.repeats[row] - 1)]
+        rows = [self.rows[index] for index in extra]
+        data, count = copy.copy(self), len(self.sources)
+        for name in ("sources", "names", "captions", "repeats", "sizes"):
+            values = getattr(self, name)
+            setattr(data, name, [*values, *(values[row] for row in rows)] if rows else values)
+        data.rows = [*self.rows, *range(count, count + len(rows))]
+        return data, [*range(len(self)), *extra]
+
+    def _caption(self, epoch: int, row: int, choice: float) -> str:
+        captions = self.captions[row]
+        caption, keep = captions[int(choice * len(captions))], self.keep_tags
+        draw = generator(self.seed, "caption", epoch, row)
+        if torch.rand((), generator=draw) < self.caption_dropout:
+            return ""
+        if not self.shuffle_tags:
+            return caption
+        if self.trigger_word and caption.lower().startswith(self.trigger_word.lower()):
+            keep = max(keep, len(self.trigger_word.split(",")))
+        return shuffled(caption, keep, draw)
 
     def pixels(self, index: int, flipped: bool = False, place: float = 0.5) -> torch.Tensor:
         """The image as the model takes it; `place` is where a crop lies, from 0 to 1 along the longer side."""

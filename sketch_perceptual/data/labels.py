@@ -2,13 +2,14 @@
 
 import logging
 import os
-from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import InputError
+from .class_folders import class_folders, describe_no_classes
 from .folders import find_images
 from .image_sets import LabelledImages
+from .names import check_unicode
 from .rows import check_column, image_column_of, lone_label
 
 if TYPE_CHECKING:
@@ -16,38 +17,29 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SPLITS = {"train", "training", "val", "valid", "validation", "test"}
-
 
 def labelled_folder(root: str | os.PathLike, **options) -> LabelledImages:
     """The images under `root`, which holds one folder a class, as ImageNet-Sketch's zip does; hidden ones left out.
 
-    Classes are numbered in the order of the folders' names. `options` are the keywords of `LabelledImages`. Raises
-    InputError.
+    Classes are numbered in the order of their names, which are those of the folders; kohya's 10_boat is "boat".
+    `options` are the keywords of `LabelledImages`. Raises InputError.
     """
     root = Path(root)
     _, images = find_images(root)
     inside = [image for image in images if "/" in image]
     if stray := sorted(set(images) - set(inside)):
         logger.warning("%d images lie beside the class folders of %s and are not used: %s", len(stray), root, stray[0])
-    parts = [PurePosixPath(image).parts for image in inside]
-    classes = sorted({part[0] for part in parts})
-    _check_class_folders(root, classes, parts)
-    number = {name: index for index, name in enumerate(classes)}
+    folders = class_folders(images)
+    names = {folder: check_unicode(name, f"a folder of {root}") for folder, name in folders.items() if name}
+    classes = sorted(set(names.values()))
+    if len(names) < len(folders) or len(classes) < 2:
+        found = ", ".join(classes) or "none"
+        found = "; ".join(filter(None, [found, describe_no_classes(root, images, folders)]))
+        raise InputError(f"{root} must hold a folder for each of two classes or more, found {found}.")
+    number = {folder: classes.index(name) for folder, name in names.items()}
+    labels = [number[image.partition("/")[0]] for image in inside]
     paths = [root / image for image in inside]
-    return LabelledImages(paths, [str(path) for path in paths], [number[p[0]] for p in parts], classes, **options)
-
-
-def _check_class_folders(root: Path, classes: Sequence[str], parts: Sequence[tuple[str, ...]]) -> None:
-    if classes and {name.lower() for name in classes} <= SPLITS:
-        first = min(classes, key=lambda name: not name.lower().startswith("train"))
-        raise InputError(f"{root} holds {', '.join(classes)}, which are splits, not classes: pass {root / first}.")
-    if len(classes) < 2:
-        nested = len({part[:2] for part in parts if len(part) > 2}) > 1
-        advice = f" Pass {root / classes[0]}?" if classes and nested else ""
-        raise InputError(
-            f"{root} must hold a folder for each of two classes or more, found {', '.join(classes) or 'none'}.{advice}"
-        )
+    return LabelledImages(paths, list(map(str, paths)), labels, classes, **options)
 
 
 def labelled_dataset(
@@ -61,8 +53,8 @@ def labelled_dataset(
 ) -> LabelledImages:
     """The rows of a `datasets.Dataset` with an image and a class; rows without a class are left out, and counted.
 
-    `label_column` is a ClassLabel or holds names. If there is no such column but exactly one ClassLabel, that one is
-    taken, with a warning. `options` are the keywords of `LabelledImages`. Raises InputError.
+    `label_column` is a ClassLabel or holds names or whole numbers. If there is no such column but exactly one
+    ClassLabel, that one is taken, with a warning. `options` are the keywords of `LabelledImages`. Raises InputError.
     """
     sources, names = image_column_of(dataset, name, image_column)
     dataset = dataset.with_format(None)
@@ -88,10 +80,10 @@ def _numbered(dataset: "datasets.Dataset", name: str, column: str) -> tuple[list
     values, feature = dataset[column][:], dataset.features[column]
     if hasattr(feature, "names"):
         classes, labels = feature.names, [-1 if value is None else value for value in values]
-    elif all(value is None or isinstance(value, str) for value in values):
-        classes = sorted({value for value in values if value})
-        index = {value: number for number, value in enumerate(classes)}
-        labels = [index.get(value, -1) for value in values]
+    elif all(value is None or isinstance(value, (str, int)) for value in values):
+        distinct = sorted(set(values) - {None, "", -1})  # -1: unlabelled
+        index = {value: number for number, value in enumerate(distinct)}
+        classes, labels = list(map(str, distinct)), [index.get(value, -1) for value in values]
     else:
         raise InputError(
             f"The column {column!r} of {name} holds {feature}, not classes: choose another `label_column`."

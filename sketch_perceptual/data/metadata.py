@@ -10,13 +10,17 @@ from typing import Any
 
 from ..errors import InputError, first_line
 from .folders import METADATA, read_text
+from .names import by_spelling, check_unicode, hint, match_name
+
+# What programs write for a missing text.
+MISSING = {"", "nan", "-nan", "none", "null", "n/a", "na", "#n/a", "#na", "<na>", "undefined"}
 
 
 def read_metadata(
     root: Path, files: Sequence[str], images: Sequence[str], column: str
 ) -> tuple[dict[str, list[str]], list[str]]:
     """Captions by image path, and a description of each metadata file; InputError."""
-    captions, descriptions, known = {}, [], set(images)
+    captions, descriptions, known = {}, [], by_spelling(images)
     for file in (file for file in files if posixpath.basename(file) in METADATA):
         rows = list(_read_rows(root / file, root))
         columns = ", ".join(sorted({key for _, row in rows for key in row})) or "none"
@@ -25,7 +29,7 @@ def read_metadata(
             raise InputError(f"{root / file} has no column {column!r}, `caption_column` can be one of: {columns}.")
         for line, row in rows:
             where = f"{root / file} line {line}"
-            image = _image_of(row, file, where, columns, known)
+            image = _image_of(row, file, where, columns, known, files)
             captions.setdefault(image, []).extend(as_captions(row.get(column), where))
     return captions, descriptions
 
@@ -34,21 +38,46 @@ def as_captions(value: Any, where: str) -> list[str]:
     """The captions of a cell: a text or a list of texts; those that are empty or missing are left out."""
     values = value if isinstance(value, list) else [value]
     for caption in values:
-        if not (caption is None or isinstance(caption, str)):
-            raise InputError(f"{where}: a caption must be a text or a list of texts, got {str(caption)[:80]}.")
-    return [caption for caption in values if caption and caption.strip()]
+        if not (caption is None or isinstance(caption, str) or caption != caption):
+            raise InputError(
+                f"{where}: a caption must be a text or a list of texts, got {str(caption)[:80]}: choose another"
+                " `caption_column`."
+            )
+    return [check_unicode(text, where) for text in values if isinstance(text, str) and is_caption(text)]
 
 
-def _image_of(row: dict, file: str, where: str, columns: str, known: set[str]) -> str:
+def is_caption(text: str) -> bool:
+    """Whether a text says anything: "", "nan" and "NULL" do not."""
+    return text.strip().casefold() not in MISSING
+
+
+def csv_reader(text: str, column: str) -> csv.DictReader:
+    """Rows of CSV whose header has `column`, between commas, semicolons or tabs; spaces before cells are dropped."""
+    header = text.partition("\n")[0]
+    delimiter = next((mark for mark in ",;\t" if column in _cells(header, mark)), ",")
+    reader = csv.DictReader(io.StringIO(text), delimiter=delimiter, skipinitialspace=True, strict=True)
+    reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
+    return reader
+
+
+def _cells(line: str, delimiter: str) -> list[str]:
+    return [cell.strip(' "') for cell in line.split(delimiter)]
+
+
+def _image_of(
+    row: dict, file: str, where: str, columns: str, known: dict[str, list[str]], files: Sequence[str]
+) -> str:
     listed = row.get("file_name")
     if not (isinstance(listed, str) and listed):
-        raise InputError(f"{where} has no file_name; its columns are {columns}.")
+        raise InputError(f"{where} has no file_name, the path of an image; its columns are {columns}.")
     image = posixpath.normpath(posixpath.join(posixpath.dirname(file), listed))
     if image.startswith(("/", "../")):
         raise InputError(f"{where} leaves the folder: {listed}.")
-    if image not in known:
-        raise InputError(f"{where} lists {listed}, but there is no such image.")
-    return image
+    if found := match_name(image, known):
+        return found
+    if match_name(image, by_spelling(files)):
+        raise InputError(f"{where} lists {listed}, which is no image that is read: convert it to PNG.")
+    raise InputError(f"{where} lists {listed}, but there is no such image{hint(image, files)}.")
 
 
 def _read_rows(path: Path, root: Path) -> Iterator[tuple[int, dict]]:
@@ -57,11 +86,13 @@ def _read_rows(path: Path, root: Path) -> Iterator[tuple[int, dict]]:
 
 
 def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, dict]]:
-    reader = csv.DictReader(io.StringIO(text), strict=True)
     try:
+        reader = csv_reader(text, "file_name")
         for row in reader:
             if None in row:
-                raise InputError(f"{path} line {reader.line_num} has more cells than the header.")
+                raise InputError(
+                    f"{path} line {reader.line_num} has more cells than the header: put its caption in quotes."
+                )
             yield reader.line_num, row
     except csv.Error as error:
         raise InputError(f"{path} line {reader.reader.line_num} is not CSV: {error}.") from error
@@ -76,5 +107,5 @@ def _json_rows(path: Path, text: str) -> Iterator[tuple[int, dict]]:
         except (ValueError, RecursionError) as error:
             raise InputError(f"{path} line {line} is not JSON: {first_line(error)}.") from error
         if not isinstance(row, dict):
-            raise InputError(f"{path} line {line} is not a JSON object.")
+            raise InputError(f"{path} line {line} is not a JSON object: each line must be one.")
         yield line, row

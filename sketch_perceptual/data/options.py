@@ -36,6 +36,7 @@ def add_caption_options(parser: argparse.ArgumentParser) -> Callable:
     add("--caption_template", default=CAPTION_TEMPLATE, help="caption of an image of a class; {class} is its name")
     add("--default_caption", help="caption of images that have none")
     add("--on_missing_caption", choices=("error", "skip", "default"), default="error")
+    add("--trigger_word", metavar="WORD", help="put WORD and a comma before each caption that does not have it")
     return add
 
 
@@ -74,7 +75,7 @@ def choose_samples(data: Kind, count: int | None, seed: int) -> Kind:
 
 def load_captioned(args: argparse.Namespace, seed: int, **transform) -> CaptionedImages:
     """The images that the options of `add_caption_options` name; `transform` are keywords of `CaptionedImages`."""
-    names = ("caption_column", "caption_template", "default_caption", "on_missing_caption", "background")
+    names = "caption_column caption_template default_caption on_missing_caption trigger_word background".split()
     options = {name: getattr(args, name) for name in names} | {"seed": seed} | transform
     if args.dataset_name is None:
         data = captioned_folder(args.train_data_dir, **options)

@@ -1,7 +1,6 @@
 """Photos and the sketches drawn after them: FS2K, CUFS, folders and lists of pairs."""
 
 import csv
-import io
 import json
 import logging
 import re
@@ -10,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath, PurePosixPath
 
 from ..errors import InputError, first_line, first_names
-from .folders import find_images, is_visible, read_text, warn_about_links
+from .folders import find_images, is_visible, read_text, walk, warn_about_links
+from .metadata import csv_reader
+from .names import by_spelling, hint, match_name
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +90,7 @@ def _holding(places: list[Path], *names: str) -> Path | None:
 def _listed(folder: Path, part: str | None, root: Path) -> dict[str, str]:
     pairs, path = {}, folder / LIST
     columns, rows = _read_list(path, root)
+    known = by_spelling(walk(folder)[0])
     if part and "part" not in columns:
         raise InputError(f"{path} does not say what is for {part}. {HOW_TO_PART}")
     for line, row in rows:
@@ -97,7 +99,7 @@ def _listed(folder: Path, part: str | None, root: Path) -> dict[str, str]:
             raise InputError(f"{where} must have {len(columns)} cells, as the header has.")
         if "part" in columns and row["part"] not in ANNOTATIONS:
             raise InputError(f"{where}: the part must be train or test, got {row['part']!r}.")
-        photo, sketch = (_below(folder, row[side], where) for side in ("photo", "sketch"))
+        photo, sketch = (_below(folder, row[side], where, known) for side in ("photo", "sketch"))
         if photo in pairs:
             raise InputError(f"{where} lists {photo} again: a photo has one sketch.")
         pairs[photo] = sketch, row.get("part")
@@ -107,7 +109,7 @@ def _listed(folder: Path, part: str | None, root: Path) -> dict[str, str]:
 
 def _read_list(path: Path, root: Path) -> tuple[list[str], list[tuple[int, dict]]]:
     """Columns, and (line, row) of each pair."""
-    reader = csv.DictReader(io.StringIO(read_text(path, root)), strict=True)
+    reader = csv_reader(read_text(path, root), "photo")
     try:
         columns, rows = reader.fieldnames or [], [(reader.line_num, row) for row in reader]
     except csv.Error as error:
@@ -117,13 +119,14 @@ def _read_list(path: Path, root: Path) -> tuple[list[str], list[tuple[int, dict]
     return list(columns), rows
 
 
-def _below(folder: Path, listed: str, where: str) -> str:
+def _below(folder: Path, listed: str, where: str, known: dict[str, list[str]]) -> str:
     path = PurePath(listed)
     if path.anchor or ".." in path.parts:
         raise InputError(f"{where} must have paths below {folder}, got {listed!r}.")
-    if not (folder / path).is_file():
-        raise InputError(f"{where} lists {listed!r}, but there is no such file in {folder}.")
-    return path.as_posix()
+    if found := match_name(path.as_posix(), known):
+        return found
+    near = hint(path.as_posix(), known)
+    raise InputError(f"{where} lists {listed!r}, but there is no such file in {folder}{near}.")
 
 
 def _annotated(folder: Path, part: str | None, style: int | None, root: Path) -> dict[str, str]:

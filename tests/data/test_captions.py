@@ -231,7 +231,11 @@ FOLDERS = {
     "null": ({"metadata.jsonl": line(text=None)}, {}, "1 of 1 images have no caption"),
     "empty list": ({"metadata.jsonl": line(text=[None, " "])}, {}, "1 of 1 images have no caption"),
     "number": ({"metadata.jsonl": line(text=5)}, {}, r"metadata\.jsonl line 1: a caption must be a text .* got 5"),
-    "no file_name": ({"metadata.csv": "image,text\n1.png,x"}, {}, r"line 2 has no file_name; its columns are image"),
+    "no file_name": (
+        {"metadata.csv": "image,text\n1.png,x"},
+        {},
+        r"line 2 has no file_name, the path of an image; its columns are image",
+    ),
     "missing file": (
         {"metadata.jsonl": line(text="x") + "\n" + line("2.png", text="y")},
         {},

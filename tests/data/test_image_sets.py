@@ -1,4 +1,5 @@
 import io
+import itertools
 
 import numpy as np
 import pytest
@@ -130,3 +131,69 @@ def test_what_is_opaque_counts_and_masks_of_another_size_are_refused(tmp_path):
     Image.new("L", (40, 60)).save(tmp_path / "mask" / "a.png")
     with pytest.raises(InputError, match=r"mask.a\.png has 40 x 60 pixels, its image 60 x 40"):
         data[0, 0]
+
+
+def tagged(captions, **options):
+    return CaptionedImages(["x.png"] * len(captions), [f"{n}.png" for n in range(len(captions))], captions, **options)
+
+
+def captions_of(data, epoch):
+    data.with_pixels = False
+    return [data[epoch, index]["caption"] for index in range(len(data))]
+
+
+def test_captions_are_dropped_at_their_share_and_otherwise_whole():
+    data = tagged(["a, b"] * 1000, caption_dropout=0.3)
+    dropped = [captions_of(data, epoch).count("") for epoch in range(3)]
+    assert all(250 < count < 350 for count in dropped) and len(set(dropped)) > 1
+    assert set(captions_of(data, 0)) == {"", "a, b"}
+    assert "" not in captions_of(tagged(["a"] * 1000), 0)
+
+
+def test_shuffled_tags_belong_to_seed_epoch_and_item():
+    captions = [", ".join("abcdefgh")] * 4
+    data = tagged(captions, shuffle_tags=True)
+    first = captions_of(data, 0)
+    assert first == captions_of(tagged(captions, shuffle_tags=True), 0)
+    assert len(set(first)) == 4
+    assert captions_of(data.select([2]), 0) == first[2:3]
+    assert not set(first) & {*captions_of(data, 1), *captions_of(tagged(captions, shuffle_tags=True, seed=1), 0)}
+
+
+# caption, keep_tags -> how each begins, the tags that move
+KEPT = [
+    ("a, b, c, d", 0, "ink, ", "abcd"),
+    ("a, b, c, d", 1, "ink, ", "abcd"),
+    ("a, b, c, d", 3, "ink, a, b, ", "cd"),
+    ("Ink, a, b, c", 0, "Ink, ", "abc"),
+    ("a, b, c, red ink", 2, "a, b, ", ["c", "red ink"]),
+]
+
+
+@pytest.mark.parametrize("caption, keep, start, moving", KEPT)
+def test_the_trigger_is_a_tag_that_is_kept(caption, keep, start, moving):
+    data = tagged([caption], trigger_word="ink", shuffle_tags=True, keep_tags=keep)
+    seen = {captions_of(data, epoch)[0] for epoch in range(200)}
+    assert seen == {start + ", ".join(order) for order in itertools.permutations(moving)}
+
+
+def test_dropping_and_shuffling_leave_crops_and_flips(striped):
+    plain = CaptionedImages(striped.sources, striped.names, striped.captions, resolution=8, random_flip=True)
+    other = CaptionedImages(
+        striped.sources, striped.names, striped.captions, resolution=8, random_flip=True, caption_dropout=0.5
+    )
+    pairs = [(plain[0, index], other[0, index]) for index in range(6)]
+    assert all(torch.equal(a["pixel_values"], b["pixel_values"]) for a, b in pairs)
+    assert {b["caption"] for _, b in pairs} > {""}
+
+
+def test_repeated_images_are_items_with_their_own_draws(striped):
+    striped.repeats = [1, 3, 1, 1, 1, 2]
+    data, indices = striped.select([0, 1, 5]).repeated()
+    assert indices == [0, 1, 2, 1, 1, 2]
+    assert [data.name(index) for index in range(len(data))] == [f"{n}.png" for n in (0, 1, 5, 1, 1, 5)]
+    items = [data[0, index] for index in range(len(data))]
+    assert all(torch.equal(items[n]["pixel_values"], striped[0, (0, 1, 5)[n]]["pixel_values"]) for n in range(3))
+    pixels = [item["pixel_values"].flatten().tolist() for item in items if item["name"] == "1.png"]
+    assert len(pixels) == 3 and pixels[0] != pixels[1] != pixels[2] != pixels[0]
+    assert len(striped) == 6

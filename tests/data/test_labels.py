@@ -59,15 +59,15 @@ def test_leftovers_make_no_class_and_are_named(tmp_path, caplog):
 
 # files -> the sentence for the folder that holds them
 FOLDERS = {
-    "splits": (
-        ["train/a/1.png", "val/a/1.png"],
-        "{root} holds train, val, which are splits, .*: pass {root}/train[.]",
-    ),
-    "test first": (["test/cat/1.png", "train/cat/1.png"], "splits, not classes: pass {root}/train[.]"),
-    "one split": (["Train/cat/1.png", "Train/dog/1.png"], "splits, not classes: pass {root}/Train[.]"),
-    "nested": (["sketch/cat/1.png", "sketch/dog/1.png"], "two classes or more, found sketch[.] Pass {root}/sketch[?]"),
+    "splits": (["train/a/1.png", "val/a/1.png"], "no class can be called train, val: pass {root}/train[.]"),
+    "test first": (["test/cat/1.png", "train/cat/1.png"], "no class can be called test, train: pass {root}/train[.]"),
+    "one split": (["Train/cat/1.png", "Train/dog/1.png"], "no class can be called Train: pass {root}/Train[.]"),
+    "nested": (["zip/cat/1.png", "zip/dog/1.png"], "found none; no class can be called zip: pass {root}/zip[.]"),
+    "flat": (["images/1.png", "images/2.png"], "two classes or more, found none; no class can be called images[.]$"),
+    "a folder of leftovers": (["cat/1.png", "dog/1.png", "images/1.png"], "found cat, dog; no .* images: rename"),
+    "kohya's repeats": (["10_cat/1.png", "5_cat/1.png"], "two classes or more, found cat[.]$"),
     "one class": (["cat/1.png", "cat/2.png"], "a folder for each of two classes or more, found cat[.]$"),
-    "one nested class": (["sketch/cat/1.png", "x.png"], "two classes or more, found sketch[.]$"),
+    "one nested class": (["animal/cat/1.png", "x.png"], "two classes or more, found animal[.]$"),
     "no folders": (["1.png", "2.png"], "two classes or more, found none[.]$"),
     "hidden class": (["cat/1.png", ".dog/1.png"], "found cat[.]$"),
     "no images": ([], "there are no images in {root}[.]"),
@@ -101,6 +101,7 @@ LABELS = {
     "ClassLabel": (["zebra", "ant", "cow"], [1, 0, 1], ["zebra", "ant", "cow"], [0, 1, 2], [1, 0, 1]),
     "words": (None, ["zebra", "ant", "zebra"], ["ant", "zebra"], [0, 1, 2], [1, 0, 1]),
     "ClassLabel with gaps": (["a", "b"], [None, 1, -1, 0], ["a", "b"], [1, 3], [1, 0]),
+    "numbers with gaps": (None, [10, None, -1, 9], ["9", "10"], [0, 3], [1, 0]),
     "words with gaps": (None, ["b", None, "", "a"], ["a", "b"], [0, 3], [1, 0]),
 }
 
@@ -150,9 +151,9 @@ DATA_SETS = {
     "no label": ({"kind": ["a", "b"]}, {}, "no column 'label', `label_column` can be one of: image, kind[.]"),
     "no group": (AB, {"group_column": "x"}, "no column 'x', `group_column` can be one of: image, label[.]"),
     "numbers": (
-        {"label": [3, 4]},
+        {"label": [3.5, 4]},
         {},
-        r"'label' of toy holds Value\('int64'\), not classes: choose another `label_column`",
+        r"'label' of toy holds Value\('float64'\), not classes: choose another `label_column`",
     ),
     "lists": ({"label": [["a"], ["b"]]}, {}, "'label' of toy holds .*, not classes: choose another `label_column`"),
     "one class": ({"label": ["a", "a", None]}, {}, TWO),

@@ -1,6 +1,7 @@
 import json
 import logging
 import re
+import unicodedata
 
 import pytest
 
@@ -172,6 +173,16 @@ def test_a_list_goes_before_the_folders(tmp_path):
     assert found(tree(tmp_path, "2.jpg", "3.jpg")) == {"2.jpg": "3.jpg"}
 
 
+def test_a_list_may_spell_names_as_another_system_does(tmp_path):
+    composed, apart = (unicodedata.normalize(form, "p/é.jpg") for form in ("NFC", "NFD"))
+    tree(tmp_path, apart, "s/1.jpg")
+    (tmp_path / "pairs.csv").write_text(f"photo;sketch\n{composed};s\\1.jpg\n", encoding="utf-8")
+    assert found(tmp_path) == {apart: "s/1.jpg"}
+    (tmp_path / "pairs.csv").write_text(f"photo,sketch\n{composed},S/1.JPG\n", encoding="utf-8")
+    with pytest.raises(InputError, match=r"lists 'S/1\.JPG', but there is no such file in .*, there is s/1\.jpg"):
+        find_pairs(tmp_path)
+
+
 def rewritten(text, part="train", encoding="utf-8"):
     return lambda root: (fs2k(root) / f"anno_{part}.json").write_bytes(text.encode(encoding))
 
@@ -249,10 +260,10 @@ BAD = {
     ),
     "some parts": (files(*both("AR/photos/1.jpg", "CUHK/train/photos/1.jpg")), ("train",), "AR/photos/1.jpg in .*"),
     "not that part": (files(*both("train/photo/1.jpg")), ("test",), "no such pairs in {root}: folders, test[.]"),
-    "no columns": (lists("photo;sketch\n1;2"), (), "must have the columns photo,sketch, found photo;sketch[.]"),
+    "no columns": (lists("photo|sketch\n1|2"), (), r"must have the columns photo,sketch, found photo\|sketch[.]"),
     "empty list": (lists(""), (), "pairs.csv must have the columns photo,sketch, found none[.]"),
     "only a header": (lists(HEAD), (), "no such pairs in {root}: CSV[.]"),
-    "Latin": (lists(HEAD + "ä,b", "latin-1"), (), "{root}/pairs.csv is not UTF-8 text[.]"),
+    "Latin": (lists(HEAD + "ä,b", "latin-1"), (), "{root}/pairs.csv is not UTF-8 text"),
     "no CSV": (lists(HEAD + '2.jpg,"3.jpg'), (), "{root}/pairs.csv line 2 is not CSV: "),
     "few cells": (lists(HEAD + "2.jpg\n"), (), "pairs.csv line 2 must have 2 cells, as the header has[.]"),
     "many cells": (lists(HEAD + "2.jpg,3.jpg,\n"), (), "pairs.csv line 2 must have 2 cells"),

@@ -1,0 +1,63 @@
+"""What the names of folders say: classes, and how often kohya's trainers show the images."""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+NUMBERED = re.compile(r"(\d{1,4})_(.+)", re.DOTALL)
+# Words for parts of a data set and for pictures of any kind; "train2017" and "test_images" consist of them.
+NO_CLASS = set(
+    """train training test testing val valid validation dev eval holdout reg regularization regularisation image images
+    img imgs picture pictures pic pics photo photos drawing drawings sketch sketches sample samples data dataset
+    datasets set sets thumbs thumbnails png jpg jpeg webp tif tiff""".split()
+)
+DRAWN = {"train", "image", "picture", "photo"}  # which people also draw, among other things
+
+
+def folder_repeats(images: Iterable[str]) -> dict[str, int]:
+    """How often an epoch shows what is in each folder that is named as for kohya's trainers: {"10_boat": 10}.
+
+    Numbers that only count the folders, as 01_ and 02_, or 0_ to 9_, are taken for 1.
+    """
+    folders = {part for image in images for part in image.split("/")[:-1]}
+    numbers = {folder: match[1] for folder in folders if (match := NUMBERED.fullmatch(folder))}
+    count = len(numbers) > 2 and sorted(map(int, numbers.values())) == list(range(1, len(numbers) + 1))
+    count = count or any(number.startswith("0") for number in numbers.values())
+    return {folder: 1 if count else int(numbers[folder]) for folder in sorted(numbers)}
+
+
+def class_folders(images: Iterable[str], with_letters: bool = False) -> dict[str, str | None]:
+    """The class of each folder with images at the top: "boat" for 10_boat; None where the name can be no class.
+
+    None can be words of `NO_CLASS`, a lone folder whose images lie in several others, and `with_letters` a number.
+    """
+    inside: dict[str, set[str]] = {}
+    for folder, _, rest in (image.partition("/") for image in images):
+        if rest:
+            inside.setdefault(folder, set()).add(rest.rpartition("/")[0])
+    names = {folder: match[2] if (match := NUMBERED.fullmatch(folder)) else folder for folder in sorted(inside)}
+    classes = {name for name in names.values() if _can_be_class(name, with_letters)}
+    if classes:
+        classes |= {name for folder, name in names.items() if name.lower() in DRAWN and "" in inside[folder]}
+    if len(inside) == 1 and all("" not in folders and len(folders) > 1 for folders in inside.values()):
+        classes = set()
+    return {folder: name if name in classes else None for folder, name in names.items()}
+
+
+def describe_no_classes(root: Path, images: Iterable[str], folders: dict[str, str | None]) -> str:
+    """Which of `class_folders` are no classes, and what to do; "" if all are."""
+    none = [folder for folder, name in folders.items() if name is None]
+    if not none:
+        return ""
+    first = min(none, key=lambda folder: not folder.lower().startswith("train"))
+    advice = ""
+    if len(none) < len(folders):
+        advice = ": rename or move them"
+    elif any(image.startswith(f"{first}/") and image.count("/") > 1 for image in images):
+        advice = f": pass {root / first}"
+    return f"no class can be called {', '.join(none)}{advice}"
+
+
+def _can_be_class(name: str, with_letters: bool) -> bool:
+    words = re.findall(r"[^\W\d_]+", name.lower())
+    return not NO_CLASS.issuperset(words) if words else not with_letters
