@@ -32,7 +32,6 @@ from safetensors.torch import save_file
 
 from sketch_perceptual.arguments import at_least, fraction
 from sketch_perceptual.data.batches import make_loader
-from sketch_perceptual.data.checks import read_keys, read_once
 from sketch_perceptual.data.image_sets import CaptionedImages
 from sketch_perceptual.data.images import INTERPOLATIONS, to_pil
 from sketch_perceptual.data.options import add_caption_options, check_caption_options, load_captioned
@@ -49,12 +48,13 @@ from sketch_perceptual.diffusion import (
 )
 from sketch_perceptual.errors import InputError, first_line
 from sketch_perceptual.evaluation.pipelines import add_pipeline_options, load_pipeline
+from sketch_perceptual.evaluation.preview import dry_run, read_data
 from sketch_perceptual.figures import image_grid
 from sketch_perceptual.losses import LOSSES, build_losses
 from sketch_perceptual.networks.backbone import BUNDLED, AttentionVGG16, tuned_resolution
 from sketch_perceptual.networks.hub_model import fingerprint
 from sketch_perceptual.running import cards, startup
-from sketch_perceptual.running.feature_cache import FeatureCache, cache_folder, fill_cache
+from sketch_perceptual.running.feature_cache import FeatureCache, cache_folder, fill_cache, scan_folder
 from sketch_perceptual.running.files import replacing
 from sketch_perceptual.running.identity import digest
 from sketch_perceptual.running.interruption import ignore_in_worker, interruptible
@@ -187,6 +187,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
+    if dry_run(args, lambda seed: read_data(open_data(args, seed), args.on_bad_image, args.figure_data)):
+        return
     if args.perceptual_resolution is None:
         args.perceptual_resolution = default_resolution(args)
     run = start(args)
@@ -411,11 +413,7 @@ def load_models(args, accelerator: Accelerator) -> tuple[StableDiffusionPipeline
     return pipeline, noise_scheduler
 
 
-def load_data(
-    args, accelerator: Accelerator, tokenizer, seed: int
-) -> tuple[CaptionedImages, list[str], bool, CaptionedImages | None]:
-    """The captioned images, all read once, a key to the contents of each, whether any is cropped at random, and what
-    is held out."""
+def open_data(args, seed: int) -> CaptionedImages:
     data = load_captioned(
         args,
         seed,
@@ -425,18 +423,19 @@ def load_data(
         random_flip=args.random_flip,
         interpolation=args.image_interpolation_mode,
     )
+    data.scan_folder = scan_folder(args.feature_dir)
+    return data
 
-    def read() -> tuple[list[int], list[str], list[int], bool]:
-        shapes: set[bool] = set()
 
-        def note(index: int, image: Image.Image) -> None:
-            shapes.add(image.width == image.height)
-
-        if args.validation_share:
-            return *read_once(data, args.on_bad_image, note), False in shapes
-        return *read_keys(data, args.on_bad_image, note), [], False in shapes
-
-    positions, keys, copies, some_not_square = on_main(accelerator, read)
+def load_data(
+    args, accelerator: Accelerator, tokenizer, seed: int
+) -> tuple[CaptionedImages, list[str], bool, CaptionedImages | None]:
+    """The captioned images, all read once, a key to the contents of each, whether any is cropped at random, and what
+    is held out."""
+    data = open_data(args, seed)
+    read = partial(read_data, copies=bool(args.validation_share))
+    positions, keys, sizes, copies = on_main(accelerator, read, data, args.on_bad_image, args.figure_data)
+    some_not_square = any(width != height for width, height in sizes)
     data, held_out = data.select(positions), None
     if args.validation_share:
         sides = split([0] * len(keys), keys, copies, validation_share=args.validation_share)

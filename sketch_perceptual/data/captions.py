@@ -121,6 +121,7 @@ def _class_caption(template: str, name: str) -> str:
 def _settle_missing(
     data: CaptionedImages, sources: str, default_caption: str | None, on_missing_caption: str
 ) -> CaptionedImages:
+    data.origin = sources
     missing = [index for index, captions in enumerate(data.captions) if not captions]
     if not missing:
         return data

@@ -18,14 +18,14 @@ def is_white_on_black(image: Image.Image) -> bool:
 
 def is_tinted(image: Image.Image) -> bool:
     """Whether the paper of an RGB image is light, but grey or coloured: the median of its border."""
-    counts = sum(np.reshape(part.histogram(), (3, 256)) for part in _border(image))
+    counts = np.sum([np.reshape(part.histogram(), (3, 256)) for part in _border(image)], 0)
     paper = (counts.cumsum(1) * 2 >= counts.sum(1, keepdims=True)).argmax(1)
     return paper.mean() >= 112 and (paper.max() < WHITE or paper.max() - paper.min() > NEUTRAL)
 
 
 def is_faint(image: Image.Image) -> bool:
     """Whether an RGB image is nearly black all over, but not quite."""
-    return 0 < max(high for _, high in image.getextrema()) < FAINT
+    return 0 < np.max(image.getextrema()) < FAINT
 
 
 def is_blank(image: Image.Image) -> bool:
