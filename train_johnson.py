@@ -224,8 +224,9 @@ def read_data(args, content: CaptionedImages, style: Images) -> tuple[list[int],
     positions, keys = read_content(content, args.on_bad_image)
     drawings = read_once(style, args.on_bad_image)
     if args.figure_data:
-        photos = sheet_rows(content.select(positions))
-        write_sheet(args.figure_data, photos | sheet_rows(style.select(drawings.positions), partial(fitted, args)))
+        photos = sheet_rows(content.select(positions), what="photo ")
+        strokes = sheet_rows(style.select(drawings.positions), partial(fitted, args), "drawing ")
+        write_sheet(args.figure_data, photos | strokes)
     return positions, keys, drawings
 
 

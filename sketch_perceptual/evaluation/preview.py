@@ -58,10 +58,12 @@ def read_data(
     return contents
 
 
-def sheet_rows(data: Images, see: See = in_epochs) -> dict[str, list[Image.Image]]:
-    """A row of `image_grid` for each of a few images, evenly spread, under its caption or class and its name."""
+def sheet_rows(data: Images, see: See = in_epochs, what: str = "") -> dict[str, list[Image.Image]]:
+    """A row of `image_grid` for each of a few images, evenly spread; one column where all epochs are the same."""
     indices = sorted({number * len(data) // ROWS for number in range(ROWS)})
-    return {_title(data, index): [pad(to_pil(x), BESIDE) for x in see(data, index)] for index in indices}
+    rows = {what + _title(data, index): [pad(to_pil(x), BESIDE) for x in see(data, index)] for index in indices}
+    is_random = any(image != images[0] for images in rows.values() for image in images)
+    return rows if is_random else {title: images[:1] for title, images in rows.items()}
 
 
 def write_sheet(path: str | Path, rows: dict[str, list[Image.Image]]) -> None:
@@ -72,7 +74,8 @@ def write_sheet(path: str | Path, rows: dict[str, list[Image.Image]]) -> None:
 
 
 def _title(data: Images, index: int) -> str:
-    name, row = Path(data.name(index)).name, data.rows[index]
+    """The caption or class, if there is one, after what tells images of one name apart."""
+    title, row = f"{index + 1}: {Path(data.name(index)).name} ", data.rows[index]
     if isinstance(data, CaptionedImages):
-        return f"{' | '.join(data.captions[row])} ({name})"
-    return f"{data.classes[data.labels[index]]} ({name})" if isinstance(data, LabelledImages) else name
+        return title + " | ".join(data.captions[row])
+    return title + (data.classes[data.labels[index]] if isinstance(data, LabelledImages) else "")

@@ -126,7 +126,7 @@ def test_large_scans_are_halved_where_that_is_cheap(mode, kind, reads, monkeypat
         half = np.asarray(drawing().reduce(2), int)
         assert np.abs(np.asarray(image.convert("L"), int) - half).mean() < 4  # what JPEG does
     else:
-        with pytest.raises(InputError, match="more than 4032 pixels.*: make it smaller; grey ones and JPEGs"):
+        with pytest.raises(InputError, match=r"more than 4032 pixels.*: make it smaller; grey ones and JPEGs"):
             load_image(data)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 31)
     with pytest.raises(InputError, match="more than 1984 pixels"):
@@ -174,5 +174,5 @@ def test_too_little_memory_is_not_a_damaged_image(error, monkeypatch):
         raise error
 
     monkeypatch.setattr(PngImagePlugin.PngImageFile, "load_prepare", fail)
-    with pytest.raises(TooLittleMemory, match="too little memory to read scan.png"):
+    with pytest.raises(TooLittleMemory, match=r"too little memory to read scan\.png"):
         load_image(saved(drawing()), name="scan.png")
