@@ -13,7 +13,7 @@ from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from ..errors import InputError, TooLittleMemory, check_choice
-from .paper import is_white_on_black
+from .paper import is_white_on_black, study
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ def load_image(
         stored, notes = _decode(source)
         image = _eight_bit(_upright(stored), *_scale(stored))
         image = _flatten(image, colour) if image.has_transparency_data else image.convert("RGB")
-        if invert == "always" or (invert == "auto" and is_white_on_black(image)):
+        if invert == "always" or (invert == "auto" and is_white_on_black(*study(image))):
             image, notes = ImageOps.invert(image), [*notes, INVERTED]
         image.info = {"notes": notes}  # its orientation would be read once more, of an image that is upright
         return image

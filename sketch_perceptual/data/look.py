@@ -54,8 +54,14 @@ class File(NamedTuple):
 
 def look_at(image: Image.Image, with_thumbnail: bool = False) -> Look:
     """An RGB image of `load_image`."""
-    tests = {BLANK: paper.is_blank, FAINT: paper.is_faint, NEGATIVE: paper.is_white_on_black, TINTED: paper.is_tinted}
-    notes = (*image.info.get("notes", ()), *(note for note, is_true in tests.items() if is_true(image)))
+    shares, border = paper.study(image)
+    traits = {
+        BLANK: paper.is_blank(shares),
+        FAINT: paper.is_faint(shares),
+        NEGATIVE: paper.is_white_on_black(shares, border),
+        TINTED: paper.is_tinted(border),
+    }
+    notes = (*image.info.get("notes", ()), *(note for note, is_true in traits.items() if is_true))
     small = thumbnail(image).tobytes() if with_thumbnail else b""
     return Look(image.width, image.height, content_key(image), notes, small)
 

@@ -3,51 +3,42 @@
 import numpy as np
 from PIL import Image
 
-EDGE = 32  # the border is this part of the shorter side
-DARK, LIGHT = 96, 160  # grey levels of black paper at most, of chalk on it at least
+EDGE, SAMPLE = 32, 1024  # the border is this part of the shorter side; so many of its pixels are enough
+DARK, LIGHT = 96, 160  # levels of black paper at most, of chalk on it at least
 FAINT = 64  # no level of a 14-bit scan is above it when its 16 bits become 8
 WHITE, NEUTRAL = 235, 16  # white paper is at least as bright, and its channels differ by no more
 
 
-def is_white_on_black(image: Image.Image) -> bool:
-    """Whether an RGB image has light strokes on dark paper: its border and most of it are dark, a little is light."""
-    grey = image.convert("L")
-    levels, border = _shares(grey), _shares(*_border(grey))
-    return border[:DARK].sum() > 0.8 and levels[:DARK].sum() > 0.6 and 1e-4 < levels[LIGHT:].sum() < 0.4
-
-
-def is_tinted(image: Image.Image) -> bool:
-    """Whether the paper of an RGB image is light, but grey or coloured: the median of its border."""
-    counts = np.sum([np.reshape(part.histogram(), (3, 256)) for part in _border(image)], 0)
-    paper = (counts.cumsum(1) * 2 >= counts.sum(1, keepdims=True)).argmax(1)
-    return paper.mean() >= 112 and (paper.max() < WHITE or paper.max() - paper.min() > NEUTRAL)
-
-
-def is_faint(image: Image.Image) -> bool:
-    """Whether an RGB image is nearly black all over, but not quite."""
-    return 0 < np.max(image.getextrema()) < FAINT
-
-
-def is_blank(image: Image.Image) -> bool:
-    """Whether an RGB image is near-constant."""
-    counts, levels = np.reshape(image.histogram(), (3, 256)) / (image.width * image.height), np.arange(256)
-    # A few specks or JPEG noise do not make a drawing: 0.01 % black ink on white already deviates by 2.5.
-    return (counts @ levels**2 - (counts @ levels) ** 2).max() < 2**2
-
-
-def _border(image: Image.Image) -> list[Image.Image]:
+def study(image: Image.Image) -> tuple[np.ndarray, np.ndarray]:
+    """How much of an RGB image has each level, (3, 256), and pixels of its border, (N, 3)."""
+    shares = np.reshape(image.histogram(), (3, 256)) / (image.width * image.height)
     width, height = image.size
     edge = max(1, min(width, height) // EDGE)
-    boxes = (
-        (0, 0, width, edge),
-        (0, height - edge, width, height),
-        (0, 0, edge, height),
-        (width - edge, 0, width, height),
-    )
-    return [image.crop(box) for box in boxes]
+    right, bottom = width - edge, height - edge
+    sides = (0, 0, width, edge), (0, bottom, width, height), (0, 0, edge, height), (right, 0, width, height)
+    border = np.concatenate([np.asarray(image.crop(side)).reshape(-1, 3) for side in sides])
+    return shares, border[:: len(border) // SAMPLE + 1]
 
 
-def _shares(*parts: Image.Image) -> np.ndarray:
-    """How much of grey images has each level, (256,)."""
-    counts = np.sum([part.histogram() for part in parts], 0)
-    return counts / counts.sum()
+def is_blank(shares: np.ndarray) -> bool:
+    """Whether an image is near-constant."""
+    # A few specks or JPEG noise do not make a drawing: 0.01 % black ink on white already deviates by 2.5.
+    levels = np.arange(256)
+    return (shares @ levels**2 - (shares @ levels) ** 2).max() < 2**2
+
+
+def is_faint(shares: np.ndarray) -> bool:
+    """Whether an image is nearly black all over, but not quite."""
+    return 0 < np.flatnonzero(shares.any(0))[-1] < FAINT
+
+
+def is_white_on_black(shares: np.ndarray, border: np.ndarray) -> bool:
+    """Whether light strokes lie on dark paper: the border and most of the image are dark, a little of it is light."""
+    dark, light = shares[:, :DARK].sum(1).mean(), shares[:, LIGHT:].sum(1).mean()
+    return (border < DARK).mean() > 0.8 and dark > 0.6 and 1e-4 < light < 0.4
+
+
+def is_tinted(border: np.ndarray) -> bool:
+    """Whether the paper is light, but grey or coloured: the median of the border."""
+    paper = np.median(border, 0)
+    return paper.mean() >= 112 and (paper.max() < WHITE or np.ptp(paper) > NEUTRAL)
