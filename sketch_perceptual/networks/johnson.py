@@ -83,6 +83,19 @@ class JohnsonNet(
                 norm.track_running_stats = True
 
 
+def settled(network: JohnsonNet, images: Tensor) -> JohnsonNet:
+    """A network that normalizes whatever it gets as instance norm would one image, of which (B, 3, H, W) are parts."""
+    if network.settings["norm"] == "batch":
+        return network
+    twin = JohnsonNet(**network.settings | {"norm": "batch"}).to(images.device)
+    twin.load_state_dict(network.state_dict(), strict=False)  # all but running statistics, which it has not
+    for module in twin.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0  # the statistics of these images, and no others
+    twin.train()(images)
+    return twin.eval()
+
+
 class _Residual(nn.Module):
     def __init__(self, channels: int, norm):
         super().__init__()
