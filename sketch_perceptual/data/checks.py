@@ -112,7 +112,8 @@ def readable(data: Images, bad: Mapping[int, str], on_bad_image: str) -> list[in
 
 
 def report_scan(data: Images, found: Scan, what: str = "drawings") -> None:
-    logger.info("the data\n%s", data_report(data, found.looks, list(found.bad), what))
+    if len(data):
+        logger.info("the data\n%s", data_report(data, found.looks, list(found.bad), what))
 
 
 def read_once(data: Images, on_bad_image: str, visit: Visit | None = None, copies: bool = False) -> Contents:

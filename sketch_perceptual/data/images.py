@@ -70,7 +70,7 @@ def load_image(
         image.info = {"notes": notes}  # its orientation would be read once more, of an image that is upright
         return image
     except Exception as error:  # Pillow's decoders raise nearly everything on damaged files
-        if isinstance(error, MemoryError) or "out of memory" in str(error):
+        if isinstance(error, MemoryError) or str(error).startswith("out of memory"):  # of Pillow, of libtiff
             raise TooLittleMemory(f"there is too little memory to read {name or _name(source)}") from error
         raise InputError(f"Cannot read the image {name or _name(source)}: {_reason(error)}.") from error
 

@@ -84,11 +84,13 @@ class JohnsonNet(
 
 
 def settled(network: JohnsonNet, images: Tensor) -> JohnsonNet:
-    """A network that normalizes whatever it gets as instance norm would one image, of which (B, 3, H, W) are parts."""
+    """The network with batch norm in place of instance norm, and the statistics of `images` (B, 3, H, W), parts of one
+    large one: what it makes of a part does not depend on what else is in that part.
+    """
     if network.settings["norm"] == "batch":
         return network
     twin = JohnsonNet(**network.settings | {"norm": "batch"}).to(images.device)
-    twin.load_state_dict(network.state_dict(), strict=False)  # all but running statistics, which it has not
+    twin.load_state_dict(network.state_dict(), strict=False)  # instance norm has no running statistics
     for module in twin.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 1.0  # the statistics of these images, and no others
