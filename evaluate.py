@@ -52,7 +52,7 @@ from sketch_perceptual.evaluation.transfer import compare_styles
 from sketch_perceptual.measures.image_quality import check_installed
 from sketch_perceptual.networks.backbone import BUNDLED
 from sketch_perceptual.networks.embedder import EMBEDDINGS, load_embedder
-from sketch_perceptual.running.feature_cache import FeatureCache, extract_features, feature_folder
+from sketch_perceptual.running.feature_cache import FeatureCache, extract_features, feature_folder, scan_folder
 from sketch_perceptual.running.options import add_feature_options
 from sketch_perceptual.running.processes import on_main
 from sketch_perceptual.running.startup import PATIENCE, check_writable, run, start_logging, versions
@@ -265,6 +265,7 @@ def labelled(args: argparse.Namespace, accelerator: Accelerator) -> tuple:
     """The drawings, the models, and what extracts features."""
     with accelerator.main_process_first():
         data = load_labelled(args, args.seed)
+    data.scan_folder = scan_folder(args.feature_dir)
     return data, expand_models(args.models), extractor(args, accelerator)
 
 

@@ -15,6 +15,7 @@ import json
 import math
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -27,17 +28,18 @@ from huggingface_hub import ModelCardData
 
 from sketch_perceptual.arguments import at_least
 from sketch_perceptual.data.batches import make_loader
-from sketch_perceptual.data.checks import read_once
 from sketch_perceptual.data.class_names import are_imagenets, class_names
 from sketch_perceptual.data.image_sets import LabelledImages
 from sketch_perceptual.data.options import add_class_options, check_class_options, load_labelled
 from sketch_perceptual.data.splits import describe_split, split, split_hash
 from sketch_perceptual.errors import InputError
+from sketch_perceptual.evaluation.preview import dry_run, read_data
 from sketch_perceptual.figures import learning_curve
 from sketch_perceptual.losses import calibrate
 from sketch_perceptual.networks.backbone import BUNDLED, AttentionVGG16, is_vgg16_weights, load_backbone
 from sketch_perceptual.networks.hub_model import fingerprint
 from sketch_perceptual.running import cards, startup
+from sketch_perceptual.running.feature_cache import scan_folder
 from sketch_perceptual.running.files import replacing
 from sketch_perceptual.running.identity import digest
 from sketch_perceptual.running.interruption import ignore_in_worker
@@ -124,9 +126,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
+    if dry_run(args, lambda seed: read_data(open_data(args, seed), args.on_bad_image, args.figure_data)):
+        return
     run = start(args)
     accelerator = run.accelerator
-    data = load_labelled(args, run.seed, resolution=args.resolution)
+    data = open_data(args, run.seed)
     network, untouched, origin = build_network(args, data.classes, run.seed)
     train_data, validation_data, split_record = split_data(args, run, data, origin)
     repo_id = cards.create_repo(args, accelerator)
@@ -233,9 +237,16 @@ class Checkpoint:
                 shutil.copytree(folder / "best", partial, dirs_exist_ok=True)
 
 
+def open_data(args, seed: int) -> LabelledImages:
+    data = load_labelled(args, seed, resolution=args.resolution)
+    data.scan_folder = scan_folder()
+    return data
+
+
 def split_data(args, run: Run, data: LabelledImages, origin: dict) -> tuple[LabelledImages, LabelledImages, dict]:
     """Training and validation images, each of which has been read once, and the split as it is saved."""
-    positions, keys, copies = on_main(run.accelerator, read_once, data, args.on_bad_image)
+    read = partial(read_data, copies=True)
+    positions, keys, _, copies = on_main(run.accelerator, read, data, args.on_bad_image, args.figure_data)
     data = data.select(positions)
     result = split(data.labels, keys, copies, data.groups, args.validation_share)
     logger.info(result.summary)

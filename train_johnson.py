@@ -27,21 +27,23 @@ from tqdm.auto import tqdm
 
 from sketch_perceptual.arguments import at_least
 from sketch_perceptual.data.batches import make_loader
-from sketch_perceptual.data.checks import read_keys, readable, scan
+from sketch_perceptual.data.checks import Contents, read_once, readable, report_scan, scan
 from sketch_perceptual.data.folders import find_images
 from sketch_perceptual.data.image_sets import CaptionedImages, Images
 from sketch_perceptual.data.images import fit_image, to_pil, to_tensor
-from sketch_perceptual.data.near_duplicates import content_key
+from sketch_perceptual.data.look import BLANK
 from sketch_perceptual.data.options import add_data_options, choose_samples
 from sketch_perceptual.data.paired import find_pairs
 from sketch_perceptual.data.rows import image_column_of, load_rows
 from sketch_perceptual.errors import InputError, first_line
+from sketch_perceptual.evaluation.preview import dry_run, fitted, sheet_rows, write_sheet
 from sketch_perceptual.figures import image_grid
 from sketch_perceptual.losses import DEFAULT_LAYERS, StyleLoss, gram_matrix, total_variation
 from sketch_perceptual.networks.backbone import BUNDLED, AttentionVGG16, load_backbone
 from sketch_perceptual.networks.hub_model import fingerprint
 from sketch_perceptual.networks.johnson import NORMS, UPSAMPLING, JohnsonNet, load_johnson
 from sketch_perceptual.running import cards, startup
+from sketch_perceptual.running.feature_cache import scan_folder
 from sketch_perceptual.running.files import replacing
 from sketch_perceptual.running.identity import digest
 from sketch_perceptual.running.interruption import ignore_in_worker, interruptible
@@ -133,14 +135,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
+    if dry_run(args, lambda seed: read_data(args, *open_data(args, seed))):
+        return
     run = start(args)
     accelerator, seed = run.accelerator, run.seed
     backbone = load_backbone(
         args.backbone, attention="none", layers=dict.fromkeys([args.content_layer, *args.style_layers])
     )
     style_loss = StyleLoss(backbone, args.style_layers).to(accelerator.device)
-    pairs = find_pairs(args.paired_data_dir, "train", args.paired_style) if args.paired_data_dir else None
-    content, style, data = load_data(args, accelerator, pairs, seed)
+    content, style, data = load_data(args, accelerator, seed)
     run.settle(data=data, backbone=digest([fingerprint(backbone), backbone.attention, backbone.calibration]))
     repo_id = cards.create_repo(args, accelerator)
     start_trackers(accelerator, "sketch-style", args)
@@ -200,14 +203,31 @@ def main(args: argparse.Namespace) -> None:
     run.close()
 
 
-def load_data(args, accelerator: Accelerator, pairs, seed: int) -> tuple[CaptionedImages, Images, str]:
+def load_data(args, accelerator: Accelerator, seed: int) -> tuple[CaptionedImages, Images, str]:
     """The photos, the drawings, each of which has been read once, and their contents for the run's identity."""
+    content, style = open_data(args, seed)
+    positions, keys, drawings = on_main(accelerator, read_data, args, content, style)
+    contents = f"{len(positions)} photos, {len(drawings.keys)} drawings {digest([keys, drawings.keys])}"
+    return content.select(positions), style.select(drawings.positions), contents
+
+
+def open_data(args, seed: int) -> tuple[CaptionedImages, Images]:
+    pairs = find_pairs(args.paired_data_dir, "train", args.paired_style) if args.paired_data_dir else None
     content = choose_samples(open_content(args, pairs, seed), args.max_train_samples, seed)
-    positions, keys = on_main(accelerator, read_content, content, args.on_bad_image)
     style = open_style(args, pairs)
-    good, style_keys = on_main(accelerator, read_keys, style, args.on_bad_image)
-    contents = f"{len(positions)} photos, {len(good)} drawings {digest([keys, style_keys])}"
-    return content.select(positions), style.select(good), contents
+    content.scan_folder = style.scan_folder = scan_folder()
+    return content, style
+
+
+def read_data(args, content: CaptionedImages, style: Images) -> tuple[list[int], list[str], Contents]:
+    """Positions and keys of the photos to use, and what can be read of the drawings."""
+    positions, keys = read_content(content, args.on_bad_image)
+    drawings = read_once(style, args.on_bad_image)
+    if args.figure_data:
+        photos = sheet_rows(content.select(positions), what="photo ")
+        strokes = sheet_rows(style.select(drawings.positions), partial(fitted, args), "drawing ")
+        write_sheet(args.figure_data, photos | strokes)
+    return positions, keys, drawings
 
 
 def open_content(args, pairs, seed: int) -> CaptionedImages:
@@ -239,21 +259,20 @@ def open_style(args, pairs) -> Images:
     else:
         root = Path(args.style)
         sources = [root / name for name in find_images(root)[1]] if root.is_dir() else [root]
-    return Images(sources, list(map(str, sources)), args.background)
+    return Images(sources, list(map(str, sources)), args.background, args.invert)
 
 
 def read_content(data: CaptionedImages, on_bad_image: str) -> tuple[list[int], list[str]]:
     """Positions and keys of the photos that can be read and are not near-constant."""
-    keys: dict[int, str] = {}
-    scanned = scan(data, lambda index, image: keys.update({index: content_key(image)}))
-    logger.info(scanned.summary)
-    constant = set(scanned.blank)
-    positions = [index for index in readable(data, scanned, on_bad_image) if index not in constant]
+    found = scan(data)
+    report_scan(data, found, "photos")
+    constant = set(found.noted(BLANK))
+    positions = [index for index in readable(data, found.bad, on_bad_image) if index not in constant]
     if not positions:
         raise InputError("all photos are near-constant, there is no content to keep")
     if constant:
         logger.warning(f"{len(constant)} near-constant photos are left out: normalization explodes on them")
-    return positions, [keys[index] for index in positions]
+    return positions, [found.looks[index].key for index in positions]
 
 
 class StyleTarget:

@@ -32,7 +32,6 @@ from safetensors.torch import save_file
 
 from sketch_perceptual.arguments import at_least, fraction, size
 from sketch_perceptual.data.batches import make_loader
-from sketch_perceptual.data.checks import read_keys, read_once
 from sketch_perceptual.data.image_sets import CaptionedImages
 from sketch_perceptual.data.images import INTERPOLATIONS, to_pil
 from sketch_perceptual.data.near_duplicates import content_key
@@ -51,12 +50,13 @@ from sketch_perceptual.diffusion import (
 )
 from sketch_perceptual.errors import InputError, first_line, first_names
 from sketch_perceptual.evaluation.pipelines import add_pipeline_options, load_pipeline
+from sketch_perceptual.evaluation.preview import dry_run, read_data
 from sketch_perceptual.figures import image_grid
 from sketch_perceptual.losses import LOSSES, build_losses
 from sketch_perceptual.networks.backbone import BUNDLED, AttentionVGG16, tuned_resolution
 from sketch_perceptual.networks.hub_model import fingerprint
 from sketch_perceptual.running import cards, startup
-from sketch_perceptual.running.feature_cache import FeatureCache, cache_folder, fill_cache
+from sketch_perceptual.running.feature_cache import FeatureCache, cache_folder, fill_cache, scan_folder
 from sketch_perceptual.running.files import replacing
 from sketch_perceptual.running.identity import digest
 from sketch_perceptual.running.interruption import ignore_in_worker, interruptible
@@ -217,6 +217,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
+    if dry_run(args, lambda seed: read_data(open_data(args, seed), args.on_bad_image, args.figure_data)):
+        return
     if args.perceptual_resolution is None:
         args.perceptual_resolution = default_resolution(args)
     run = start(args)
@@ -464,11 +466,7 @@ def load_models(args, accelerator: Accelerator) -> tuple[StableDiffusionPipeline
     return pipeline, noise_scheduler
 
 
-def load_data(
-    args, accelerator: Accelerator, pipeline: StableDiffusionPipeline, seed: int
-) -> tuple[CaptionedImages, list[str], bool, CaptionedImages | None]:
-    """The captioned images of an epoch, all read once, a key to the contents of each, whether any is cropped at
-    random, and what is held out."""
+def open_data(args, seed: int) -> CaptionedImages:
     data = load_captioned(
         args,
         seed,
@@ -482,34 +480,29 @@ def load_data(
         keep_tags=args.keep_tags,
         interpolation=args.image_interpolation_mode,
     )
+    data.scan_folder = scan_folder(args.feature_dir)
+    return data
+
+
+def load_data(
+    args, accelerator: Accelerator, pipeline: StableDiffusionPipeline, seed: int
+) -> tuple[CaptionedImages, list[str], bool, CaptionedImages | None]:
+    """The captioned images of an epoch, all read once, a key to the contents of each, whether any is cropped at
+    random, and what is held out."""
+    data = open_data(args, seed)
     data.multiple = pipeline.vae_scale_factor
-
-    def read() -> tuple[list[int], list[str], list[int], list[tuple[int, int]]]:
-        sizes = list(data.sizes)
-        masks: dict[int, tuple[str, list[int]]] = {}
-
-        def note(index: int, image: Image.Image) -> None:
-            sizes[data.rows[index]] = image.size
-            if args.alpha_mask:
-                mask = data.mask(index)
-                masks[index] = content_key(mask), mask.getchannel(0).histogram()
-
-        copies: list[int] = []
-        if args.validation_share:
-            positions, keys, copies = read_once(data, args.on_bad_image, note)
-        else:
-            positions, keys = read_keys(data, args.on_bad_image, note)
-        if args.alpha_mask:
-            check_masks(data, {index: masks[index][1] for index in positions})
-            keys = [f"{key}-{masks[index][0]}" for index, key in zip(positions, keys, strict=True)]
-        return positions, keys, copies, sizes
-
-    positions, keys, copies, data.sizes = on_main(accelerator, read)
+    read = partial(read_data, copies=bool(args.validation_share))
+    positions, keys, sizes, copies = on_main(accelerator, read, data, args.on_bad_image, args.figure_data)
+    for index, own_size in zip(positions, sizes, strict=True):
+        data.sizes[data.rows[index]] = own_size
     data, held_out = data.select(positions), None
     if args.fit == "bucket":
         shapes = Counter("{} x {}".format(*data.shape(index)) for index in range(len(data)))
         logger.info(f"images by shape: {', '.join(f'{count} of {shape}' for shape, count in shapes.most_common())}")
-    some_not_square = any(width != height for width, height in data.sizes)
+    some_not_square = any(width != height for width, height in sizes)
+    if args.alpha_mask:
+        masks = on_main(accelerator, read_masks, data)
+        keys = [f"{key}-{mask}" for key, mask in zip(keys, masks, strict=True)]
     if args.validation_share:
         sides = split([0] * len(keys), keys, copies, validation_share=args.validation_share)
         logger.info(sides.summary)
@@ -525,14 +518,22 @@ def load_data(
     return data, keys, some_not_square and args.fit == "crop" and not args.center_crop, held_out
 
 
-def check_masks(data: CaptionedImages, histograms: dict[int, list[int]]) -> None:
-    """Log how many images are masked, from how often each level is in their masks; InputError."""
-    if empty := [data.name(index) for index, counts in histograms.items() if not any(counts[1:])]:
+def read_masks(data: CaptionedImages) -> list[str]:
+    """A key to the contents of each mask; InputError if one shows nothing, or all show everything."""
+    masked, keys, empty = 0, [], []
+    for index in range(len(data)):
+        mask = data.mask(index)
+        levels = mask.getchannel(0).histogram()
+        keys.append(content_key(mask))
+        masked += any(levels[:-1])
+        if not any(levels[1:]):
+            empty.append(data.name(index))
+    if empty:
         raise InputError(f"`alpha_mask`: nothing counts of {first_names(empty)}: leave them out, or mend their masks")
-    masked = sum(any(counts[:-1]) for counts in histograms.values())
     if not masked:
         raise InputError("`alpha_mask`: no image has transparent parts or a mask in a folder `mask` beside it")
-    logger.info(f"--alpha_mask: {masked} of {len(histograms)} images have parts that do not count")
+    logger.info(f"--alpha_mask: {masked} of {len(data)} images have parts that do not count")
+    return keys
 
 
 def contents(pipeline: StableDiffusionPipeline, perceptual_term, data: CaptionedImages, keys: list[str]) -> dict:

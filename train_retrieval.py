@@ -30,17 +30,19 @@ from torch import Tensor, nn
 
 from sketch_perceptual.arguments import above, at_least
 from sketch_perceptual.data.batches import pk_batches
-from sketch_perceptual.data.checks import read_once
+from sketch_perceptual.data.checks import Contents
+from sketch_perceptual.data.image_sets import LabelledImages
 from sketch_perceptual.data.options import add_class_options, check_class_options, load_labelled
 from sketch_perceptual.data.splits import describe_split, split, split_hash
 from sketch_perceptual.errors import InputError
+from sketch_perceptual.evaluation.preview import dry_run, fitted, read_data
 from sketch_perceptual.losses.triplet import MINING, triplet_loss
 from sketch_perceptual.measures.ranking import rank
 from sketch_perceptual.networks.backbone import BUNDLED, load_backbone
 from sketch_perceptual.networks.embedder import SketchEmbedder
 from sketch_perceptual.networks.hub_model import fingerprint
 from sketch_perceptual.running import cards, startup
-from sketch_perceptual.running.feature_cache import extract_features
+from sketch_perceptual.running.feature_cache import extract_features, scan_folder
 from sketch_perceptual.running.files import replacing
 from sketch_perceptual.running.identity import digest
 from sketch_perceptual.running.options import add_feature_options, add_run_options
@@ -93,6 +95,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
+    if dry_run(args, lambda seed: read_drawings(args, open_data(args, seed))):
+        return
     run = start(args)
     accelerator = run.accelerator
     embedder = build_embedder(args)
@@ -158,11 +162,21 @@ class Embedded(NamedTuple):
     ids: Tensor
 
 
+def open_data(args, seed: int) -> LabelledImages:
+    data = load_labelled(args, seed)
+    data.scan_folder = scan_folder(args.feature_dir)
+    return data
+
+
+def read_drawings(args, data: LabelledImages) -> Contents:
+    return read_data(data, args.on_bad_image, args.figure_data, copies=True, see=partial(fitted, args))
+
+
 def load_data(args, run: Run, embedder: SketchEmbedder) -> tuple[Embedded, Embedded, dict]:
     """Features of the gallery, which is trained on, and of the held-out queries; the split as it is saved."""
     accelerator = run.accelerator
-    data = load_labelled(args, run.seed)
-    positions, keys, copies = on_main(accelerator, read_once, data, args.on_bad_image)
+    data = open_data(args, run.seed)
+    positions, keys, _, copies = on_main(accelerator, read_drawings, args, data)
     data = data.select(positions)
     result = split(data.labels, keys, copies, data.groups, args.validation_share)
     logger.info(result.summary)

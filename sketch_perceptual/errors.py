@@ -12,6 +12,10 @@ class InputError(ValueError):
     """
 
 
+class TooLittleMemory(InputError):
+    """Which says nothing about the image that was to be read."""
+
+
 def in_options(message: str, args: argparse.Namespace) -> str:
     """The message of a library function, whose arguments stand in backticks, in the words of the command line."""
     return re.sub(r"`(\w+)`", lambda name: f"--{name[1]}" if name[1] in args else name[0], message)

@@ -3,7 +3,7 @@
     python -m sketch_perceptual.johnson --model sketch-style --input photos --output sketches
 
 `--input` is an image or a folder with all its folders; sizes, transparency and EXIF are kept. No source is written
-over, and what lies in `--output` is not taken for one.
+over, and what lies in `--output` is not taken for one. Large images go through in parts that cannot be told apart.
 """
 
 import argparse
@@ -19,16 +19,53 @@ from tqdm import tqdm
 
 from .arguments import at_least
 from .data.folders import find_images, is_inside
-from .data.images import load_extras, load_image, to_pil, to_tensor
-from .errors import InputError, first_line, in_options
-from .networks.johnson import JohnsonNet, load_johnson
+from .data.images import HALVED, load_extras, load_image, to_pil, to_tensor
+from .errors import InputError, TooLittleMemory, first_line, in_options
+from .networks.johnson import JohnsonNet, load_johnson, settled
+
+WHOLE = 2**21  # pixels: a larger image goes through in parts; 1.1 GB
+TILE = 1024  # pixels a side of a part
+MARGIN = 64  # beside a part, which is cut off: what a pixel depends on ends before; a multiple of the stride
+SAMPLES, SAMPLE = 8, 512  # parts that normalization goes by, and their side
 
 
 @torch.inference_mode()
 def stylize(network: JohnsonNet, images: list[Image.Image]) -> list[Image.Image]:
-    """RGB images of one size through the network, on its device."""
-    batch = torch.stack(list(map(to_tensor, images))).to(next(network.parameters()).device)
-    return list(map(to_pil, network(batch)))
+    """RGB images of one size through the network, on its device.
+
+    Of images with more than WHOLE pixels, instance norm goes by a sample of their parts, the same for all parts.
+    """
+    if images[0].width * images[0].height > WHOLE:
+        return [stylize_parts(network, image) for image in images]
+    return list(map(to_pil, network(to_batch(network, images))))
+
+
+def stylize_parts(network: JohnsonNet, image: Image.Image) -> Image.Image:
+    network = settled(network, to_batch(network, sample_parts(image)))
+    page = Image.new("RGB", image.size)
+    for left, top in corners(image.size, TILE):
+        right, bottom = min(left + TILE, image.width), min(top + TILE, image.height)
+        x, y = max(0, left - MARGIN), max(0, top - MARGIN)
+        part = image.crop((x, y, min(right + MARGIN, image.width), min(bottom + MARGIN, image.height)))
+        drawn = to_pil(network(to_batch(network, [part]))[0])
+        page.paste(drawn.crop((left - x, top - y, right - x, bottom - y)), (left, top))
+    return page
+
+
+def sample_parts(image: Image.Image) -> list[Image.Image]:
+    """Up to SAMPLES parts of one size from all over an image."""
+    width, height = min(SAMPLE, image.width), min(SAMPLE, image.height)
+    places = [(min(x, image.width - width), min(y, image.height - height)) for x, y in corners(image.size, SAMPLE)]
+    chosen = torch.randperm(len(places), generator=torch.Generator().manual_seed(0))[:SAMPLES].tolist()
+    return [image.crop((x, y, x + width, y + height)) for x, y in map(places.__getitem__, chosen)]
+
+
+def corners(size: tuple[int, int], side: int) -> list[tuple[int, int]]:
+    return [(x, y) for y in range(0, size[1], side) for x in range(0, size[0], side)]
+
+
+def to_batch(network: JohnsonNet, images: list[Image.Image]) -> torch.Tensor:
+    return torch.stack(list(map(to_tensor, images))).to(next(network.parameters()).device)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -90,9 +127,16 @@ def convert(network: JohnsonNet, targets: dict[Path, Path], batch_size: int, bac
     def readable() -> Iterator[tuple[Path, Image.Image]]:
         for path in tqdm(targets, unit="image", disable=None):
             try:
-                yield path, load_image(path, background)
+                image = load_image(path, background)
+            except TooLittleMemory:
+                raise
             except InputError as error:
                 unreadable.append(str(error))
+                continue
+            if HALVED in image.info["notes"]:
+                unreadable.append(f"{path} has more pixels than Pillow's limit: make it smaller.")
+            else:
+                yield path, image
 
     for _, group in groupby(readable(), key=lambda item: item[1].size):
         while batch := list(islice(group, batch_size)):

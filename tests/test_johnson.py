@@ -9,6 +9,9 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
+from sketch_perceptual import johnson
+from sketch_perceptual.data.images import HALVED
+from sketch_perceptual.errors import TooLittleMemory
 from sketch_perceptual.johnson import main, stylize
 from sketch_perceptual.networks.johnson import JohnsonNet
 
@@ -43,6 +46,49 @@ def test_a_picture_keeps_its_size_transparency_and_exif(network, model, tmp_path
     assert np.array_equal(np.asarray(sketch)[..., :3], np.asarray(stylize(network, [paper])[0]))
 
 
+def noise(width, height):
+    pixels = np.random.default_rng(0).integers(0, 256, (height // 8 + 1, width // 8 + 1, 3), np.uint8)
+    return Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize(
+    "norm, upsampling, size",
+    [("batch", "transposed", (301, 90)), ("instance", "transposed", (201, 270)), ("instance", "resize", (70, 301))],
+)
+def test_parts_of_a_large_picture_have_no_seams(norm, upsampling, size, monkeypatch):
+    torch.manual_seed(0)
+    network = JohnsonNet(norm, upsampling, width=4).eval()
+    photo = noise(*size)
+    whole = np.asarray(stylize(network, [photo])[0], int)
+    monkeypatch.setattr(johnson, "WHOLE", 1000)
+    monkeypatch.setattr(johnson, "TILE", 100)
+    parts = np.asarray(stylize(network, [photo])[0], int)
+    assert np.abs(parts - whole).max() <= 1  # the sample is the whole picture here
+
+
+def test_parts_share_their_statistics(network, monkeypatch):
+    """Whatever the parts, their sample is the same."""
+    for name, value in (("WHOLE", 1000), ("SAMPLE", 64)):
+        monkeypatch.setattr(johnson, name, value)
+    pages = []
+    for tile in (100, 400):
+        monkeypatch.setattr(johnson, "TILE", tile)
+        pages.append(np.asarray(stylize(network, [noise(330, 250)])[0], int))
+    assert np.abs(pages[0] - pages[1]).max() <= 1
+
+
+def test_parts_are_of_bounded_size(network, monkeypatch):
+    monkeypatch.setattr(johnson, "WHOLE", 1000)
+    for name, side in (("TILE", 64), ("SAMPLE", 64)):
+        monkeypatch.setattr(johnson, name, side)
+    shapes = []
+    forward = JohnsonNet.forward
+    monkeypatch.setattr(JohnsonNet, "forward", lambda self, x: shapes.append(tuple(x.shape)) or forward(self, x))
+    stylize(network, [noise(400, 200)])
+    assert shapes[0] == (8, 3, 64, 64)
+    assert max(height * width for _, _, height, width in shapes[1:]) == (64 + 2 * 64) ** 2
+
+
 def test_a_folder_is_converted_whatever_its_sizes_and_the_batch(model, tmp_path):
     sizes = [(20, 20), (20, 20), (31, 17), (20, 20)]
     for number, size in enumerate(sizes):
@@ -72,6 +118,29 @@ def test_what_cannot_be_read_is_named_and_the_others_are_written(model, tmp_path
     assert exit.value.code == 2
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["good.png"]
     assert "bad.png: it is not an image" in capsys.readouterr().err
+
+
+def test_what_was_halved_is_not_written_at_half_its_size(model, tmp_path, monkeypatch, capsys):
+    halved = Image.new("RGB", (9, 9))
+    halved.info["notes"] = [HALVED]
+    monkeypatch.setattr(johnson, "load_image", lambda *_: halved)
+    Image.new("L", (9, 9)).save(tmp_path / "scan.png")
+    with pytest.raises(SystemExit):
+        main(["--model", model, "--input", str(tmp_path / "scan.png"), "--output", str(tmp_path / "out.png")])
+    assert "scan.png has more pixels than Pillow's limit: make it smaller." in capsys.readouterr().err
+    assert not (tmp_path / "out.png").exists()
+
+
+def test_too_little_memory_is_no_bad_picture(model, tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        raise TooLittleMemory("there is too little memory to read it")
+
+    monkeypatch.setattr(johnson, "load_image", fail)
+    Image.new("L", (9, 9)).save(tmp_path / "scan.png")
+    with pytest.raises(SystemExit):
+        main(["--model", model, "--input", str(tmp_path / "scan.png"), "--output", str(tmp_path / "out.png")])
+    message = capsys.readouterr().err
+    assert "too little memory" in message and "The others are written" not in message
 
 
 @pytest.mark.parametrize(

@@ -77,9 +77,8 @@ def captioned_folder(
     captions, kept = _settle_missing(captions, names, "; ".join(descriptions), default_caption, on_missing_caption)
     data = CaptionedImages([root / image for image in images], names, captions, **transform)
     data.repeats = [next((repeats[part] for part in image.split("/")[:-1] if part in repeats), 1) for image in images]
-    data = data.select(kept)
-    logger.info("%s: %s; the first caption is %s", root, "; ".join(descriptions), data.captions[data.rows[0]])
-    return data
+    data.origin = "; ".join(descriptions)
+    return data.select(kept)
 
 
 def captioned_dataset(
@@ -112,7 +111,9 @@ def captioned_dataset(
         check_column(dataset, name, "caption_column", caption_column)
         captions = _column_captions(dataset, caption_column, caption_template, names)
     captions, kept = _settle_missing(captions, names, f"columns {columns}", default_caption, on_missing_caption)
-    return CaptionedImages(sources, names, captions, **transform).select(kept)
+    data = CaptionedImages(sources, names, captions, **transform).select(kept)
+    data.origin = f"columns {columns}"
+    return data
 
 
 def _side_cars(files: Iterable[str], images: Iterable[str]) -> dict[str, str]:

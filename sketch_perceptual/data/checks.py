@@ -1,79 +1,107 @@
-"""Every image read once, before training: damaged ones are found, and copies.
+"""Every image read once, before training: damaged ones are found, and copies, and what looks wrong is reported.
 
 Nothing here knows of processes; a script calls these functions on its main process and shares what they return.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageStat
+from PIL import Image
 from tqdm import tqdm
 
-from ..errors import InputError, check_choice, first_names
+from ..errors import InputError, TooLittleMemory, check_choice, first_names
 from .image_sets import Images
-from .near_duplicates import content_key, near_duplicates, thumbnail
+from .look import File, KeptLooks, Look, look_at
+from .near_duplicates import THUMBNAIL, near_duplicates
+from .report import data_report
 
 logger = logging.getLogger(__name__)
 
 Visit = Callable[[int, Image.Image], None]
+PART = 1024  # images that wait for a thread at a time
 
 
 @dataclass(frozen=True)
 class Scan:
-    """What `scan` found: positions in the scanned data, small enough to send to other processes.
+    """What `scan` found, by position in the scanned data.
 
     Args:
-        bad: position and message of each image that cannot be read.
-        blank: positions of near-constant images.
-        cut: how many images lose more than a tenth of their area to cropping.
-        summary: the same in two or three short phrases, with the first names.
+        looks: of each image that can be read, in order.
+        bad: message of each that cannot.
     """
 
-    bad: list[tuple[int, str]]
-    blank: list[int]
-    cut: int
-    summary: str
+    looks: dict[int, Look]
+    bad: dict[int, str]
+
+    def noted(self, note: str) -> list[int]:
+        """Positions of the images of which this is noted."""
+        return [index for index, look in self.looks.items() if note in look.notes]
 
 
-def scan(data: Images, visit: Visit | None = None, workers: int = 8) -> Scan:
-    """Reads every image once, in threads, so that a damaged file is found before training and not in step 9000.
+class Contents(NamedTuple):
+    """What can be read of a data set, small enough to send to other processes.
 
-    `visit` is called with the index and the RGB image of each that can be read. InputError if memory runs out, which
-    says nothing about an image.
+    Args:
+        positions: in the data set.
+        keys: `content_key` of each image at these.
+        sizes: width and height of each.
+        copies: what `near_duplicates` says of them, if it was asked.
     """
+
+    positions: list[int]
+    keys: list[str]
+    sizes: list[tuple[int, int]]
+    copies: list[int]
+
+
+def scan(data: Images, visit: Visit | None = None, *, thumbnails: bool = False, workers: int = 8) -> Scan:
+    """Looks at every image once, in threads, so that a damaged file is found before training and not in step 9000.
+
+    What is known of a file from the time before (`data.scan_folder`) is not read again, unless `visit` is to be called
+    with the index and the RGB image of each that can be read. InputError if memory runs out, which says nothing about
+    an image.
+    """
+    files = [None if data.scan_folder is None else data.file(index) for index in range(len(data))]
+    settings = (data.background, data.invert, thumbnails)
+    kept = KeptLooks(data.scan_folder, [file for file in files if file], settings)
+    known = {} if visit else kept.looks
+    looks: dict[int, Look] = {index: known[file] for index, file in enumerate(files) if file in known}
+    bad: dict[int, str] = {}
+    new: dict[File, Look] = {}
+    left = [index for index in range(len(data)) if index not in looks]
     pool = ThreadPoolExecutor(workers)
+    progress = tqdm(desc="Checking images", total=len(left), disable=None if left else True)
     try:
-        checks = pool.map(lambda index: _check_image(data, index, visit), range(len(data)))
-        checks = list(tqdm(checks, "Checking images", len(data), disable=None))
+        for part in (left[start : start + PART] for start in range(0, len(left), PART)):
+            seen = pool.map(lambda index: _look(data, index, visit, thumbnails), part)
+            for index, look in zip(part, seen, strict=True):
+                progress.update()
+                if isinstance(look, str):
+                    bad[index] = look
+                    continue
+                looks[index] = look
+                if file := files[index]:
+                    new[file] = look
     finally:
+        progress.close()
         pool.shutdown(cancel_futures=True)  # an interrupted scan does not read the rest
-    bad = [(index, message) for index, (message, _, _) in enumerate(checks) if message]
-    blank = [index for index, (_, is_blank, _) in enumerate(checks) if is_blank]
-    cut = sum(is_cut for _, _, is_cut in checks)
-    lines = [f"{len(data)} images"]
-    if bad:
-        lines.append(f"unreadable: {len(bad)}")
-    if blank:
-        names = first_names([data.name(index) for index in blank])
-        lines.append(f"near-constant: {len(blank)}, perhaps their transparency was lost ({names})")
-    if cut:
-        lines.append(f"losing more than a tenth of their area to cropping: {cut}, `fit` pad keeps them whole")
-    return Scan(bad, blank, cut, "; ".join(lines))
+        kept.save(new)
+    return Scan(dict(sorted(looks.items())), bad)
 
 
-def readable(data: Images, scan: Scan, on_bad_image: str) -> list[int]:
-    """Positions of the images of `data` that its `scan` could read.
+def readable(data: Images, bad: Mapping[int, str], on_bad_image: str) -> list[int]:
+    """Positions of the images of `data` but those that its scan could not read, `bad` with their messages.
 
     `on_bad_image` is "error" (any other image raises one InputError that lists the first ten) or "skip" (they are
     logged). InputError too if no image is left.
     """
     check_choice("on_bad_image", on_bad_image, ("error", "skip"))
-    bad = {index for index, _ in scan.bad}
     good = [index for index in range(len(data)) if index not in bad]
-    report = f"{len(bad)} of {len(data)} images cannot be read.\n" + first_names([m for _, m in scan.bad], "\n")
+    report = f"{len(bad)} of {len(data)} images cannot be read.\n" + first_names(list(bad.values()), "\n")
     if not good:
         raise InputError(f"No image is left: {report}")
     if bad and on_bad_image == "error":
@@ -83,52 +111,35 @@ def readable(data: Images, scan: Scan, on_bad_image: str) -> list[int]:
     return good
 
 
-def drop_bad(data: Images, scan: Scan, on_bad_image: str) -> Images:
-    """`data` without the images that its `scan` could not read; see `readable`."""
-    return data.select(readable(data, scan, on_bad_image))
+def report_scan(data: Images, found: Scan, what: str = "drawings") -> None:
+    if len(data):
+        logger.info("the data\n%s", data_report(data, found.looks, list(found.bad), what))
 
 
-def read_keys(data: Images, on_bad_image: str, visit: Visit | None = None) -> tuple[list[int], list[str]]:
-    """Reads every image: positions of those that can be read, and the `content_key` of each.
+def read_once(data: Images, on_bad_image: str, visit: Visit | None = None, copies: bool = False) -> Contents:
+    """Looks at every image, logs the report, and tells the contents of those that can be read.
 
     `visit` is called with the index and the RGB image of each. InputError: see `readable` and `scan`.
     """
-    keys = {}
-
-    def note(index: int, image: Image.Image) -> None:
-        keys[index] = content_key(image)
-        if visit:
-            visit(index, image)
-
-    result = scan(data, note)
-    logger.info(result.summary)
-    positions = readable(data, result, on_bad_image)
-    return positions, [keys[index] for index in positions]
+    found = scan(data, visit, thumbnails=copies)
+    report_scan(data, found)
+    positions = readable(data, found.bad, on_bad_image)
+    looks = [found.looks[index] for index in positions]
+    keys, same = [look.key for look in looks], []
+    if copies:
+        small = np.frombuffer(b"".join(look.thumbnail for look in looks), np.uint8)
+        same = near_duplicates(keys, small.reshape(-1, THUMBNAIL, THUMBNAIL)).tolist()
+    return Contents(positions, keys, [(look.width, look.height) for look in looks], same)
 
 
-def read_once(data: Images, on_bad_image: str, visit: Visit | None = None) -> tuple[list[int], list[str], list[int]]:
-    """`read_keys`, and what `near_duplicates` says of the images."""
-    thumbnails = {}
-
-    def note(index: int, image: Image.Image) -> None:
-        thumbnails[index] = thumbnail(image)
-        if visit:
-            visit(index, image)
-
-    positions, keys = read_keys(data, on_bad_image, note)
-    return positions, keys, near_duplicates(keys, np.stack([thumbnails[index] for index in positions])).tolist()
-
-
-def _check_image(data: Images, index: int, visit: Visit | None) -> tuple[str | None, bool, bool]:
-    """(message if unreadable, near-constant?, loses more than a tenth to cropping?)"""
+def _look(data: Images, index: int, visit: Visit | None, thumbnails: bool) -> Look | str:
+    """A look at an image, or a message if it cannot be read."""
     try:
         image = data.image(index)
         if visit is not None:
             visit(index, image)
-        # A few specks or JPEG noise do not make a drawing: 0.01 % black ink on white already deviates by 2.5.
-        is_blank = max(ImageStat.Stat(image).stddev) < 2
-    except (InputError, MemoryError) as error:
-        if isinstance(error, MemoryError) or isinstance(error.__cause__, MemoryError):
-            raise InputError(f"there is too little memory to read {data.name(index)}") from error
-        return str(error), False, False
-    return None, is_blank, data.fit == "crop" and min(image.size) < 0.9 * max(image.size)
+        return look_at(image, thumbnails)
+    except (TooLittleMemory, MemoryError) as error:
+        raise TooLittleMemory(f"there is too little memory to read {data.name(index)}") from error
+    except InputError as error:
+        return str(error)

@@ -1,6 +1,7 @@
 """Images by index: plain, captioned, labelled."""
 
 import copy
+import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,7 +13,8 @@ from torchvision.transforms import RandomResizedCrop
 from ..errors import InputError, check_choice
 from ..seeds import generator
 from .folders import mask_beside
-from .images import Source, bucket_size, fit_image, load_extras, load_image, to_tensor
+from .images import INVERT, Source, bucket_size, fit_image, load_extras, load_image, to_tensor
+from .look import File, stat_file
 from .tags import shuffled, with_trigger
 
 Kind = TypeVar("Kind", bound="Images")
@@ -24,13 +26,17 @@ class Images(torch.utils.data.Dataset):
     Args:
         sources: what `load_image` takes: a list of paths or a column of a `datasets.Dataset`.
         names: what messages call each image.
-        background: see `load_image`.
+        background, invert: see `load_image`.
     """
 
     fit = ""  # how images become squares, where they do
+    scan_folder: Path | None = None  # where `scan` keeps what it has seen of files; None: nowhere
 
-    def __init__(self, sources: Sequence[Source], names: Sequence[str], background: str = "white"):
-        self.sources, self.names, self.background = sources, names, background
+    def __init__(
+        self, sources: Sequence[Source], names: Sequence[str], background: str = "white", invert: str = "never"
+    ):
+        check_choice("invert", invert, INVERT)
+        self.sources, self.names, self.background, self.invert = sources, names, background, invert
         self.rows: Sequence[int] = range(len(sources))  # a row is the item's identity and survives `select`
 
     def __len__(self) -> int:
@@ -38,7 +44,14 @@ class Images(torch.utils.data.Dataset):
 
     def image(self, index: int) -> Image.Image:
         """The whole image as RGB; InputError naming it if it cannot be read."""
-        return load_image(self.sources[self.rows[index]], self.background, self.name(index))
+        return load_image(self.sources[self.rows[index]], self.background, self.name(index), self.invert)
+
+    def file(self, index: int) -> File | None:
+        """The file that the image is in, if it is one of its own."""
+        source = self.sources[self.rows[index]]
+        if isinstance(source, dict) and source["bytes"] is None:
+            source = source["path"]
+        return stat_file(source) if isinstance(source, str | os.PathLike) else None
 
     def name(self, index: int) -> str:
         return self.names[self.rows[index]]
@@ -63,7 +76,7 @@ class CaptionedImages(Images):
     then leaves the image unread.
 
     Args:
-        sources, names, background: see `Images`.
+        sources, names, background, invert: see `Images`.
         captions: a caption or a list of captions for each image.
         center_crop: keep the centre of each image; otherwise a random place along the longer side.
         random_flip: mirror half of the images.
@@ -77,6 +90,7 @@ class CaptionedImages(Images):
     """
 
     multiple = 8  # of which the sides of a bucket must be: what the VAE makes one latent of
+    origin = ""  # where the captions come from, in words
 
     def __init__(
         self,
@@ -95,11 +109,12 @@ class CaptionedImages(Images):
         keep_tags: int = 0,
         interpolation: str = "lanczos",
         background: str = "white",
+        invert: str = "never",
         seed: int = 0,
     ):
         check_choice("fit", fit, ("crop", "pad", "bucket"))
         fit_image(Image.new("RGB", (1, 1)), resolution, "crop", background, interpolation)  # a wrong option fails here
-        super().__init__(sources, names, background)
+        super().__init__(sources, names, background, invert)
         own = ([c] if isinstance(c, str) else c for c in captions)
         self.captions = [[with_trigger(caption, trigger_word) for caption in several] for several in own]
         self.trigger_word, self.caption_dropout = trigger_word, caption_dropout
@@ -195,7 +210,7 @@ class LabelledImages(Images):
     seed, the epoch and the item alone. Without: the middle seven eighths, as 224 out of 256.
 
     Args:
-        sources, names, background: see `Images`.
+        sources, names, background, invert: see `Images`.
         labels: the class of each image, an index into `classes`.
         classes: folder names or labels, all different.
         groups: for each image what must stay together in a split, such as the hand that drew it.
@@ -213,9 +228,10 @@ class LabelledImages(Images):
         *,
         resolution: int = 224,
         background: str = "white",
+        invert: str = "never",
         seed: int = 0,
     ):
-        super().__init__(sources, names, background)
+        super().__init__(sources, names, background, invert)
         self.classes, self.resolution, self.seed = list(classes), resolution, seed
         self._labels, self._groups = labels, groups
 

@@ -4,15 +4,17 @@ import functools
 import io
 import logging
 import os
+import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageColor, UnidentifiedImageError
+from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from ..errors import InputError, check_choice
+from ..errors import InputError, TooLittleMemory, check_choice
+from .paper import is_white_on_black, study
 
 logger = logging.getLogger(__name__)
 
@@ -29,28 +31,48 @@ UPRIGHT = {  # EXIF orientation -> what undoes it
     8: Image.Transpose.ROTATE_90,
 }
 Source = str | os.PathLike | bytes | Image.Image | dict
+INVERT = ("never", "auto", "always")
+PNG = b"\x89PNG\r\n\x1a\n"
+PNG_PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")  # the chunks that pixels need
+ONE_PAGE = ("MPO", "PSD")  # formats whose further frames are previews or layers
+# What is noted of an image, after a number of them.
+PAGES = "of several pages or frames: the first is used"
+HALVED = "of more pixels than Pillow's limit: read at half their size"
+MENDED = "with metadata that are damaged or very long: left out"
+INVERTED = "inverted, black on white now"
 
 
-def load_image(source: Source, background: str = "white", name: str | None = None) -> Image.Image:
+def load_image(
+    source: Source, background: str = "white", name: str | None = None, invert: str = "never"
+) -> Image.Image:
     """Any picture as 8-bit RGB: upright, its transparency laid on `background`, the first of several frames.
 
     16-bit values lose their lower byte. 32-bit integers are read as 8 bit up to 255, as 16 bit up to 65535;
-    floats as 0 to 1, or as 0 to 255 where one exceeds 1.
+    floats as 0 to 1, or as 0 to 255 where one exceeds 1. Grey pictures and JPEGs of up to twice Pillow's limit of
+    pixels are halved.
 
     Args:
         source: a path, the bytes of a file, a PIL image, or `{"bytes": ..., "path": ...}` from `datasets`.
         background: a colour that PIL knows, "white" or "#ff8800".
         name: what messages call the image; its path if None.
+        invert: "always" makes it a negative, "auto" where light strokes lie on dark paper.
 
-    Raises InputError for what is missing, damaged, larger than Pillow's limit or beyond those values.
+    Returns the image; `info["notes"]` says what of PAGES, HALVED, MENDED and INVERTED is true of it. Raises InputError
+    for what is missing, damaged, larger than Pillow's limit or beyond those values; TooLittleMemory.
     """
     colour = _colour(background)
+    check_choice("invert", invert, INVERT)
     try:
-        image = _eight_bit(_upright(_decode(source)))
+        stored, notes = _decode(source)
+        image = _eight_bit(_upright(stored), *_scale(stored))
         image = _flatten(image, colour) if image.has_transparency_data else image.convert("RGB")
-        image.info = {}  # else its orientation would be read once more, of an image that is upright
+        if invert == "always" or (invert == "auto" and is_white_on_black(*study(image))):
+            image, notes = ImageOps.invert(image), [*notes, INVERTED]
+        image.info = {"notes": notes}  # its orientation would be read once more, of an image that is upright
         return image
     except Exception as error:  # Pillow's decoders raise nearly everything on damaged files
+        if isinstance(error, MemoryError) or str(error).startswith("out of memory"):  # of Pillow, of libtiff
+            raise TooLittleMemory(f"there is too little memory to read {name or _name(source)}") from error
         raise InputError(f"Cannot read the image {name or _name(source)}: {_reason(error)}.") from error
 
 
@@ -59,7 +81,7 @@ def load_extras(source: Source) -> tuple[Image.Image | None, bytes]:
 
     EXIF that is broken is left out, with a warning.
     """
-    image = _decode(source)
+    image, _ = _decode(source)
     upright = _upright(image)
     try:
         exif = image.getexif()
@@ -124,20 +146,63 @@ def fit_image(
     return canvas
 
 
-def _decode(source: Source) -> Image.Image:
+def _decode(source: Source) -> tuple[Image.Image, list[str]]:
+    """The picture as it is stored, and what is noted of it."""
     if isinstance(source, Image.Image):
-        image = source
-    else:
-        data = _bytes(source)
-        if not data:
-            raise ValueError("the file is empty")
-        image = Image.open(io.BytesIO(data))
-        if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
-            raise Image.DecompressionBombError  # Pillow itself only warns below twice the limit
-    if 0 in image.size:
-        raise ValueError("it has no pixels")
+        if 0 in source.size:
+            raise ValueError("it has no pixels")
+        source.load()
+        return source, []
+    data = _bytes(source)
+    if not data:
+        raise ValueError("the file is empty")
+    try:
+        return _open(data)
+    except MemoryError:
+        raise
+    except Exception:
+        if not data.startswith(PNG):
+            raise
+        image, notes = _open(_pixel_chunks(data))
+        return image, [*notes, MENDED]
+
+
+def _open(data: bytes) -> tuple[Image.Image, list[str]]:
+    image, notes, limit = Image.open(io.BytesIO(data)), [], Image.MAX_IMAGE_PIXELS or float("inf")
+    if image.width * image.height > limit:  # Pillow itself only warns below twice the limit
+        image.draft(image.mode, (image.width // 2, image.height // 2))  # of a JPEG, which is never whole in memory
+        if image.width * image.height > limit and (image.mode not in ("1", "L") or image.has_transparency_data):
+            raise Image.DecompressionBombError
+        notes.append(HALVED)
+    if image.format not in ONE_PAGE and _has_pages(image):
+        notes.append(PAGES)
     image.load()
-    return image
+    if image.width * image.height > limit:
+        image = image.convert("L").reduce(2)
+    return image, notes
+
+
+def _has_pages(image: Image.Image) -> bool:
+    try:
+        return getattr(image, "is_animated", False)
+    except Exception:  # the first page may be whole
+        return False
+
+
+def _pixel_chunks(data: bytes) -> bytes:
+    """A PNG without what only describes it, but with EXIF that is whole, since that may say what is up."""
+    kept, start = [PNG], len(PNG)
+    while start + 12 <= len(data):
+        end = start + 12 + int.from_bytes(data[start : start + 4], "big")
+        kind, whole = data[start + 4 : start + 8], data[end - 4 : end] == _crc(data[start + 4 : end - 4])
+        if kind in PNG_PIXELS or (kind == b"eXIf" and whole):
+            kept.append(data[start:end])
+        start = end
+    return b"".join(kept)
+
+
+def _crc(data: bytes) -> bytes:
+    return zlib.crc32(data).to_bytes(4, "big")
 
 
 def _bytes(source: str | os.PathLike | bytes | dict) -> bytes:
@@ -162,7 +227,14 @@ def _upright(image: Image.Image) -> Image.Image:
     return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
 
 
-def _eight_bit(image: Image.Image) -> Image.Image:
+def _scale(image: Image.Image) -> tuple[int, bool]:
+    """The bits of a level of mode I;16, and whether 0 is white in modes I and F, as a TIFF says."""
+    tags = getattr(image, "tag_v2", {})
+    bits = max(tags.get(258, (16,)))
+    return bits if 8 < bits < 16 else 16, tags.get(262) == 0
+
+
+def _eight_bit(image: Image.Image, bits: int, white_is_zero: bool) -> Image.Image:
     """Modes I;16, I and F as L, or LA where a 16-bit level is marked transparent; other modes as they are."""
     if not image.mode.startswith(("I", "F")):
         return image
@@ -174,8 +246,8 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         levels = np.rint(values * 255 if high <= 1 else values)
     else:
-        levels = values if image.mode == "I" and high <= 255 else values >> 8
-    grey = Image.fromarray(levels.astype(np.uint8))
+        levels = values if image.mode == "I" and high <= 255 else values >> (bits - 8)
+    grey = Image.fromarray((255 - levels if white_is_zero else levels).astype(np.uint8))
     if "transparency" not in image.info:
         return grey
     return Image.merge("LA", (grey, Image.fromarray(values != image.info["transparency"]).convert("L")))
@@ -196,7 +268,10 @@ def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):  # whose own message shows only the address of a buffer
         return "it is not an image that Pillow knows"
     if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
-        return f"it has more than {Image.MAX_IMAGE_PIXELS} pixels, Pillow's limit against decompression bombs"
+        return (
+            f"it has more than {Image.MAX_IMAGE_PIXELS} pixels, Pillow's limit against decompression bombs: make it"
+            " smaller; grey ones and JPEGs may have twice as many"
+        )
     return str(error) or type(error).__name__
 
 

@@ -9,6 +9,7 @@ from ..arguments import at_least
 from ..seeds import generator
 from .captions import CAPTION_TEMPLATE, captioned_dataset, captioned_folder
 from .image_sets import CaptionedImages, Kind, LabelledImages
+from .images import INVERT
 from .labels import labelled_dataset, labelled_folder
 from .rows import load_rows
 
@@ -23,6 +24,7 @@ def add_data_options(parser: argparse.ArgumentParser) -> Callable:
         "--on_bad_image", choices=("error", "skip"), default="error", help="what to do with images that cannot be read"
     )
     add("--background", default="white", help="colour behind transparent drawings")
+    add("--invert", choices=INVERT, default="never", help="make negatives: auto, of what is white on black")
     add("--max_train_samples", type=at_least(1), help="use a random subset of N images")
     add("--cache_dir", help="where downloads are cached")
     return add
@@ -75,7 +77,7 @@ def choose_samples(data: Kind, count: int | None, seed: int) -> Kind:
 
 def load_captioned(args: argparse.Namespace, seed: int, **transform) -> CaptionedImages:
     """The images that the options of `add_caption_options` name; `transform` are keywords of `CaptionedImages`."""
-    names = "caption_column caption_template default_caption on_missing_caption trigger_word background".split()
+    names = "caption_column caption_template default_caption on_missing_caption trigger_word background invert".split()
     options = {name: getattr(args, name) for name in names} | {"seed": seed} | transform
     if args.dataset_name is None:
         data = captioned_folder(args.train_data_dir, **options)
@@ -87,7 +89,7 @@ def load_captioned(args: argparse.Namespace, seed: int, **transform) -> Captione
 
 def load_labelled(args: argparse.Namespace, seed: int, **options) -> LabelledImages:
     """The drawings that the options of `add_class_options` name; `options` are the keywords of `LabelledImages`."""
-    options |= {"background": args.background, "seed": seed}
+    options |= {"background": args.background, "invert": args.invert, "seed": seed}
     if args.dataset_name is None:
         data = labelled_folder(args.train_data_dir, **options)
     else:

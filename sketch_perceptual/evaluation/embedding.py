@@ -1,13 +1,14 @@
 """Drawings embedded by one model after the other, for `distance`, `retrieval` and `search`."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from ..data.checks import read_keys, read_once
+from ..data.checks import read_once
 from ..data.image_sets import LabelledImages
 from ..networks.backbone import is_vgg16_weights
 from ..networks.embedder import SketchEmbedder, load_embedder
@@ -29,8 +30,9 @@ class Drawings:
     def __init__(self, accelerator: Accelerator, data: LabelledImages, on_bad_image: str, background: str):
         self.accelerator, self.on_bad_image = accelerator, on_bad_image
         data = on_background(data, background)
-        positions, keys, self.copies = on_main(accelerator, read_once, data, on_bad_image)
-        self.data, self.keys_on = data.select(positions), {background: keys}
+        contents = on_main(accelerator, partial(read_once, copies=True), data, on_bad_image)
+        self.copies = contents.copies
+        self.data, self.keys_on = data.select(contents.positions), {background: contents.keys}
 
     @property
     def keys(self) -> list[str]:
@@ -46,7 +48,7 @@ class Drawings:
         """The same drawings on another background, and the keys of their contents there."""
         data = on_background(self.data, background)
         if background not in self.keys_on:  # what is drawn in the colour of one paper is seen on another
-            self.keys_on[background] = on_main(self.accelerator, read_keys, data, self.on_bad_image)[1]
+            self.keys_on[background] = on_main(self.accelerator, read_once, data, self.on_bad_image).keys
         return data, self.keys_on[background]
 
 

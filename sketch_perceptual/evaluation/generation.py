@@ -14,7 +14,7 @@ from accelerate.logging import get_logger
 from PIL import Image
 from torch import Tensor
 
-from ..data.checks import read_keys
+from ..data.checks import read_once
 from ..data.image_sets import CaptionedImages
 from ..errors import InputError
 from ..figures import image_grid
@@ -74,14 +74,14 @@ def read_pictures(accelerator: Accelerator, data: CaptionedImages, name: str, on
 def _read_tones(
     data: CaptionedImages, on_bad_image: str
 ) -> tuple[list[int], list[str], list[tuple[bool, float, float]]]:
-    """`read_keys`, and for each picture whether it is black, its colour and its ink."""
+    """Positions, keys, and for each picture whether it is black, its colour and its ink."""
     tones = {}
 
     def note(index: int, image: Image.Image) -> None:
         tones[index] = is_black(image), chroma(image), ink(image)
 
-    positions, keys = read_keys(data, on_bad_image, note)
-    return positions, keys, [tones[index] for index in positions]
+    contents = read_once(data, on_bad_image, note)
+    return contents.positions, contents.keys, [tones[index] for index in contents.positions]
 
 
 def load_extractors(

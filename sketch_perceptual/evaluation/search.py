@@ -9,7 +9,7 @@ from pathlib import Path
 from accelerate import Accelerator
 from PIL import Image
 
-from ..data.checks import Scan, readable, scan
+from ..data.checks import readable, scan
 from ..data.folders import find_images
 from ..data.image_sets import Images
 from ..data.images import load_image
@@ -91,8 +91,8 @@ def find_similar(
 
 def find_readable(data: Images, unread: list[int], on_bad_image: str) -> list[int]:
     """Positions of what can be read, where only the positions `unread` need to be tried."""
-    bad = scan(data.select(unread)).bad if unread else []
-    return readable(data, Scan([(unread[index], message) for index, message in bad], [], 0, ""), on_bad_image)
+    bad = scan(data.select(unread)).bad if unread else {}
+    return readable(data, {unread[index]: message for index, message in bad.items()}, on_bad_image)
 
 
 def file_key(path: Path) -> str:

@@ -83,6 +83,21 @@ class JohnsonNet(
                 norm.track_running_stats = True
 
 
+def settled(network: JohnsonNet, images: Tensor) -> JohnsonNet:
+    """The network with batch norm in place of instance norm, and the statistics of `images` (B, 3, H, W), parts of one
+    large one: what it makes of a part does not depend on what else is in that part.
+    """
+    if network.settings["norm"] == "batch":
+        return network
+    twin = JohnsonNet(**network.settings | {"norm": "batch"}).to(images.device)
+    twin.load_state_dict(network.state_dict(), strict=False)  # instance norm has no running statistics
+    for module in twin.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0  # the statistics of these images, and no others
+    twin.train()(images)
+    return twin.eval()
+
+
 class _Residual(nn.Module):
     def __init__(self, channels: int, norm):
         super().__init__()

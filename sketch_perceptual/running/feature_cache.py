@@ -165,6 +165,14 @@ def cache_folder() -> Path:
     return Path(base, "sketch-perceptual", "features")
 
 
+def scan_folder(folder: str | None = None) -> Path | None:
+    """Where scans of images are kept, below `folder`, by default `cache_folder()`; None if there is no home."""
+    try:
+        return Path(folder or cache_folder(), "scans")
+    except InputError:
+        return None
+
+
 def feature_folder(accelerator: Accelerator, folder: str | None, extractor, background: str) -> Path:
     """Where the features of images on `background` are kept, below `folder`, by default `cache_folder()`."""
     paper = re.sub(r"\W+", "-", background.lower()).strip("-")

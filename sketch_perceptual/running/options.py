@@ -13,6 +13,8 @@ def add_run_options(parser: argparse.ArgumentParser, output_dir: str) -> Callabl
     add = parser.add_argument_group("training").add_argument
     count, natural = at_least(1), at_least(0)
     add("--output_dir", default=output_dir, help="where the model, the checkpoints and the logs are written")
+    add("--dry_run", action="store_true", help="read the data, report on them and stop")
+    add("--figure_data", help="a .png: draw what the model will see of the data, cropped or padded as it gets them")
     add("--seed", type=natural, help="seed of every random draw; default: a random one, which is saved")
     add("--mixed_precision", choices=("no", "fp16", "bf16"), help="default: accelerate's own setting")
     add("--allow_tf32", action="store_true", help="allow TF32 on Ampere GPUs and newer")

@@ -1,13 +1,13 @@
 import io
-import pickle
 
 import pytest
 import torch
 from PIL import Image
 
 from sketch_perceptual.data.captions import captioned_folder
-from sketch_perceptual.data.checks import drop_bad, scan
+from sketch_perceptual.data.checks import readable, scan
 from sketch_perceptual.data.image_sets import CaptionedImages
+from sketch_perceptual.data.look import BLANK
 from sketch_perceptual.errors import InputError
 
 WHITE, BLACK, RED = (255, 255, 255), (0, 0, 0), (255, 0, 0)
@@ -45,27 +45,27 @@ def mixed(tmp_path):
     return captioned_folder(tmp_path, default_caption="d", resolution=8)
 
 
-def test_scan_finds_the_unreadable_the_blank_and_the_cut(mixed):
+def drop_bad(data, on_bad_image):
+    return data.select(readable(data, scan(data).bad, on_bad_image))
+
+
+def test_scan_finds_the_unreadable_and_the_blank(mixed):
     found = scan(mixed, workers=3)
-    assert [index for index, _ in found.bad] == [4, 5, 6]
-    assert (found.blank, found.cut) == ([2, 3], 1)
-    for part in ("8 images", "unreadable: 3", "near-constant: 2", "c blank.png", "d speck.png", ": 1, `fit` pad"):
-        assert part in found.summary
-    assert pickle.loads(pickle.dumps(found)) == found
-    mixed.fit = "pad"
-    assert scan(mixed).cut == 0
+    assert list(found.bad) == [4, 5, 6] and list(found.looks) == [0, 1, 2, 3, 7]
+    assert found.noted(BLANK) == [2, 3]
+    assert "f cut short.png" in found.bad[5]
 
 
-def test_thin_lines_are_not_blank_and_whole_data_has_a_short_summary(tmp_path):
+def test_thin_lines_are_not_blank(tmp_path):
     image = Image.new("RGB", (512, 512), "white")
     image.paste(BLACK, (100, 100, 130, 101))
     path = write(tmp_path / "line.png", saved(image))
     found = scan(CaptionedImages([path], ["line"], ["x"]))
-    assert (found.bad, found.blank, found.cut, found.summary) == ([], [], 0, "1 images")
+    assert (found.bad, found.looks[0].notes) == ({}, ())
 
 
 def test_bad_images_are_skipped_and_named_and_the_rest_keeps_its_draws(mixed, caplog):
-    kept = drop_bad(mixed, scan(mixed), "skip")
+    kept = drop_bad(mixed, "skip")
     assert [kept.name(i)[-6:] for i in range(len(kept))] == ["od.png", "de.png", "nk.png", "ck.png", "od.png"]
     assert "3 of 8 images" in caplog.text and "f cut short.png" in caplog.text
     assert torch.equal(kept[1, 4]["pixel_values"], mixed[1, 7]["pixel_values"])
@@ -75,7 +75,7 @@ def test_the_error_lists_ten_and_counts_the_others(tmp_path):
     paths = [write(tmp_path / f"{i:02}.png") for i in range(12)] + [sketch(tmp_path / "good.png")]
     data = CaptionedImages(paths, list(map(str, paths)), ["x"] * 13)
     with pytest.raises(InputError) as error:
-        drop_bad(data, scan(data), "error")
+        drop_bad(data, "error")
     message = str(error.value)
     assert "12 of 13" in message and "09.png" in message and "10.png" not in message and "and 2 more" in message
     assert message.endswith("`on_bad_image` skip goes on with the other 1.")
@@ -85,4 +85,4 @@ def test_no_image_left_is_an_error(tmp_path):
     path = write(tmp_path / "1.png")
     data = CaptionedImages([path], ["the only one"], ["x"])
     with pytest.raises(InputError, match=r"(?s)No image is left.*the only one"):
-        drop_bad(data, scan(data), "skip")
+        drop_bad(data, "skip")

@@ -1,10 +1,10 @@
 import pytest
 from PIL import Image
 
-from sketch_perceptual.data.checks import read_keys, read_once
+from sketch_perceptual.data.checks import read_once
 from sketch_perceptual.data.image_sets import LabelledImages
 from sketch_perceptual.data.near_duplicates import content_key
-from sketch_perceptual.errors import InputError
+from sketch_perceptual.errors import InputError, TooLittleMemory
 
 
 @pytest.fixture
@@ -23,21 +23,22 @@ def data(tmp_path):
 
 def test_positions_keys_and_copies_are_of_what_can_be_read(data):
     visited = []
-    positions, keys = read_keys(data, "skip", lambda index, image: visited.append((index, image.size)))
+    positions, keys, sizes, copies = read_once(data, "skip", lambda index, image: visited.append((index, image.size)))
     assert positions == [0, 2, 3]
+    assert (sizes, copies) == ([(20, 10)] * 3, [])
     assert sorted(visited) == [(index, (20, 10)) for index in positions]
     assert keys == [content_key(image) for image in map(data.select(positions).image, range(3))]
-    again, same, copies = read_once(data, "skip")
-    assert (again, same) == (positions, keys)
+    again = read_once(data, "skip", copies=True)
+    assert again[:3] == (positions, keys, sizes)
+    copies = again.copies
     assert copies[0] == copies[2] != copies[1]
     # positions are those of the data at hand, not rows of what it was chosen from
-    assert read_keys(data.select([3, 1, 2]), "skip")[0] == [0, 2]
+    assert read_once(data.select([3, 1, 2]), "skip").positions == [0, 2]
 
 
 def test_a_damaged_image_is_named_unless_it_is_skipped(data):
-    for read in (read_keys, read_once):
-        with pytest.raises(InputError, match=r"1 of 4 images cannot be read\.\n.*1\.png"):
-            read(data, "error")
+    with pytest.raises(InputError, match=r"1 of 4 images cannot be read\.\n.*1\.png"):
+        read_once(data, "error")
 
 
 @pytest.mark.parametrize("wrapped", [True, False])
@@ -46,10 +47,10 @@ def test_too_little_memory_is_not_a_bad_image(data, monkeypatch, wrapped):
 
     def fail(self, index):
         if wrapped:
-            raise InputError("Cannot read the image") from MemoryError()
+            raise TooLittleMemory("there is too little memory")
         raise MemoryError
 
     monkeypatch.setattr(LabelledImages, "image", fail)
     with pytest.raises(InputError, match=r"too little memory to read .*png") as error:
-        read_keys(data, "skip")
+        read_once(data, "skip")
     assert error.value.__cause__ is not None

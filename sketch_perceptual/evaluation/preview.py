@@ -1,0 +1,81 @@
+"""What a training will see, before it begins: the report on its data, and a sheet of pictures as the model gets
+them."""
+
+import argparse
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from accelerate import Accelerator
+from PIL import Image
+from torch import Tensor
+
+from ..data.checks import Contents, read_once
+from ..data.image_sets import CaptionedImages, Images, LabelledImages
+from ..data.images import fit_image, to_pil, to_tensor
+from ..figures import image_grid
+from ..running.processes import on_main
+from ..running.startup import start_logging
+from .report import SHEET_SIZE, check_target, pad, write_figure
+
+logger = logging.getLogger(__name__)
+
+ROWS, EPOCHS = 8, 4
+BESIDE = "#808080"  # beside pictures that are not square
+
+See = Callable[[Images, int], list[Tensor]]
+
+
+def dry_run(args: argparse.Namespace, show: Callable[[int], object]) -> bool:
+    """Whether this is one: then all of it is `show(seed)` on the main process. Checks `figure_data` for any run."""
+    if args.figure_data:
+        check_target("figure_data", args.figure_data, ".png")
+    if args.dry_run:
+        accelerator = Accelerator()
+        start_logging(accelerator, args)
+        on_main(accelerator, show, args.seed or 0)
+        accelerator.end_training()
+    return args.dry_run
+
+
+def in_epochs(data: Images, index: int) -> list[Tensor]:
+    """What the model gets of an image in the first epochs."""
+    return [data[epoch, index]["pixel_values"] for epoch in range(EPOCHS)]
+
+
+def fitted(args: argparse.Namespace, data: Images, index: int) -> list[Tensor]:
+    """What it always gets where nothing is drawn at random."""
+    return [to_tensor(fit_image(data.image(index), args.resolution, args.fit, args.background))]
+
+
+def read_data(
+    data: Images, on_bad_image: str, figure: str | None = None, *, copies: bool = False, see: See = in_epochs
+) -> Contents:
+    """`read_once`; with `figure`, a sheet of what the model will `see` of the images is written there."""
+    contents = read_once(data, on_bad_image, copies=copies)
+    if figure:
+        write_sheet(figure, sheet_rows(data.select(contents.positions), see))
+    return contents
+
+
+def sheet_rows(data: Images, see: See = in_epochs, what: str = "") -> dict[str, list[Image.Image]]:
+    """A row of `image_grid` for each of a few images, evenly spread; one column where all epochs are the same."""
+    indices = sorted({number * len(data) // ROWS for number in range(ROWS)})
+    rows = {what + _title(data, index): [pad(to_pil(x), BESIDE) for x in see(data, index)] for index in indices}
+    is_random = any(image != images[0] for images in rows.values() for image in images)
+    return rows if is_random else {title: images[:1] for title, images in rows.items()}
+
+
+def write_sheet(path: str | Path, rows: dict[str, list[Image.Image]]) -> None:
+    columns = max(map(len, rows.values()))
+    heads = [f"epoch {number + 1}" for number in range(columns)] if columns > 1 else None
+    write_figure(path, image_grid(rows, heads, SHEET_SIZE))
+    logger.info("what the model will see: %s", path)
+
+
+def _title(data: Images, index: int) -> str:
+    """The caption or class, if there is one, after what tells images of one name apart."""
+    title, row = f"{index + 1}: {Path(data.name(index)).name} ", data.rows[index]
+    if isinstance(data, CaptionedImages):
+        return title + " | ".join(data.captions[row])
+    return title + (data.classes[data.labels[index]] if isinstance(data, LabelledImages) else "")
