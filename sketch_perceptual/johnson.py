@@ -23,7 +23,7 @@ from .data.images import HALVED, load_extras, load_image, to_pil, to_tensor
 from .errors import InputError, TooLittleMemory, first_line, in_options
 from .networks.johnson import JohnsonNet, load_johnson, settled
 
-WHOLE = 2**21  # pixels: a larger image goes through in parts; 1.1 GB
+WHOLE = 2**21  # pixels: a larger image goes through in parts
 TILE = 1024  # pixels a side of a part
 MARGIN = 64  # beside a part, which is cut off: what a pixel depends on ends before; a multiple of the stride
 SAMPLES, SAMPLE = 8, 512  # parts that normalization goes by, and their side
