@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import set_seed
-from diffusers import AutoencoderTiny, DDPMScheduler, StableDiffusionPipeline
+from diffusers import AutoencoderKL, AutoencoderTiny, DDPMScheduler, StableDiffusionPipeline
 from diffusers.training_utils import cast_training_params
 from diffusers.utils import convert_state_dict_to_diffusers, convert_unet_state_dict_to_peft
 from huggingface_hub import ModelCardData
@@ -481,6 +481,9 @@ def open_data(args, seed: int) -> CaptionedImages:
         interpolation=args.image_interpolation_mode,
     )
     data.scan_folder = scan_folder(args.feature_dir)
+    if Path(args.pretrained_model_name_or_path, "vae").is_dir():  # SD-1.x on the Hub has 8
+        vae = AutoencoderKL.load_config(args.pretrained_model_name_or_path, subfolder="vae")
+        data.multiple = 2 ** (len(vae["block_out_channels"]) - 1)
     return data
 
 
@@ -490,7 +493,6 @@ def load_data(
     """The captioned images of an epoch, all read once, a key to the contents of each, whether any is cropped at
     random, and what is held out."""
     data = open_data(args, seed)
-    data.multiple = pipeline.vae_scale_factor
     read = partial(read_data, copies=bool(args.validation_share))
     positions, keys, sizes, copies = on_main(accelerator, read, data, args.on_bad_image, args.figure_data)
     for index, own_size in zip(positions, sizes, strict=True):
