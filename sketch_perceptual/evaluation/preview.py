@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
@@ -16,6 +17,7 @@ from ..data.images import fit_image, to_pil, to_tensor
 from ..figures import image_grid
 from ..running.processes import on_main
 from ..running.startup import start_logging
+from ..seeds import generator
 from .report import SHEET_SIZE, check_target, pad, write_figure
 
 logger = logging.getLogger(__name__)
@@ -59,8 +61,8 @@ def read_data(
 
 
 def sheet_rows(data: Images, see: See = in_epochs, what: str = "") -> dict[str, list[Image.Image]]:
-    """A row of `image_grid` for each of a few images, evenly spread; one column where all epochs are the same."""
-    indices = sorted({number * len(data) // ROWS for number in range(ROWS)})
+    """A row of `image_grid` for each of a few images, at random; one column where all epochs are the same."""
+    indices = sorted(torch.randperm(len(data), generator=generator("sheet"))[:ROWS].tolist())
     rows = {what + _title(data, index): [pad(to_pil(x), BESIDE) for x in see(data, index)] for index in indices}
     is_random = any(image != images[0] for images in rows.values() for image in images)
     return rows if is_random else {title: images[:1] for title, images in rows.items()}
