@@ -447,7 +447,7 @@ def load_models(args, accelerator: Accelerator) -> tuple[StableDiffusionPipeline
         requires_safety_checker=False,
         **place,
     )
-    factor = pipeline.vae_scale_factor
+    factor = max(8, pipeline.vae_scale_factor)  # pipelines ask for multiples of 8 also where a latent is smaller
     if args.validation_size and any(side < 1 or side % factor for side in args.validation_size):
         raise InputError(f"`validation_size` must be two multiples of {factor}")
     noise_scheduler = DDPMScheduler.from_pretrained(source, subfolder="scheduler", **place)

@@ -229,8 +229,8 @@ def test_validation_images_have_the_size_that_was_asked_for(train, monkeypatch):
     prompt = ("--validation_prompt", "x", "--num_validation_images", 1)
     train(*prompt, "--validation_size", "48x24", steps=1)
     assert {image.size for image in drawn} == {(48, 24)}
-    with pytest.raises(InputError, match="`validation_size` must be two multiples of 4"):
-        train(*prompt, "--validation_size", "49x24", steps=1)
+    with pytest.raises(InputError, match="`validation_size` must be two multiples of 8"):
+        train(*prompt, "--validation_size", "44x24", steps=1)
 
 
 def test_without_a_term_cached_images_are_not_read(train, monkeypatch):
