@@ -15,7 +15,6 @@ import json
 import math
 import shutil
 import time
-from functools import partial
 from pathlib import Path
 
 import psutil
@@ -28,6 +27,7 @@ from huggingface_hub import ModelCardData
 
 from sketch_perceptual.arguments import at_least
 from sketch_perceptual.data.batches import make_loader
+from sketch_perceptual.data.checks import Contents
 from sketch_perceptual.data.class_names import are_imagenets, class_names
 from sketch_perceptual.data.image_sets import LabelledImages
 from sketch_perceptual.data.options import add_class_options, check_class_options, load_labelled
@@ -126,7 +126,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    if dry_run(args, lambda seed: read_data(open_data(args, seed), args.on_bad_image, args.figure_data)):
+    if dry_run(args, lambda seed: read_drawings(args, open_data(args, seed))):
         return
     run = start(args)
     accelerator = run.accelerator
@@ -243,10 +243,13 @@ def open_data(args, seed: int) -> LabelledImages:
     return data
 
 
+def read_drawings(args, data: LabelledImages) -> Contents:
+    return read_data(data, args.on_bad_image, args.figure_data, copies=True)
+
+
 def split_data(args, run: Run, data: LabelledImages, origin: dict) -> tuple[LabelledImages, LabelledImages, dict]:
     """Training and validation images, each of which has been read once, and the split as it is saved."""
-    read = partial(read_data, copies=True)
-    positions, keys, _, copies = on_main(run.accelerator, read, data, args.on_bad_image, args.figure_data)
+    positions, keys, _, copies = on_main(run.accelerator, read_drawings, args, data)
     data = data.select(positions)
     result = split(data.labels, keys, copies, data.groups, args.validation_share)
     logger.info(result.summary)

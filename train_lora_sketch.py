@@ -32,6 +32,7 @@ from safetensors.torch import save_file
 
 from sketch_perceptual.arguments import at_least, fraction, size
 from sketch_perceptual.data.batches import make_loader
+from sketch_perceptual.data.checks import Contents
 from sketch_perceptual.data.image_sets import CaptionedImages
 from sketch_perceptual.data.images import INTERPOLATIONS, to_pil
 from sketch_perceptual.data.near_duplicates import content_key
@@ -217,7 +218,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    if dry_run(args, lambda seed: read_data(open_data(args, seed), args.on_bad_image, args.figure_data)):
+    if dry_run(args, lambda seed: read_drawings(args, open_data(args, seed))):
         return
     if args.perceptual_resolution is None:
         args.perceptual_resolution = default_resolution(args)
@@ -487,14 +488,17 @@ def open_data(args, seed: int) -> CaptionedImages:
     return data
 
 
+def read_drawings(args, data: CaptionedImages) -> Contents:
+    return read_data(data, args.on_bad_image, args.figure_data, copies=bool(args.validation_share))
+
+
 def load_data(
     args, accelerator: Accelerator, pipeline: StableDiffusionPipeline, seed: int
 ) -> tuple[CaptionedImages, list[str], bool, CaptionedImages | None]:
     """The captioned images of an epoch, all read once, a key to the contents of each, whether any is cropped at
     random, and what is held out."""
     data = open_data(args, seed)
-    read = partial(read_data, copies=bool(args.validation_share))
-    positions, keys, sizes, copies = on_main(accelerator, read, data, args.on_bad_image, args.figure_data)
+    positions, keys, sizes, copies = on_main(accelerator, read_drawings, args, data)
     for index, own_size in zip(positions, sizes, strict=True):
         data.sizes[data.rows[index]] = own_size
     data, held_out = data.select(positions), None
