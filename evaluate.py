@@ -29,6 +29,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import InitProcessGroupKwargs
 
 from sketch_perceptual.arguments import at_least
+from sketch_perceptual.data.images import INVERT
 from sketch_perceptual.data.options import (
     add_caption_options,
     add_class_options,
@@ -208,6 +209,7 @@ def add_search_options(add: Callable) -> None:
     add("--figure", help="write the query and its nearest drawings as a picture")
     add("--on_bad_image", choices=("error", "skip"), default="error", help="what to do with unreadable images")
     add("--background", help="colour behind transparent drawings; default: an embedder's own, of a backbone white")
+    add("--invert", choices=INVERT, default="never", help="make negatives: auto, of what is white on black")
     add_embedder_options(add)
 
 
@@ -350,6 +352,7 @@ def search(args: argparse.Namespace, accelerator: Accelerator) -> None:
         lambda network, paper: FeatureCache(feature_folder(accelerator, args.feature_dir, network, paper)),
         count=args.count,
         on_bad_image=args.on_bad_image,
+        invert=args.invert,
     )
     if matches is None:
         return

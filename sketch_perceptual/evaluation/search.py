@@ -61,22 +61,25 @@ def find_similar(
     *,
     count: int = 10,
     on_bad_image: str = "error",
+    invert: str = "never",
 ) -> Matches | None:
     """The `count` pictures in the folder `gallery` that are nearest to the picture `query`; None off the main process.
 
-    Only what `open_cache` lacks is read.
+    Only what `open_cache` lacks is read. `invert` of the query and the gallery: see `load_image`.
     """
     background = embedder.background
-    picture = load_image(query, background)
+    picture = load_image(query, background, invert=invert)
     paths = [Path(gallery, image) for image in find_images(Path(gallery), "`gallery`")[1]]
     with ThreadPoolExecutor(8) as pool:
         query_key, *keys = pool.map(file_key, [Path(query), *paths])
     same = [path for path, key in zip(paths, keys, strict=True) if key == query_key]
-    data = Images(paths, list(map(str, paths)), background)
+    if invert != "never":
+        keys = [f"{key}-{invert}" for key in keys]
+    data = Images(paths, list(map(str, paths)), background, invert)
     new = {keys[index] for index in open_cache(embedder, background).missing(keys)}
     unread = [index for index, key in enumerate(keys) if key in new]
     positions = on_main(accelerator, find_readable, data, unread, on_bad_image)
-    data = data.select(index for index in positions if keys[index] != query_key)
+    data = data.select(index for index in positions if paths[index] not in same)
     if not len(data):
         raise InputError(f"`gallery`: {gallery} holds nothing but the query")
     keys = [keys[row] for row in data.rows]
@@ -84,7 +87,7 @@ def find_similar(
     if not accelerator.is_main_process:
         return None
     with accelerator.autocast():
-        vector = embedder.to(accelerator.device).embed([query])[0]
+        vector = embedder.to(accelerator.device).embed([picture])[0]
     similarities, order = search(vector, embed_cached(embedder, cache, keys, accelerator.device), count)
     return Matches(picture, same, similarities, data, order)
 

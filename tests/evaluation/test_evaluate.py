@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import NARROW, draw_class, reset_accelerate, torchrun
-from PIL import Image
+from PIL import Image, ImageOps
 
 import evaluate as script
 from sketch_perceptual.data.images import fit_image, load_image, to_tensor
@@ -267,6 +267,15 @@ def test_search_finds_the_most_alike_and_names_the_query(evaluate, models, galle
     again, _ = evaluate("search", *options)
     assert sum(calls) == 1 + 1  # the new one and the query
     assert len(again) == 5
+
+
+def test_search_reads_white_on_black_as_it_is_told(evaluate, models, gallery):
+    query = gallery / "below" / "3.png"
+    ImageOps.invert(Image.open(query).convert("RGB")).save(gallery / "negative.png")
+    options = ("--query", query, "--gallery", gallery, "--model", models / "one", "--count", 22)
+    for invert, first in (("never", False), ("auto", True)):
+        printed, _ = evaluate("search", *options, "--invert", invert)
+        assert (printed[1] == f"1.0000\t{gallery / 'negative.png'}") is first
 
 
 def test_a_damaged_picture_in_the_gallery_is_named_or_left_out(evaluate, models, gallery):
