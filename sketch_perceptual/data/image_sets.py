@@ -14,7 +14,7 @@ from ..errors import InputError, check_choice
 from ..seeds import generator
 from .folders import mask_beside
 from .images import INVERT, Source, bucket_size, fit_image, load_extras, load_image, to_tensor
-from .look import File, stat_file
+from .look import File, file_of, stat_file
 from .tags import shuffled, with_trigger
 
 Kind = TypeVar("Kind", bound="Images")
@@ -47,10 +47,12 @@ class Images(torch.utils.data.Dataset):
         return load_image(self.sources[self.rows[index]], self.background, self.name(index), self.invert)
 
     def file(self, index: int) -> File | None:
-        """The file that the image is in, if it is one of its own."""
+        """The file that the image is in, or what stands for its bytes."""
         source = self.sources[self.rows[index]]
-        if isinstance(source, dict) and source["bytes"] is None:
-            source = source["path"]
+        if isinstance(source, dict):
+            source = source["path"] if source["bytes"] is None else source["bytes"]
+        if isinstance(source, bytes):
+            return file_of(source)
         return stat_file(source) if isinstance(source, str | os.PathLike) else None
 
     def name(self, index: int) -> str:
@@ -181,8 +183,10 @@ class CaptionedImages(Images):
             if mask.size != image.size:
                 raise InputError("{} has {} x {} pixels, its image {} x {}.".format(beside, *mask.size, *image.size))
             return mask
-        alpha = load_extras(source)[0]
-        return alpha.convert("RGB") if alpha else Image.new("RGB", self.image(index).size, "white")
+        if alpha := load_extras(source)[0]:
+            return alpha.convert("RGB")
+        size = self.sizes[self.rows[index]]
+        return Image.new("RGB", size if all(size) else self.image(index).size, "white")
 
     def _fitted(self, image: Image.Image, background: str, flipped: bool, place: float) -> torch.Tensor:
         if self.fit == "bucket":

@@ -27,6 +27,9 @@ NEGATIVE = "white on black: `invert` auto makes them black on white"
 TINTED = "on grey or coloured paper, which is learnt too"
 
 
+CONTENTS = "/contents"  # no folder: where `file_of` says that bytes are
+
+
 class Look(NamedTuple):
     """Of one image.
 
@@ -74,6 +77,11 @@ def stat_file(path: str | os.PathLike) -> File | None:
     return File(os.path.abspath(path), status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
+def file_of(content: bytes) -> File:
+    """What stands for an image that is in no file of its own, as in a row of a data set."""
+    return File(f"{CONTENTS}/{hashlib.sha256(content).hexdigest()[:32]}", len(content), 0, 0)
+
+
 class KeptLooks:
     """What was seen of files, in one file that is replaced as a whole; what was damaged or edited is not here.
 
@@ -88,7 +96,8 @@ class KeptLooks:
         self.looks: dict[File, Look] = {}
         if folder is None or not files:
             return
-        name = json.dumps([os.path.commonpath([file.path for file in files]), *settings])
+        place = os.path.commonpath([file.path for file in files])
+        name = json.dumps([files[0].path if place == CONTENTS else place, *settings])
         self.path = folder / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.npz"
         if self.path.exists():
             try:
