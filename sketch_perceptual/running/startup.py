@@ -10,6 +10,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -20,6 +21,7 @@ import transformers
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration, set_seed
+from PIL import Image
 from safetensors import SafetensorError
 
 from ..errors import InputError, first_line, in_options
@@ -43,6 +45,7 @@ def run(main: Callable, args: argparse.Namespace) -> None:
     """
     protect_console()
     interruption.install()
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the report on the data says it
     try:
         if getattr(args, "hub_token", None) and (launcher := interruption.launcher()):
             _refuse_token(args, launcher)
