@@ -59,14 +59,15 @@ def captioned_folder(
     sources = {"metadata": listed, "text files": _read_side_cars(root, side_cars)}
     if not descriptions:
         sources["class folders"] = _class_captions(root, images, classes, caption_template)
-    origins = [next((name for name, found in sources.items() if found.get(image)), "nowhere") for image in images]
-    captions = [sources.get(origin, {}).get(image, []) for origin, image in zip(origins, images, strict=True)]
-    descriptions += [f"captions from {origin}: {count}" for origin, count in Counter(origins).items()]
+    origins = [next((name for name, found in sources.items() if found.get(image)), None) for image in images]
+    captions = [sources[origin][image] if origin else [] for origin, image in zip(origins, images, strict=True)]
+    counts = Counter(origins)
+    descriptions += [f"captions from {origin}: {counts[origin]}" for origin in sources if origin in counts]
     if repeats:
         descriptions.append("repeats: " + first_names([f"{folder} {count}" for folder, count in repeats.items()]))
     _warn_of_unread(root, files, side_cars.values())
     unnamed = [folder for folder, name in classes.items() if name is None]
-    if unnamed and "nowhere" in origins:
+    if unnamed and None in origins:
         descriptions.append(describe_no_classes(root, images, classes))
         descriptions.append(f"a caption would be {_class_caption(caption_template, unnamed[0])!r}")
     elif len(unnamed) > 1:
@@ -74,7 +75,10 @@ def captioned_folder(
             "All of %s in %s are read: pass one of these folders to leave out the others.", ", ".join(unnamed), root
         )
     names = [str(root / image) for image in images]
-    captions, kept = _settle_missing(captions, names, "; ".join(descriptions), default_caption, on_missing_caption)
+    found = "; ".join(descriptions) or "no metadata, text files or class folders"
+    captions, kept = _settle_missing(captions, names, found, default_caption, on_missing_caption)
+    if None in origins and len(kept) == len(images):
+        descriptions.append(f"the default caption: {counts[None]}")
     data = CaptionedImages([root / image for image in images], names, captions, **transform)
     data.repeats = [next((repeats[part] for part in image.split("/")[:-1] if part in repeats), 1) for image in images]
     data.origin = "; ".join(descriptions)

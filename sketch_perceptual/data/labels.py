@@ -5,8 +5,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import InputError
-from .class_folders import class_folders, describe_no_classes
+from ..errors import InputError, first_names
+from .class_folders import class_folders, describe_no_classes, folder_repeats
 from .folders import find_images
 from .image_sets import LabelledImages
 from .names import check_unicode
@@ -36,6 +36,10 @@ def labelled_folder(root: str | os.PathLike, **options) -> LabelledImages:
         found = ", ".join(classes) or "none"
         found = "; ".join(filter(None, [found, describe_no_classes(root, images, folders)]))
         raise InputError(f"{root} must hold a folder for each of two classes or more, found {found}.")
+    if repeats := [folder for folder, count in folder_repeats(images).items() if count > 1]:
+        logger.warning(
+            "%s: images with classes are shown once an epoch, whatever the number of %s", root, first_names(repeats)
+        )
     number = {folder: classes.index(name) for folder, name in names.items()}
     labels = [number[image.partition("/")[0]] for image in inside]
     paths = [root / image for image in inside]

@@ -212,7 +212,7 @@ def line(file_name="1.png", **others):
 
 # files beside 1.png -> options, sentence
 FOLDERS = {
-    "no caption": ({}, {}, r"1 of 1 images have no caption: .*1\.png.*nowhere: 1.*`caption_column`.*`on_missing"),
+    "no caption": ({}, {}, r"1 of 1 images have no caption: .*1\.png.*no metadata.*`caption_column`.*`on_missing"),
     "all skipped": ({}, {"on_missing_caption": "skip"}, "1 of 1 images have no caption"),
     "unknown choice": (
         {},

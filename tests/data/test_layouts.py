@@ -210,6 +210,19 @@ def test_a_numbered_list_names_classes():
     assert class_folders(["01_cat/1.png", "02_hot_dog/1.png"]) == {"01_cat": "cat", "02_hot_dog": "hot_dog"}
 
 
+def test_repeats_of_classes_are_said_not_to_count(tmp_path, caplog):
+    labelled_folder(build(tmp_path, {"10_cat/1.png": None, "1_dog/1.png": None}))
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{tmp_path}: images with classes are shown once an epoch, whatever the number of 10_cat"
+    ]
+
+
+def test_the_default_caption_is_told_as_an_origin(tmp_path):
+    files = {"1.png": None, "1.txt": "a", "2.png": None}
+    data = captioned_folder(build(tmp_path, files), default_caption="b", on_missing_caption="default")
+    assert data.origin == "captions from text files: 1; the default caption: 1"
+
+
 def test_images_carry_the_repeats_of_their_folder(tmp_path):
     files = {"img/3_cat/1.png": None, "img/3_cat/1.txt": "a", "img/extra/1.png": None, "img/extra/1.txt": "b"}
     assert captioned_folder(build(tmp_path, files)).repeats == [3, 1]
