@@ -24,7 +24,7 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectCon
 from PIL import Image
 from safetensors import SafetensorError
 
-from ..errors import InputError, first_line, in_options
+from ..errors import InputError, first_line, in_options, program
 from . import interruption
 from .console import protect_console
 from .identity import identity_of
@@ -193,7 +193,7 @@ def versions() -> dict[str, str]:
 
 
 def _end(code: int, message: str) -> None:
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    print(f"{program()}: {message}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -202,6 +202,6 @@ def _refuse_token(args: argparse.Namespace, launcher: int) -> None:
     message = (
         "`hub_token` would be printed by the launcher of this script; use `hf auth login` or the variable HF_TOKEN"
     )
-    print(f"{Path(sys.argv[0]).name}: error: {in_options(message, args)}", file=sys.stderr, flush=True)
+    print(f"{program()}: error: {in_options(message, args)}", file=sys.stderr, flush=True)
     os.kill(launcher, signal.SIGTERM)
     os._exit(2)
