@@ -34,6 +34,7 @@ class Look(NamedTuple):
     """Of one image.
 
     Args:
+        stroke: its `stroke_width`.
         key: its `content_key`.
         notes: what there is to say of it.
         thumbnail: bytes of its `thumbnail`, or none.
@@ -41,6 +42,7 @@ class Look(NamedTuple):
 
     width: int
     height: int
+    stroke: float
     key: str
     notes: tuple[str, ...]
     thumbnail: bytes
@@ -66,7 +68,7 @@ def look_at(image: Image.Image, with_thumbnail: bool = False) -> Look:
     }
     notes = (*image.info.get("notes", ()), *(note for note, is_true in traits.items() if is_true))
     small = thumbnail(image).tobytes() if with_thumbnail else b""
-    return Look(image.width, image.height, content_key(image), notes, small)
+    return Look(image.width, image.height, paper.stroke_width(image), content_key(image), notes, small)
 
 
 def stat_file(path: str | os.PathLike) -> File | None:
@@ -132,8 +134,9 @@ class KeptLooks:
                 return {}
             small = archive["thumbnails"].tobytes()
         size, looks = len(small) // max(1, len(rows)), {}
-        for start, (*file, width, height, key, notes) in enumerate(rows):
-            looks[File(*file)] = Look(width, height, key, tuple(notes), small[start * size : (start + 1) * size])
+        for start, (*file, width, height, stroke, key, notes) in enumerate(rows):
+            own = small[start * size : (start + 1) * size]
+            looks[File(*file)] = Look(width, height, stroke, key, tuple(notes), own)
         return looks
 
 

@@ -1,6 +1,7 @@
 """What a person should know of a data set before the first step, as a short table."""
 
 import os
+import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
@@ -9,6 +10,7 @@ from .image_sets import CaptionedImages, Images, LabelledImages
 from .look import FAINT, NEGATIVE, TINTED, Look
 
 OF_DRAWINGS = (FAINT, NEGATIVE, TINTED)  # which a photo may be
+FADED = 0.75  # pixels: thinner strokes lose a quarter of their black or more
 SHOWN = 3  # names, captions, classes
 
 
@@ -32,9 +34,18 @@ def data_report(data: Images, looks: Mapping[int, Look], bad: Sequence[int], wha
         lines += _captions(data)
     if looks:
         lines.append(("sizes", _sizes(list(looks.values()))))
+    if what == "drawings" and (strokes := [look.stroke for look in looks.values() if look.stroke]):
+        lines.append(("strokes", f"about {statistics.median(strokes):.1f} px wide"))
     if bad:
         lines.append(("left out", f"{len(bad)} cannot be read ({_first([names[index] for index in bad])})"))
     oddities = _oddities(looks, names, what)
+    if what == "drawings" and isinstance(data, CaptionedImages):
+        thin = [names[index] for index, look in looks.items() if 0 < look.stroke * _zoom(data, look) < FADED]
+        if thin:
+            oddities.append(
+                f"{len(thin)} whose strokes become thinner than a pixel and grey at `resolution` {data.resolution}:"
+                f" use a larger one, or parts of the pages ({_first(thin)})"
+            )
     if data.fit == "crop" and (cut := sum(min(look[:2]) < 0.9 * max(look[:2]) for look in looks.values())):
         oddities.append(
             f"{cut} lose more than a tenth of their area to cropping: `fit` pad or bucket keeps them whole"
@@ -69,6 +80,12 @@ def _sizes(looks: Sequence[Look]) -> str:
     sizes = sorted({(look.width * look.height, look.width, look.height) for look in looks})
     ends = [f"{width} x {height}" for _, width, height in (sizes[0], sizes[-1])]
     return f"{' to '.join(dict.fromkeys(ends))} pixels; {shares}"
+
+
+def _zoom(data: CaptionedImages, look: Look) -> float:
+    """How much an image grows when it is fitted."""
+    sides = {"crop": min(look[:2]), "pad": max(look[:2]), "bucket": (look.width * look.height) ** 0.5}
+    return data.resolution / sides[data.fit]
 
 
 def _oddities(looks: Mapping[int, Look], names: Sequence[str], what: str) -> list[str]:

@@ -8,6 +8,7 @@ from PIL import Image, ImageDraw, ImageOps
 from sketch_perceptual.data.captions import captioned_folder
 from sketch_perceptual.data.checks import scan
 from sketch_perceptual.data.image_sets import Images, LabelledImages
+from sketch_perceptual.data.paper import stroke_width
 from sketch_perceptual.data.report import data_report
 
 
@@ -70,7 +71,29 @@ def test_what_looks_wrong_is_counted_and_named(name, tmp_path):
     picture, lines = ODD[name]
     data = images(tmp_path, {"a.png": drawing(), name: picture})
     head = [f"drawings  2 in {tmp_path}", "sizes     40 x 40 pixels; 100% square"]
-    assert [line.removeprefix("  ") for line in report(data).splitlines()] == head + lines
+    said = [line.removeprefix("  ") for line in report(data).splitlines()]
+    assert [line for line in said if not line.startswith("strokes")] == head + lines
+
+
+@pytest.mark.parametrize("paper, ink", [("white", "black"), ("black", "white"), ("#eeddcc", "#445566")])
+@pytest.mark.parametrize("width", [1, 2, 5])
+def test_how_wide_strokes_are(width, paper, ink):
+    image = Image.new("RGB", (1600, 1600), paper)
+    for number in range(9):  # as a fan, so that all directions count as much
+        ImageDraw.Draw(image).line((100, 100 + 150 * number, 1500, 1400 - 150 * number), ink, 4 * width)
+    assert stroke_width(image.resize((400, 400), Image.Resampling.BOX)) == pytest.approx(width, rel=0.15)
+
+
+@pytest.mark.parametrize("fit, enough", [("crop", 48), ("pad", 72), ("bucket", 60)])
+def test_strokes_that_fade_are_named(fit, enough, tmp_path):
+    """Of 2 pixels, on a page of 100 x 160."""
+    drawing(size=(100, 160)).save(tmp_path / "a.png")
+
+    def said(resolution):
+        data = captioned_folder(tmp_path, default_caption="a", fit=fit, resolution=resolution)
+        return f"1 whose strokes become thinner than a pixel and grey at `resolution` {resolution}" in report(data)
+
+    assert (said(enough // 2), said(enough)) == (True, False)
 
 
 def test_many_are_counted_and_three_of_them_named(tmp_path):
