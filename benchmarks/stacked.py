@@ -242,8 +242,10 @@ def clip(parameters: list[nn.Parameter], limit: float) -> None:
 
 
 @torch.no_grad()
-def draw_latents(unet, scheduler, noise: Tensor, embeds: Tensor, empty: Tensor, guidance: float, loras: int) -> Tensor:
-    """Latents (loras, N, 4, h, w) that each LoRA makes of the same noise (N, 4, h, w) in 12 steps."""
+def draw_latents(
+    unet, scheduler, noise: Tensor, embeds: Tensor, empty: Tensor, guidance: float, steps: int, loras: int
+) -> Tensor:
+    """Latents (loras, N, 4, h, w) that each LoRA makes of the same noise (N, 4, h, w)."""
     found = []
     for part in torch.arange(len(noise)).split(max(1, DRAWN_AT_ONCE // loras)):
         place = part.to(noise.device)
@@ -253,7 +255,7 @@ def draw_latents(unet, scheduler, noise: Tensor, embeds: Tensor, empty: Tensor, 
         copies = len(contexts)
         contexts = contexts.flatten(0, 1).repeat(loras, 1, 1)
         latents = noise[place].expand(loras, -1, -1, -1, -1)
-        scheduler.set_timesteps(12)
+        scheduler.set_timesteps(steps)
         for t in scheduler.timesteps.tolist():
             given = latents[:, None].expand(-1, copies, -1, -1, -1, -1).flatten(0, 2)
             with torch.autocast(noise.device.type, torch.float16, enabled=noise.device.type == "cuda"):

