@@ -1,12 +1,13 @@
 # make demo | make test | make quality | make style: each creates .venv and installs what it needs on first use.
 # make test-oldest: the tests on the lower bounds of setup.cfg, in .venv-oldest; TESTS='-m "not slow"' chooses some.
+# make dist: source distribution and wheel, checked; needs a network.
 PYTHON ?= python3
 BIN = .venv/bin
 INSTALLED = .venv/.installed
 PATHS = *.py sketch_perceptual tests benchmarks
 TESTS =
 
-.PHONY: demo test test-oldest quality style
+.PHONY: demo test test-oldest quality style dist
 
 .venv-oldest/.installed: ONLY = -c .venv-oldest/lower-bounds.txt
 .venv/.installed .venv-oldest/.installed: setup.cfg pyproject.toml
@@ -31,6 +32,12 @@ quality: $(INSTALLED)
 style: $(INSTALLED)
 	$(BIN)/ruff check --fix $(PATHS)
 	$(BIN)/ruff format $(PATHS)
+
+dist: $(INSTALLED)
+	rm -rf dist
+	$(BIN)/python -m pip install --quiet build twine
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
 
 TINY_SD = sketch_perceptual/assets/tiny-sd
 DEMO_PROMPTS = $(foreach thing,a_house a_cat a_boat a_flower an_umbrella a_snail,"a sketch of $(subst _, ,$(thing))")

@@ -16,6 +16,10 @@ import json
 from functools import partial
 from pathlib import Path
 
+from sketch_perceptual.extras import require
+
+require("train")
+
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger

@@ -21,6 +21,10 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from sketch_perceptual.extras import require
+
+require("train")
+
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator

@@ -9,10 +9,11 @@
 """
 
 import argparse
-import importlib
 import sys
 
 from . import __version__
+from .errors import InputError
+from .extras import optional
 
 COMMANDS = {"compare": "compare", "search": "evaluation.search", "stylize": "johnson", "env": "env"}  # their modules
 
@@ -28,7 +29,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("command", choices=COMMANDS, help="each tells its options with --help")
     argv = sys.argv[1:] if argv is None else argv
     command = parser.parse_args(argv[:1]).command
-    importlib.import_module(f"{__package__}.{COMMANDS[command]}").main(argv[1:])
+    try:
+        module = optional(f"{__package__}.{COMMANDS[command]}", "search")  # the others need no extra
+    except InputError as error:
+        parser.exit(2, f"sketch-perceptual {command}: error: {error}\n")
+    module.main(argv[1:])
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from torch import Tensor
 from .data.folders import find_images
 from .data.images import load_image, to_pil, to_tensor
 from .errors import InputError, in_options
+from .figures import image_grid
 from .losses import DEFAULT_LAYERS, PerceptualLoss
 from .networks.backbone import BUNDLED, tuned_resolution
 from .networks.hub_model import fingerprint
@@ -138,8 +139,6 @@ def difference_map(a: Tensor, b: Tensor, places: Tensor) -> Image.Image:
 
 
 def save_figure(path: Path, rows: dict[str, list[Image.Image]]) -> None:
-    from .figures import image_grid  # matplotlib takes a second to import
-
     try:
         image_grid(rows, ["A", "B", "where they differ"], SHOWN).save(path)
     except (OSError, ValueError) as error:

@@ -1,10 +1,8 @@
 """sketch-perceptual: one program of four commands."""
 
-import getpass
 import platform
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -41,13 +39,15 @@ def test_what_is_no_command_is_refused(capsys):
 
 
 def test_the_environment_has_versions_and_no_secrets(capsys, monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    for name, value in {"HF_TOKEN": "hf_secret", "HOME": "/home/secret", "USER": "secret"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(platform, "node", lambda: "secret")
     main(["env"])
     lines = dict(line.removeprefix("- ").split(": ", 1) for line in capsys.readouterr().out.splitlines())
     assert lines["sketch-perceptual"] == __version__
     assert lines["torch"] == torch.__version__.split("+")[0] or lines["torch"] == torch.__version__
-    for secret in ("hf_secret", str(Path.home()) + "/", str(ROOT), platform.node(), f"/{getpass.getuser()}"):
-        assert secret not in str(lines), secret
+    assert "secret" not in str(lines)
+    assert str(ROOT) not in str(lines)
 
 
 def test_accelerators_have_names_and_memory(monkeypatch):

@@ -21,6 +21,10 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+from ..extras import require
+
+require("eval")
+
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 

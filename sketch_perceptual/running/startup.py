@@ -3,6 +3,7 @@
 import argparse
 import errno
 import importlib.metadata
+import importlib.util
 import logging
 import os
 import platform
@@ -17,7 +18,6 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-import transformers
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration, set_seed
@@ -134,7 +134,8 @@ def start_logging(accelerator: Accelerator, args: argparse.Namespace) -> None:
     logging.getLogger().setLevel(logging.INFO if accelerator.is_main_process else logging.WARNING)
     logging.captureWarnings(True)
     logging.getLogger("accelerate").setLevel(logging.WARNING)
-    silence(transformers)
+    if importlib.util.find_spec("transformers"):  # searching does without
+        silence(importlib.import_module("transformers"))
 
 
 def silence(library: ModuleType) -> None:
