@@ -44,7 +44,6 @@ from sketch_perceptual.data.options import add_caption_options, check_caption_op
 from sketch_perceptual.data.splits import split
 from sketch_perceptual.data.tags import with_trigger
 from sketch_perceptual.diffusion import (
-    PREDICTION_TYPES,
     PerceptualTerm,
     balance,
     decode,
@@ -53,6 +52,7 @@ from sketch_perceptual.diffusion import (
     min_snr_weights,
     sample_latents,
 )
+from sketch_perceptual.diffusion_checks import PREDICTION_TYPES
 from sketch_perceptual.errors import InputError, first_line, first_names
 from sketch_perceptual.evaluation.pipelines import add_pipeline_options, load_pipeline
 from sketch_perceptual.evaluation.preview import dry_run, read_data

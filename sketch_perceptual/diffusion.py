@@ -11,9 +11,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from .diffusion_checks import check_batch, check_prediction_type, check_scheduler, check_vae, latent_layout
 from .errors import InputError
 
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 # Below this share of signal, 1 in 10,000, dividing the noise prediction by it leaves no picture to score.
 MIN_SIGNAL = 1e-4
 # No perceptual loss, 1 for unrelated drawings, counts more: a row that is right already is not to be blown up.
@@ -55,10 +55,6 @@ def cast_decoder(vae, dtype: torch.dtype) -> None:
 
 def signal(noise_scheduler, timesteps: Tensor) -> Tensor:
     """alpha_bar at the timesteps: the share of signal in each noisy latent, (B,) float32 on their device."""
-    if not hasattr(noise_scheduler, "alphas_cumprod"):
-        raise InputError(
-            f"{type(noise_scheduler).__name__} has no alphas_cumprod; the perceptual term needs a DDPM-like scheduler"
-        )
     return noise_scheduler.alphas_cumprod.to(timesteps.device, torch.float32)[timesteps]
 
 
@@ -104,12 +100,6 @@ def min_snr_weights(timesteps: Tensor, gamma: float, noise_scheduler) -> Tensor:
     return capped / (snr + 1) if prediction_type == "v_prediction" else capped
 
 
-def check_prediction_type(prediction_type: str) -> str:
-    if prediction_type not in PREDICTION_TYPES:
-        raise InputError(f"prediction_type must be one of {', '.join(PREDICTION_TYPES)}; got {prediction_type!r}")
-    return prediction_type
-
-
 def balance(loss: Tensor, values: Tensor, model_pred: Tensor, weight: float) -> tuple[Tensor, dict[str, Tensor]]:
     """`loss`, a scalar, plus `values` (B,), which pull `weight` times as hard as it at each row of `model_pred`.
 
@@ -120,10 +110,14 @@ def balance(loss: Tensor, values: Tensor, model_pred: Tensor, weight: float) -> 
     Returns the sum and what was reached at each row, (B,), 0 where `values` has no gradient: "factor", of a mean over
     rows; "gradient_ratio" of the lengths, and "gradient_cosine" of the angle between the gradients.
     """
+    if loss.ndim:
+        raise InputError(f"`loss` must be a scalar, got {tuple(loss.shape)}: take its mean first")
     if weight == 0 or not values.requires_grad:
         return loss, dict.fromkeys(("factor", "gradient_ratio", "gradient_cosine"), torch.zeros_like(values))
     (pull,) = torch.autograd.grad(values.sum(), model_pred)
-    (own,) = torch.autograd.grad(loss, model_pred, retain_graph=True)
+    (own,) = torch.autograd.grad(loss, model_pred, retain_graph=True, allow_unused=True)
+    if own is None:
+        raise InputError("`loss` must be computed from `model_pred`: pass the tensor that it came from, not a copy")
     pull, own = pull.float().flatten(1) / len(values), own.float().flatten(1)
     tiny = torch.finfo(torch.float32).tiny
     length, own_length = pull.norm(dim=1), own.norm(dim=1)
@@ -146,7 +140,8 @@ class PerceptualTerm:
     Args:
         loss: any callable `(images, target) -> (B,)` on RGB in [-1, 1], e.g. `PerceptualLoss`.
         vae: the pipeline's `AutoencoderKL`; it is frozen and its decoder cast to `dtype`.
-        noise_scheduler: the training scheduler; gives alphas_cumprod and the prediction type.
+        noise_scheduler: the training scheduler, which adds noise as `DDPMScheduler` does; gives alphas_cumprod and
+            the prediction type.
         min_snr: the gate: rows with SNR = alpha_bar / (1 - alpha_bar) at or above this; 1 is t <= 353 on SD-1.5,
             0 is no gate (the paper). An epsilon prediction is never scored below a signal share of 1e-4.
         max_timestep: a gate by timestep instead: rows with t <= max_timestep.
@@ -182,13 +177,17 @@ class PerceptualTerm:
             raise InputError(f'the perceptual target must be "image" or "reconstruction", got {target!r}')
         if every < 1 or start_step < 0 or min_snr < 0:
             raise InputError("the perceptual term needs every >= 1, start_step >= 0 and min_snr >= 0")
-        check_prediction_type(noise_scheduler.config.prediction_type)
-        if crop is not None:
-            self.pixels = 2 ** (len(vae.config.block_out_channels) - 1)  # of a latent's side
-            if crop < 16 or crop % self.pixels:
-                raise InputError(
-                    f"the perceptual term's crop must be 16 pixels or more and a multiple of {self.pixels}, got {crop}"
-                )
+        check_scheduler(noise_scheduler)
+        check_vae(vae)
+        _, self.pixels = latent_layout(vae)
+        if crop is not None and (crop < 16 or crop % self.pixels):
+            raise InputError(
+                f"the perceptual term's crop must be 16 pixels or more and a multiple of {self.pixels}, got {crop}"
+            )
+        if decoder is not None:
+            check_vae(decoder, "decoder")
+            if latent_layout(decoder) != latent_layout(vae):
+                raise InputError("`decoder` decodes latents of other channels or of another size than those of `vae`")
         self.loss, self.vae, self.noise_scheduler = loss, vae, noise_scheduler
         self.start_step, self.every, self.target, self.dtype = start_step, every, target, dtype
         self.crop = crop
@@ -214,7 +213,10 @@ class PerceptualTerm:
                 raise InputError("start_step and every need the training step: perceptual_term(..., step=global_step)")
         elif step < self.start_step or (step - self.start_step) % self.every:
             return torch.zeros(len(timesteps), dtype=torch.bool)
-        return self.open[timesteps.cpu()]
+        timesteps = timesteps.cpu()
+        if timesteps.is_floating_point() or ((timesteps < 0) | (timesteps >= len(self.open))).any():
+            raise InputError(f"`timesteps` must be integers from 0 to {len(self.open) - 1}")
+        return self.open[timesteps]
 
     def __call__(
         self,
@@ -238,12 +240,14 @@ class PerceptualTerm:
             masks: what counts of the images, (B, 1, H, W) in [0, 1]. Elsewhere the prediction is taken to be right,
                 and the loss is divided by the share that counts.
         """
+        check_batch(model_pred, noisy_latents, timesteps, images, masks, self.vae)
         per_row = model_pred.new_zeros(len(model_pred), dtype=torch.float32)
         rows = self.gate(timesteps, step).nonzero().flatten().to(model_pred.device)
         if len(rows) == 0:
             return per_row
         latents = predict_x0(model_pred[rows], noisy_latents[rows], timesteps[rows], self.noise_scheduler)
         images = images[rows] if masks is None else torch.cat([images[rows], masks[rows].to(images)], 1)
+        cast_decoder(self.decoder, self.dtype)  # a script may have cast its VAE since, a pipeline does after drawing
         if self.crop is not None:
             latents, images = self._random_squares(latents, images, generator)
         with torch.autocast(model_pred.device.type, enabled=False):
@@ -272,10 +276,12 @@ class PerceptualTerm:
         """`loss` plus the term, which pulls `weight` times as hard as `loss` at each scored row of the prediction.
 
         Args:
-            loss: the scalar denoising loss, computed from `model_pred`.
-            weight: length of the term's gradient at the prediction over that of `loss`, row by row.
+            loss: the scalar denoising loss, computed from `model_pred` and perhaps from more, such as a prior.
+            weight: length of the term's gradient at the prediction over that of `loss`, row by row; 0 returns `loss`.
             model_pred, noisy_latents, timesteps, images, step, generator, masks: those of a call.
         """
+        if weight == 0:
+            return loss
         values = self(model_pred, noisy_latents, timesteps, images, step, generator, masks)
         return balance(loss, values, model_pred, weight)[0]
 

@@ -5,14 +5,17 @@ import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderTiny,
+    DDIMScheduler,
     DDPMScheduler,
+    DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    PNDMScheduler,
 )
 from diffusers.training_utils import compute_snr
 
 from sketch_perceptual.diffusion import (
-    PREDICTION_TYPES,
     PerceptualTerm,
     balance,
     decode,
@@ -22,6 +25,7 @@ from sketch_perceptual.diffusion import (
     predict_x0,
     sample_latents,
 )
+from sketch_perceptual.diffusion_checks import PREDICTION_TYPES
 from sketch_perceptual.errors import InputError
 from sketch_perceptual.losses import PixelLoss
 
@@ -319,11 +323,65 @@ def test_other_schedules_are_refused(vae):
         noise_scheduler = scheduler()
         noise_scheduler.register_to_config(prediction_type="flow")
         PerceptualTerm(PixelLoss(), vae, noise_scheduler)
-    flow = FlowMatchEulerDiscreteScheduler()
-    flow.register_to_config(prediction_type="sample")
     with pytest.raises(InputError, match="FlowMatchEulerDiscreteScheduler has no alphas_cumprod"):
-        PerceptualTerm(PixelLoss(), vae, flow)
-    assert PerceptualTerm(PixelLoss(), vae, EulerDiscreteScheduler(**SD15)).open.sum() == 354
+        PerceptualTerm(PixelLoss(), vae, FlowMatchEulerDiscreteScheduler())
+    for solver in (EulerDiscreteScheduler(**SD15), HeunDiscreteScheduler(**SD15), DPMSolverMultistepScheduler(**SD15)):
+        with pytest.raises(InputError, match=r"does not add noise as DDPMScheduler .* DDPMScheduler.from_config"):
+            PerceptualTerm(PixelLoss(), vae, solver)
+    for same in (DDIMScheduler(**SD15), PNDMScheduler(**SD15)):
+        assert PerceptualTerm(PixelLoss(), vae, same).open.sum() == 354
+
+
+def test_other_vaes_are_refused(vae):
+    with pytest.raises(InputError, match="`vae` must be diffusers' AutoencoderKL or AutoencoderTiny, got NoneType"):
+        PerceptualTerm(PixelLoss(), None, scheduler())
+    with pytest.raises(InputError, match=r"`vae` must .* got DataParallel \(unwrap"):
+        PerceptualTerm(PixelLoss(), torch.nn.DataParallel(vae), scheduler())
+    with pytest.raises(InputError, match="`decoder` decodes latents of other channels or of another size"):
+        PerceptualTerm(PixelLoss(), vae, scheduler(), decoder=AutoencoderTiny())
+    vae.register_to_config(shift_factor=0.06)
+    with pytest.raises(InputError, match="`vae` moves its latents by its shift_factor"):
+        PerceptualTerm(PixelLoss(), vae, scheduler())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"model_pred": (2, 4, 8, 8)},
+            r"`model_pred` has 2, `noisy_latents` has 4, .* with prior .* noisy_latents\[:len\(model_pred\)\]",
+        ),
+        ({"timesteps": (3,)}, "`timesteps` has 3"),
+        ({"images": (2, 3, 16, 16)}, "`images` has 2"),
+        ({"model_pred": (4, 8, 8, 8)}, r"`model_pred` must be latents of the VAE, \(4, 4, 8, 8\).* \(4, 8, 8, 8\)"),
+        ({"noisy_latents": (4, 9, 8, 8)}, r"`noisy_latents` must .* mask .* got \(4, 9, 8, 8\)"),
+        ({"model_pred": (4, 4, 1, 8, 8)}, r"`model_pred` must .* got \(4, 4, 1, 8, 8\)"),
+        ({"images": (4, 3, 16, 24)}, r"`images` must be \(4, 3, 16, 16\), 2 times as large .* got \(4, 3, 16, 24\)"),
+        ({"images": (4, 1, 16, 16)}, r"`images` must be \(4, 3, 16, 16\)"),
+        ({"masks": (4, 16, 16)}, r"`masks` must be \(4, 1, 16, 16\)"),
+    ],
+)
+def test_tensors_that_do_not_belong_together_are_refused(vae, changes, message):
+    latents, noise, images = batch()
+    given = {"model_pred": noise, "noisy_latents": latents, "timesteps": torch.zeros(4).long(), "images": images}
+    given |= {name: torch.zeros(shape) for name, shape in changes.items()}
+    with pytest.raises(InputError, match=message):
+        PerceptualTerm(PixelLoss(), vae, scheduler())(**given)
+
+
+@pytest.mark.parametrize("timesteps", [torch.tensor([0.5] * 4), torch.tensor([0, 1, 2, 1000]), torch.tensor([-1] * 4)])
+def test_timesteps_that_are_none_are_refused(vae, timesteps):
+    latents, noise, images = batch()
+    with pytest.raises(InputError, match="`timesteps` must be integers from 0 to 999"):
+        PerceptualTerm(PixelLoss(), vae, scheduler())(noise, latents, timesteps, images)
+
+
+def test_a_decoder_that_was_cast_since_is_cast_back(vae):
+    term = PerceptualTerm(PixelLoss(), vae, scheduler())
+    latents, noise, images = batch()
+    vae.to(torch.float16)  # as pipelines leave it after drawing
+    assert torch.isfinite(term(noise, latents, torch.zeros(4).long(), images)).all()
+    assert vae.decoder.conv_in.weight.dtype == vae.post_quant_conv.weight.dtype == torch.float32
 
 
 def rows_of(prediction, weight, loss_scale=1.0, value_scale=1.0):
@@ -384,3 +442,44 @@ def test_added_to_a_loss_the_term_leaves_the_rows_outside_the_gate_alone(vae):
     assert (with_term[:2] != alone[:2]).all()
     shut = term.add(loss, model_pred, noisy_latents, torch.full((4,), 999), images)
     assert shut is loss
+
+
+def test_prior_preservation_by_hand(vae):
+    """The first half of the rows are the drawings, the second are prior pictures, not scored."""
+    term = PerceptualTerm(PixelLoss(), vae, scheduler())
+    latents, noise, images = batch()
+    timesteps = torch.tensor([10, 353, 20, 30])
+    noisy_latents = term.noise_scheduler.add_noise(latents, noise, timesteps)
+    weights = torch.ones(4, 1, 1, 1, requires_grad=True)  # in the model's place
+    model_pred, prior_pred = (weights * (noise + 0.1 * latents)).chunk(2)
+    loss = (model_pred - noise[:2]).square().mean() + 0.5 * (prior_pred - noise[2:]).square().mean()
+    n = len(model_pred)
+    alone = torch.autograd.grad(loss, model_pred, retain_graph=True)[0].flatten(1)
+    before = torch.autograd.grad(loss, weights, retain_graph=True)[0].flatten()
+    total = term.add(loss, model_pred, noisy_latents[:n], timesteps[:n], images[:n], weight=0.05)
+    both = torch.autograd.grad(total, model_pred, retain_graph=True)[0].flatten(1)
+    torch.testing.assert_close((both - alone).norm(dim=1), 0.05 * alone.norm(dim=1), rtol=1e-3, atol=0)
+    after = torch.autograd.grad(total, weights)[0].flatten()
+    assert torch.equal(after[2:], before[2:])
+    assert (after[:2] != before[:2]).all()
+
+
+def test_weight_0_is_the_loss_itself_and_draws_and_decodes_nothing(vae):
+    term = PerceptualTerm(PixelLoss(), vae, scheduler(), crop=16)
+    latents, noise, images = batch(size=32)
+    model_pred = noise.requires_grad_()
+    loss = model_pred.square().mean()
+    vae.decoder.register_forward_pre_hook(lambda *_: pytest.fail("decoded"))
+    before = torch.get_rng_state()
+    assert term.add(loss, model_pred, latents, torch.zeros(4).long(), images, weight=0) is loss
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_loss_of_something_else_is_refused(vae):
+    term = PerceptualTerm(PixelLoss(), vae, scheduler())
+    latents, noise, images = batch()
+    model_pred, timesteps = noise.requires_grad_(), torch.zeros(4).long()
+    with pytest.raises(InputError, match="`loss` must be computed from `model_pred`"):
+        term.add(model_pred.square().mean(), model_pred.float() * 1, latents, timesteps, images)
+    with pytest.raises(InputError, match=r"`loss` must be a scalar, got \(4, 4, 8, 8\)"):
+        term.add(model_pred.square(), model_pred, latents, timesteps, images)

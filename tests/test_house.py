@@ -41,7 +41,8 @@ MAY_IMPORT = {
     "data": {"errors", "extras", "arguments", "seeds"},
     "networks": {"errors", "extras", "data"},
     "losses": {"errors", "extras", "data", "drawings", "networks"},
-    "diffusion": {"errors", "losses"},
+    "diffusion": {"errors", "losses", "diffusion_checks"},
+    "diffusion_checks": {"errors"},
     "measures": {"errors", "extras", "data", "networks", "seeds"},
     "running": {"errors", "arguments", "seeds"},
     "evaluation": {
@@ -204,10 +205,8 @@ def test_files_in_the_readme_exist():
 
 
 def test_the_recipe_goes_into_a_plain_training_loop(tiny_sd):
-    build, call = (
-        next(code for code in CODE if "PerceptualTerm(" in code),
-        next(code for code in CODE if ".add(" in code),
-    )
+    build = next(code for code in CODE if "PerceptualTerm(" in code)
+    call, call_with_prior = (code for code in CODE if ".add(" in code)
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd, safety_checker=None)
     noise_scheduler = DDPMScheduler.from_pretrained(tiny_sd, subfolder="scheduler")
     images = torch.rand(2, 3, 32, 32) * 2 - 1
@@ -222,8 +221,13 @@ def test_the_recipe_goes_into_a_plain_training_loop(tiny_sd):
     exec(build, names)
     exec(call, names)
     assert names["loss"] > plain
-    names["loss"].backward()
+    names["loss"].backward(retain_graph=True)
     assert pipeline.unet.conv_in.weight.grad.abs().sum() > 0
+    model_pred, prior_pred = model_pred.chunk(2)
+    half, prior = ((x - y).square().mean() for x, y in zip((model_pred, prior_pred), noise.chunk(2), strict=True))
+    names |= {"noisy_model_input": noisy_latents, "model_pred": model_pred, "loss": half + prior}
+    exec(call_with_prior, names)
+    assert names["loss"] > half + prior
 
 
 @pytest.mark.parametrize("number", [0, 1])

@@ -29,6 +29,7 @@ class LPIPSLoss(ImageLoss):
         resolution: see `ImageLoss`.
     """
 
+    @torch.random.fork_rng(devices=[])  # lpips starts from random weights
     def __init__(self, backbone: str | Path = "imagenet", resolution: int | None = None):
         super().__init__(resolution)
         lpips = optional("lpips", "eval")

@@ -103,6 +103,7 @@ class PerceptualLoss(ImageLoss):
         return soft_distance(features, target, values["softening"]) / values["distance"]
 
 
+@torch.random.fork_rng(devices=[])  # a script's own draws stay what they are without the loss
 def load_frozen(
     backbone: AttentionVGG16 | str | Path, layers: Sequence[str], attention: str = "cbam"
 ) -> AttentionVGG16:

@@ -26,7 +26,9 @@ def sources(tmp_path_factory):
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_every_loss_keeps_the_contract(name, sources):
+    state = torch.get_rng_state()
     loss = build_loss(name, backbone=sources[name])
+    assert torch.equal(torch.get_rng_state(), state)  # a script draws what it draws without the loss
     check_loss(loss, name)
     nn.ModuleList([loss]).train()
     assert not any(module.training for module in loss.modules())

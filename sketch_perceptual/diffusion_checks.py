@@ -1,0 +1,81 @@
+"""What a perceptual term cannot work with, in words: other schedules, other VAEs, tensors that do not match."""
+
+import torch
+from torch import Tensor
+
+from .errors import InputError
+
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+VAES = {"AutoencoderKL", "AutoencoderTiny"}  # of images; by name, so that a loss needs no diffusers
+
+
+def check_prediction_type(prediction_type: str) -> str:
+    if prediction_type not in PREDICTION_TYPES:
+        raise InputError(f"prediction_type must be one of {', '.join(PREDICTION_TYPES)}; got {prediction_type!r}")
+    return prediction_type
+
+
+def check_scheduler(noise_scheduler) -> None:
+    """InputError unless it adds noise as sqrt(alpha_bar) * latents + sqrt(1 - alpha_bar) * noise (Ho et al. 2020)."""
+    name = type(noise_scheduler).__name__
+    if not hasattr(noise_scheduler, "alphas_cumprod"):
+        raise InputError(
+            f"{name} has no alphas_cumprod: the term needs a scheduler like DDPMScheduler, not flow matching"
+        )
+    check_prediction_type(noise_scheduler.config.prediction_type)
+    timestep = torch.tensor([noise_scheduler.config.num_train_timesteps // 4])
+    alpha_bar = noise_scheduler.alphas_cumprod[timestep].float().view(1, 1, 1, 1).cpu()
+    one = torch.ones_like(alpha_bar)
+    for latents, noise, expected in ((one, 0 * one, alpha_bar), (0 * one, one, 1 - alpha_bar)):
+        noisy = noise_scheduler.add_noise(latents, noise, timestep)
+        if not torch.allclose(noisy.float().square(), expected, atol=1e-3):
+            raise InputError(
+                f"{name} does not add noise as DDPMScheduler does (samplers often add"
+                " sigma * noise): train with DDPMScheduler.from_config(noise_scheduler.config)"
+            )
+
+
+def check_vae(vae, argument: str = "vae") -> None:
+    """InputError unless its scaled latents are `scaling_factor` times what it encodes images to."""
+    if not VAES & {kind.__name__ for kind in type(vae).__mro__}:
+        raise InputError(
+            f"`{argument}` must be diffusers' AutoencoderKL or AutoencoderTiny, got {type(vae).__name__} (unwrap what"
+            " is compiled or distributed; VAEs of videos are not known)"
+        )
+    for name in ("shift_factor", "latents_mean"):
+        if getattr(vae.config, name, None):
+            raise InputError(f"`{argument}` moves its latents by its {name}, which the perceptual term does not know")
+
+
+def check_batch(model_pred: Tensor, noisy_latents: Tensor, timesteps: Tensor, images: Tensor, masks, vae) -> None:
+    """InputError unless these belong together: latents of `vae`, and the images that they are latents of."""
+    named = {"model_pred": model_pred, "noisy_latents": noisy_latents, "timesteps": timesteps, "images": images}
+    rows = {name: len(x) for name, x in named.items()}
+    if len(set(rows.values())) > 1:
+        raise InputError(
+            f"{', '.join(f'`{name}` has {count}' for name, count in rows.items())} rows; all must be of the same"
+            " samples: with prior preservation the first half, noisy_latents[:len(model_pred)] and so on"
+        )
+    channels, pixels = latent_layout(vae)
+    for name, x in (("model_pred", model_pred), ("noisy_latents", noisy_latents)):
+        if x.ndim != 4 or x.shape[1] != channels or x.shape != model_pred.shape:
+            raise InputError(
+                f"`{name}` must be latents of the VAE, {_shape(len(x), channels, *model_pred.shape[2:4])}, without a"
+                f" variance, mask or control image beside them; got {_shape(*x.shape)}"
+            )
+    size = [side * pixels for side in model_pred.shape[2:]]
+    for name, x, depth in (("images", images, 3), ("masks", masks, 1)):
+        if x is not None and x.shape != (len(model_pred), depth, *size):
+            raise InputError(
+                f"`{name}` must be {_shape(len(model_pred), depth, *size)}, {pixels} times as large as the latents:"
+                f" those of the images that were encoded; got {_shape(*x.shape)}"
+            )
+
+
+def latent_layout(vae) -> tuple[int, int]:
+    """How many channels a latent has, and how many pixels of the image its side is: 4 and 8 for SD-1.5."""
+    return vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+def _shape(*sides: int) -> str:
+    return f"({', '.join(map(str, sides))})"
