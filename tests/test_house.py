@@ -37,6 +37,7 @@ MAY_IMPORT = {
     "seeds": set(),
     "figures": set(),
     "drawings": {"errors"},
+    "lora_files": {"errors"},
     "data": {"errors", "arguments", "seeds"},
     "networks": {"errors", "data"},
     "losses": {"errors", "data", "drawings", "networks"},
