@@ -756,7 +756,7 @@ def save_adapter(unet, folder: str | Path) -> None:
 
 def load_adapter(unet, folder: str | Path) -> None:
     """Read what `save_adapter` wrote into the adapter that `unet` has."""
-    layers, _ = lora_files.read(Path(folder, WEIGHTS))
+    layers = lora_files.read(Path(folder, WEIGHTS)).layers
     weights = {}
     for name in get_peft_model_state_dict(unet, adapter_name=ADAPTER):
         module, part = lora_files.locate(f"unet.{name}")

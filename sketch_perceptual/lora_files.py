@@ -63,35 +63,34 @@ class Layer:
 
 
 def locate(key: str) -> tuple[str, str]:
-    """A tensor's name in diffusers' or PEFT's words -> module, as diffusers writes it, and part; "" if unknown."""
+    """A tensor's name, in anybody's words -> its module, as diffusers writes it, and its part; "" where unknown."""
     for suffix, part in PART.items():
         if key.endswith(suffix):
-            module = key.removesuffix(suffix)
-            flat = "text_encoder.encoder."  # transformers 5.6 and newer
-            return (
-                module.replace(flat, "text_encoder.text_model.encoder.") if module.startswith(flat) else module
-            ), part
+            name = key.removesuffix(suffix)
+            if name.startswith("lora_"):
+                return module_name(name), part
+            name = re.sub(r"^text_encoder\.encoder\.", "text_encoder.text_model.encoder.", name)  # transformers 5.6
+            return name if module_name(kohya_name(name)) == name else "", part
     return "", ""
 
 
-def to_layers(tensors: Mapping[str, torch.Tensor], alpha_of: Mapping[str, float] | None = None) -> dict[str, Layer]:
-    """Module -> layer, of tensors in diffusers' or PEFT's names; `alpha_of`: where it is not the rank. InputError."""
-    parts: dict[str, dict] = {}
-    unknown = []
+def to_layers(tensors: Mapping[str, torch.Tensor]) -> dict[str, Layer]:
+    """Module -> layer; where no alpha is among the tensors it is the rank. InputError names what is not known."""
+    parts: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
         module, part = locate(key)
-        if not module or module.split(".")[0] not in ("unet", "text_encoder") or not is_known(module):
-            unknown.append(key)
-        parts.setdefault(module, {})[part] = tensor.detach()
-    unknown += [module for module, found in parts.items() if module and not {"down", "up"} <= found.keys()]
+        parts.setdefault(module or key, {})[part if module else ""] = tensor.detach()
+    unknown = [module for module, found in parts.items() if not {"down", "up"} <= found.keys() or "" in found]
     if unknown or not parts:
         raise InputError(f"no LoRA of Stable Diffusion 1 or 2 has {first_names(unknown) or 'no weights'}")
     layers = {}
     for module, found in sorted(parts.items()):
-        rank = len(found["down"])
-        alpha = float(found.get("alpha", (alpha_of or {}).get(module, rank)))
-        magnitude = found.get("magnitude")
-        layers[module] = Layer(found["down"], found["up"], alpha, None if magnitude is None else magnitude.flatten())
+        alpha, magnitude = found.get("alpha", len(found["down"])), found.get("magnitude")
+        if magnitude is not None and len(magnitude) != len(found["up"]):
+            raise InputError(f"{module} is DoRA of columns, which PEFT does not have")
+        layers[module] = Layer(
+            found["down"], found["up"], float(alpha), None if magnitude is None else magnitude.flatten()
+        )
     return layers
 
 
@@ -130,16 +129,16 @@ def peft_config(layers: Mapping[str, Layer]) -> dict:
     return config
 
 
-def alphas_by(config: dict, ranks: Mapping[str, int]) -> dict[str, float]:
-    """The alpha of each module by PEFT's configuration: its own, by pattern, and for rank-stabilised LoRA."""
-    alphas = {}
-    for module, rank in ranks.items():
+def with_alphas(layers: Mapping[str, Layer], config: Mapping) -> dict[str, Layer]:
+    """The layers with the alphas of PEFT's configuration: a module's own, by pattern; for rank-stabilised LoRA too."""
+    found = {}
+    for module, layer in layers.items():
         model, _, name = module.partition(".")
         patterns = config.get(f"{model}.alpha_pattern") or {}
         own = [value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)]
-        alpha = own[0] if own else config.get(f"{model}.lora_alpha", rank)
-        alphas[module] = alpha * rank**0.5 if config.get(f"{model}.use_rslora") else alpha
-    return alphas
+        alpha = own[0] if own else config.get(f"{model}.lora_alpha", layer.alpha)
+        found[module] = replace(layer, alpha=alpha * (layer.rank**0.5 if config.get(f"{model}.use_rslora") else 1.0))
+    return found
 
 
 def kohya_name(module: str) -> str:
@@ -156,10 +155,6 @@ def module_name(name: str) -> str:
     return ""
 
 
-def is_known(module: str) -> bool:
-    return module_name(kohya_name(module)) == module
-
-
 def to_kohya(layers: Mapping[str, Layer]) -> dict[str, torch.Tensor]:
     tensors = {}
     for module, layer in layers.items():
@@ -171,28 +166,28 @@ def to_kohya(layers: Mapping[str, Layer]) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def is_kohya(tensors: Mapping[str, torch.Tensor]) -> bool:
-    return all(key.startswith(("lora_unet_", "lora_te")) for key in tensors)
+@dataclass(frozen=True)
+class LoraFile:
+    """Layers by module, as diffusers calls it; the metadata; and whether the names in the file were kohya's."""
+
+    layers: dict[str, Layer]
+    metadata: dict[str, str]
+    is_kohya: bool
 
 
-def read(path: str | Path) -> tuple[dict[str, Layer], dict[str, str]]:
-    """The layers of a file in either form, by module, and its metadata; InputError."""
+def read(path: str | Path) -> LoraFile:
+    """A file in either form; InputError where it is not a LoRA of Stable Diffusion 1 or 2."""
     try:
         with safe_open(path, "pt") as file:
             metadata, tensors = file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path} cannot be read: {first_line(error)}") from error
     try:
-        if is_kohya(tensors):
-            names = {key: key.partition(".") for key in tensors}
-            return to_layers(
-                {f"{module_name(name[0])}.{name[2]}": tensors[key] for key, name in names.items()}
-            ), metadata
-        config = json.loads(metadata.get(PEFT_CONFIG, "{}"))
-        ranks = {module: layer.rank for module, layer in to_layers(tensors).items()}
-        return to_layers(tensors, alphas_by(config, ranks)), metadata
+        layers = to_layers(tensors)
     except InputError as error:
         raise InputError(f"{path} cannot be used: {error}") from error
+    config = json.loads(metadata.get(PEFT_CONFIG, "{}"))
+    return LoraFile(with_alphas(layers, config), metadata, any(key.startswith("lora_") for key in tensors))
 
 
 def write_diffusers(path: str | Path, layers: Mapping[str, Layer], metadata: Mapping[str, str] | None = None) -> None:

@@ -22,7 +22,7 @@ import train_johnson
 import train_lora_sketch
 import train_retrieval
 from sketch_perceptual import __main__ as compare
-from sketch_perceptual import drawings, johnson
+from sketch_perceptual import convert_lora, drawings, johnson
 
 ROOT = Path(train_lora_sketch.__file__).parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -38,6 +38,7 @@ MAY_IMPORT = {
     "figures": set(),
     "drawings": {"errors"},
     "lora_files": {"errors"},
+    "convert_lora": {"errors", "lora_files"},
     "data": {"errors", "arguments", "seeds"},
     "networks": {"errors", "data"},
     "losses": {"errors", "data", "drawings", "networks"},
@@ -137,6 +138,7 @@ OPTIONS |= {
 OPTIONS |= {
     "sketch_perceptual": options_of(compare.main),
     "sketch_perceptual.johnson": options_of(johnson.main),
+    "sketch_perceptual.convert_lora": options_of(convert_lora.main),
     "sketch_perceptual.drawings": options_of(drawings.main),
 }
 SCRIPT = re.compile(r"evaluate\.py \w+|train_\w+\.py|(?<=-m )sketch_perceptual(?:\.\w+)?")

@@ -26,8 +26,9 @@ def change(layer):
 def test_what_is_written_is_read(write, tmp_path):
     layers = {UNET: layer(), UNET.replace("to_out.0", "to_q"): layer(3, 1.5), ENCODER: layer(1, 0.5, magnitude=True)}
     write(tmp_path / "a.safetensors", layers, {"ss_steps": "4"})
-    found, metadata = lora_files.read(tmp_path / "a.safetensors")
-    assert metadata["ss_steps"] == "4"
+    file = lora_files.read(tmp_path / "a.safetensors")
+    found = file.layers
+    assert file.metadata["ss_steps"] == "4" and file.is_kohya == (write is lora_files.write_kohya)
     assert found.keys() == layers.keys()
     for name, expected in layers.items():
         assert found[name].alpha == expected.alpha
@@ -58,7 +59,7 @@ def test_names_of_both_forms():
 
 def test_the_configuration_has_what_every_peft_knows_and_nothing_else(tmp_path):
     lora_files.write_diffusers(tmp_path / "a.safetensors", {UNET: layer(), ENCODER: layer(magnitude=True)})
-    config = json.loads(lora_files.read(tmp_path / "a.safetensors")[1]["lora_adapter_metadata"])
+    config = json.loads(lora_files.read(tmp_path / "a.safetensors").metadata["lora_adapter_metadata"])
     assert config == {
         "unet.r": 2,
         "unet.lora_alpha": 8,
@@ -87,7 +88,7 @@ def test_the_configuration_has_what_every_peft_knows_and_nothing_else(tmp_path):
 def test_alphas_are_those_that_peft_would_take(config, alpha, tmp_path):
     tensors = {f"{UNET}.lora_A.weight": torch.ones(4, 6), f"{UNET}.lora_B.weight": torch.ones(4, 4)}
     save_file(tensors, tmp_path / "a.safetensors", {"lora_adapter_metadata": json.dumps(config)})
-    assert lora_files.read(tmp_path / "a.safetensors")[0][UNET].alpha == alpha
+    assert lora_files.read(tmp_path / "a.safetensors").layers[UNET].alpha == alpha
 
 
 def test_hashes_are_those_of_sd_scripts(tmp_path):
@@ -95,7 +96,7 @@ def test_hashes_are_those_of_sd_scripts(tmp_path):
     big = Layer(torch.randn(64, 3200), torch.randn(1280, 64), 64.0)
     metadata = {"ss_output_name": "füchse", "modelspec.title": "other"}
     lora_files.write_kohya(tmp_path / "a.safetensors", {UNET: big}, metadata)
-    shown = lora_files.read(tmp_path / "a.safetensors")[1]
+    shown = lora_files.read(tmp_path / "a.safetensors").metadata
     data = save(load_file(tmp_path / "a.safetensors"), {k: v for k, v in shown.items() if k.startswith("ss_")})
     plain = lora_files.to_bytes(load_file(tmp_path / "a.safetensors"), shown)
     start = 8 + int.from_bytes(data[:8], "little")
