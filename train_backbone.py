@@ -38,7 +38,7 @@ from sketch_perceptual.figures import learning_curve
 from sketch_perceptual.losses import calibrate
 from sketch_perceptual.networks.backbone import BUNDLED, AttentionVGG16, is_vgg16_weights, load_backbone
 from sketch_perceptual.networks.hub_model import fingerprint
-from sketch_perceptual.running import cards, startup
+from sketch_perceptual.running import cards, hub, startup
 from sketch_perceptual.running.feature_cache import scan_folder
 from sketch_perceptual.running.files import replacing
 from sketch_perceptual.running.identity import digest
@@ -133,7 +133,7 @@ def main(args: argparse.Namespace) -> None:
     data = open_data(args, run.seed)
     network, untouched, origin = build_network(args, data.classes, run.seed)
     train_data, validation_data, split_record = split_data(args, run, data, origin)
-    repo_id = cards.create_repo(args, accelerator)
+    args.hub_model_id = hub.create_repo(args, accelerator)
     start_trackers(accelerator, "sketch-backbone", args)
 
     network.to(memory_format=torch.channels_last)
@@ -192,9 +192,9 @@ def main(args: argparse.Namespace) -> None:
         run.check_weights()
         if accelerator.is_main_process:
             finish(args, run, accelerator.unwrap_model(model))
-    if repo_id:
-        cards.push(Path(args.output_dir, "best"), repo_id, FILES, args.hub_token)
     run.close()
+    if accelerator.is_main_process:
+        hub.push(args, Path(args.output_dir, "best"), FILES)
 
 
 class Clock:
@@ -495,7 +495,7 @@ def finish(args, run: Run, network: AttentionVGG16) -> None:
 def write_card(args, folder: Path, network: AttentionVGG16, run: Run, split_record: dict) -> None:
     best, before = best_epoch(run.state), run.state.get("before_tuning")
     where = args.hub_model_id or "path/to/this/folder"
-    on_hub = cards.dataset_id(args.dataset_name)
+    on_hub = cards.hub_id(args.dataset_name)
     kind = KINDS[network.attention, network.pool_after_attention or network.attention == "none"]
     apart = f" by {args.group_column}" if args.group_column else ""
     before = f" Before tuning: {accuracies(before)}." if before else ""

@@ -49,14 +49,14 @@ from sketch_perceptual.diffusion import (
     min_snr_weights,
     sample_latents,
 )
-from sketch_perceptual.errors import InputError, first_line, first_names
+from sketch_perceptual.errors import InputError, first_line, first_names, from_hub
 from sketch_perceptual.evaluation.pipelines import add_pipeline_options, load_pipeline
 from sketch_perceptual.evaluation.preview import dry_run, read_data
 from sketch_perceptual.figures import image_grid
 from sketch_perceptual.losses import LOSSES, build_losses
 from sketch_perceptual.networks.backbone import BUNDLED, AttentionVGG16, tuned_resolution
 from sketch_perceptual.networks.hub_model import fingerprint
-from sketch_perceptual.running import cards, startup
+from sketch_perceptual.running import cards, hub, startup
 from sketch_perceptual.running.feature_cache import FeatureCache, cache_folder, fill_cache, scan_folder
 from sketch_perceptual.running.files import replacing
 from sketch_perceptual.running.identity import digest
@@ -228,7 +228,7 @@ def main(args: argparse.Namespace) -> None:
     perceptual_term = build_term(args, pipeline.vae, noise_scheduler)
     data, keys, random_crops, held_out_data = load_data(args, accelerator, pipeline, seed)
     run.settle(**contents(pipeline, perceptual_term, data, keys))
-    repo_id = cards.create_repo(args, accelerator)
+    args.hub_model_id = hub.create_repo(args, accelerator)
     start_trackers(accelerator, "text2image-fine-tune", args)
 
     embed = PromptEmbedder(args, pipeline, [data, held_out_data] if held_out_data else [data])
@@ -286,9 +286,9 @@ def main(args: argparse.Namespace) -> None:
         if accelerator.is_main_process:
             accelerator.unwrap_model(unet, keep_fp32_wrapper=False)  # takes accelerate's autocast off pipeline.unet
             files = finish(args, run, pipeline, embed)
-    if repo_id:
-        cards.push(args.output_dir, repo_id, files, args.hub_token)
     run.close()
+    if accelerator.is_main_process:
+        hub.push(args, args.output_dir, files, at_times=(KOHYA_WEIGHTS, BEFORE_AFTER))
 
 
 def compute_losses(
@@ -451,7 +451,8 @@ def load_models(args, accelerator: Accelerator) -> tuple[StableDiffusionPipeline
     factor = max(8, pipeline.vae_scale_factor)  # pipelines ask for multiples of 8 also where a latent is smaller
     if args.validation_size and any(side < 1 or side % factor for side in args.validation_size):
         raise InputError(f"`validation_size` must be two multiples of {factor}")
-    noise_scheduler = DDPMScheduler.from_pretrained(source, subfolder="scheduler", **place)
+    with from_hub(f"the scheduler of `pretrained_model_name_or_path` {source} cannot be loaded"):
+        noise_scheduler = DDPMScheduler.from_pretrained(source, subfolder="scheduler", **place)
     if args.prediction_type is not None:
         noise_scheduler.register_to_config(prediction_type=args.prediction_type)
         pipeline.scheduler = type(pipeline.scheduler).from_config(
@@ -696,12 +697,10 @@ def build_term(args, vae, noise_scheduler) -> PerceptualTerm | None:
     )
     decoder = None
     if args.perceptual_decoder != "vae":
-        try:
+        with from_hub(f"`perceptual_decoder` {args.perceptual_decoder} cannot be loaded"):
             decoder = AutoencoderTiny.from_pretrained(
                 args.perceptual_decoder, cache_dir=args.cache_dir, use_safetensors=True
             ).to(vae.device)
-        except (OSError, ValueError) as error:
-            raise InputError(f"`perceptual_decoder` {args.perceptual_decoder} cannot be loaded: {error}") from error
     return PerceptualTerm(
         loss,
         vae,
@@ -949,7 +948,7 @@ def write_card(args, run: Run, pictures: list[str]) -> None:
 pipeline = StableDiffusionPipeline.from_pretrained("{"path/to/stable-diffusion-v1-5" if is_local else base_model}")
 pipeline.load_lora_weights("{args.hub_model_id or "path/to/this/folder"}")
 pipeline({prompt!r}).images[0].save("sketch.png")"""
-    dataset = cards.dataset_id(args.dataset_name)
+    dataset = cards.hub_id(args.dataset_name)
     cards.write_card(
         args.output_dir,
         data=ModelCardData(

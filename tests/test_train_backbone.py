@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import NARROW, FakeHub, draw_class, reset_accelerate, run_killed, torchrun
+from conftest import NARROW, draw_class, reset_accelerate, run_killed, torchrun
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -19,7 +19,7 @@ from sketch_perceptual.losses import PerceptualLoss, build_loss, check_loss
 from sketch_perceptual.networks import backbone
 from sketch_perceptual.networks.backbone import AttentionVGG16, load_backbone
 from sketch_perceptual.networks.hub_model import fingerprint
-from sketch_perceptual.running import cards, checkpoints
+from sketch_perceptual.running import checkpoints
 
 pytestmark = pytest.mark.usefixtures("narrow")
 WHOLE = backbone.STAGES  # before they are made narrow
@@ -424,12 +424,11 @@ def test_groups_stay_whole(train, pictures, tmp_path):
     assert "held-out drawings by hand" in (run.folder / "best" / "README.md").read_text()
 
 
-def test_the_hub_gets_the_model_its_card_and_reports_and_nothing_else(train, monkeypatch):
-    monkeypatch.setattr(cards, "HfApi", FakeHub)
-    run = train("--push_to_hub", "--hub_token", "hf_secret", "--checkpointing_steps", 2)
-    assert FakeHub.sent == {"someone/out": sorted(script.FILES)}
+def test_the_hub_gets_the_model_its_card_and_reports_and_nothing_else(train, hub):
+    run = train("--push_to_hub", "--hub_token", "hf_writer", "--checkpointing_steps", 2)
+    assert sorted(hub.repos["someone/out"].files) == sorted(script.FILES)
     assert sorted(path.name for path in (run.folder / "best").iterdir()) == sorted(script.FILES)
-    assert not any(b"hf_secret" in path.read_bytes() for path in run.folder.rglob("*") if path.is_file())
+    assert not any(b"hf_writer" in path.read_bytes() for path in run.folder.rglob("*") if path.is_file())
 
 
 def test_a_loss_takes_the_tuned_network(train):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import FakeHub, reset_accelerate, torchrun
+from conftest import reset_accelerate, torchrun
 from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from peft.tuners.lora import LoraLayer
 from PIL import Image, ImageDraw
@@ -22,7 +22,7 @@ from sketch_perceptual.errors import InputError
 from sketch_perceptual.losses import PixelLoss
 from sketch_perceptual.networks.backbone import load_backbone
 from sketch_perceptual.networks.hub_model import fingerprint
-from sketch_perceptual.running import cards, checkpoints, startup
+from sketch_perceptual.running import checkpoints, startup
 
 # UNet2DConditionModel of stable-diffusion-v1-5, from its published config.json.
 SD15_UNET = {
@@ -739,13 +739,14 @@ def test_tensorboard_takes_what_is_logged(train, monkeypatch):
     assert events.Tags()["images"] == ["validation"]
 
 
-def test_the_hub_gets_adapter_card_and_picture_and_nothing_else(train, monkeypatch, drawings, tiny_sd):
-    monkeypatch.setattr(cards, "HfApi", FakeHub)
+def test_the_hub_gets_adapter_card_and_picture_and_nothing_else(train, hub, drawings, tiny_sd):
     prompt = ("--validation_prompt", "a house", "--num_validation_images", 1)
-    run = train("--push_to_hub", "--hub_token", "hf_secret", "--checkpointing_steps", 2, *prompt)
-    assert FakeHub.sent == {"someone/out": ["README.md", "before_after.png", script.WEIGHTS]}
+    run = train("--push_to_hub", "--hub_token", "hf_writer", "--checkpointing_steps", 2, *prompt)
+    repo = hub.repos["someone/out"]
+    assert sorted(repo.files) == ["README.md", "before_after.png", script.WEIGHTS]
     card = (run.folder / "README.md").read_text()
-    for secret in ("hf_secret", str(tiny_sd), str(drawings)):
+    assert repo.files["README.md"].decode() == card
+    for secret in ("hf_writer", str(tiny_sd), str(drawings)):
         assert secret not in card
     assert "base_model" not in card
     for line in (
@@ -756,24 +757,21 @@ def test_the_hub_gets_adapter_card_and_picture_and_nothing_else(train, monkeypat
         "![before_after](./before_after.png)",
     ):
         assert line in card
-    train("--push_to_hub", output="again")  # without a validation prompt there is no picture to push
-    assert FakeHub.sent == {"someone/again": ["README.md", script.WEIGHTS]}
+    repo.files["notes.md"] = b"by hand"
+    train("--push_to_hub", "--hub_model_id", "out", output="again", steps=1)  # no validation prompt, no picture
+    assert sorted(repo.files) == ["README.md", "notes.md", script.WEIGHTS]
 
 
-def test_a_push_that_fails_keeps_the_files_and_says_how_to_retry(train, monkeypatch, tmp_path):
-    class Down(FakeHub):
-        def upload_folder(self, **options):
-            raise OSError("no network")
-
-    monkeypatch.setattr(cards, "HfApi", Down)
-    with pytest.raises(InputError, match=r"upload to someone/out failed \(no network\).* hf upload someone/out"):
+def test_a_push_that_fails_keeps_the_files_and_says_how_to_retry(train, hub, tmp_path):
+    hub.faults["commit"] = 409
+    with pytest.raises(InputError, match=r"upload to someone/out failed: .*To upload them: python -c "):
         train("--push_to_hub")
     assert (tmp_path / "out" / script.WEIGHTS).is_file()
 
 
-def test_a_hub_that_cannot_be_reached_is_found_before_training(train, monkeypatch, tmp_path):
-    with pytest.raises(InputError, match=r"`push_to_hub` cannot reach out .*hf auth login"):
-        train("--push_to_hub")
+def test_a_hub_that_cannot_be_written_to_is_found_before_training(train, hub, tmp_path):
+    with pytest.raises(InputError, match=r"`push_to_hub` cannot create out: .*may not do this"):
+        train("--push_to_hub", "--hub_token", "hf_reader")
     assert not (tmp_path / "out" / script.WEIGHTS).exists()
 
 

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..errors import InputError, first_line
+from ..errors import HUB_ERRORS, InputError, first_line, hub_reason
 from .settings import Rules, check_json
 
 HUB_OPTIONS = ("force_download", "token", "cache_dir", "local_files_only", "revision")
@@ -43,20 +43,23 @@ class HubModel(PyTorchModelHubMixin):
             options: those of huggingface_hub, such as revision, and settings instead of those in config.json.
         """
         source = pretrained_model_name_or_path
-        path, config = read_config(source, cls, **{name: options[name] for name in HUB_OPTIONS if name in options})
+        place = {name: options.pop(name) for name in HUB_OPTIONS if name in options}
+        path, config = read_config(source, cls, **place)
         check_json(cls.rules, config, str(path))
         if Path(source).is_dir():
             _find_weights(Path(source), cls.noun)
+        else:  # of the same commit, by which the folder in the cache is called
+            find_file(source, WEIGHTS, cls, **place | {"revision": path.parent.name})
         try:
             with redirect_stdout(None):  # huggingface_hub prints among our results that it loads from a folder
-                network = super().from_pretrained(str(source), strict=True, **options)
+                network = super().from_pretrained(str(path.parent), strict=True, **options)
                 return cast(nn.Module, network).eval()
         except InputError as error:
             raise InputError(f"{path}: {str(error).replace('`', '')}") from error
-        except (RuntimeError, MemoryError, SafetensorError) as error:
-            raise InputError(f"{source}: the weights do not fit its config.json: {error}") from error
         except (OSError, ValueError) as error:
             raise not_found(source, cls, error) from error
+        except (RuntimeError, MemoryError, SafetensorError) as error:
+            raise InputError(f"{source}: the weights do not fit its config.json: {error}") from error
 
     @classmethod
     def _load_as_pickle(cls, model, model_file, map_location, strict):
@@ -74,10 +77,8 @@ def read_config(source: str | Path, kind: type[HubModel], **options) -> tuple[Pa
     folder = Path(source)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise InputError(f"no {kind.noun} at {source}: there is no config.json, which save_pretrained writes")
+    path = folder / "config.json" if folder.is_dir() else find_file(source, "config.json", kind, **options)
     try:
-        path = (
-            folder / "config.json" if folder.is_dir() else Path(hf_hub_download(str(source), "config.json", **options))
-        )
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise not_found(source, kind, error) from error
@@ -87,8 +88,16 @@ def read_config(source: str | Path, kind: type[HubModel], **options) -> tuple[Pa
         raise InputError(f"{path} is not JSON that can be read: {first_line(error)}") from error
 
 
+def find_file(source: str | Path, name: str, kind: type[HubModel], **options) -> Path:
+    """A file of a network on the Hub, downloaded once; InputError."""
+    try:
+        return Path(hf_hub_download(str(source), name, **options))
+    except HUB_ERRORS as error:
+        raise not_found(source, kind, error) from error
+
+
 def not_found(source: str | Path, kind: type[HubModel], error: Exception) -> InputError:
-    return InputError(f"no {kind.noun} at {source}: it must be {kind.sources} ({first_line(error)})")
+    return InputError(f"no {kind.noun} at {source}: it must be {kind.sources} ({hub_reason(error)})")
 
 
 def _find_weights(folder: Path, noun: str) -> None:
