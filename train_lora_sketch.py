@@ -73,6 +73,7 @@ from sketch_perceptual.seeds import generator
 logger = get_logger(__name__, log_level="INFO")
 
 TARGET_MODULES = ["to_k", "to_q", "to_v", "to_out.0"]
+READ_BUNDLED = {"attention_vgg", "gram"}  # losses on the backbone that comes with the package
 ADAPTER = "default"
 WEIGHTS = "pytorch_lora_weights.safetensors"
 KOHYA_WEIGHTS = "pytorch_lora_weights_kohya.safetensors"
@@ -675,11 +676,14 @@ def read_moments(
 
 def default_resolution(args) -> int | None:
     """What the backbone of the loss was tuned at; None leaves a loss of somebody else's as it is."""
-    names = {name.split("=")[0] for name in args.perceptual_loss}
+    names = loss_names(args)
     if args.perceptual_weight == 0 or not names <= set(LOSSES):
         return None
-    reads_bundled = names & {"attention_vgg", "gram"}
-    return tuned_resolution(args.backbone or (BUNDLED if reads_bundled else "imagenet"))
+    return tuned_resolution(args.backbone or (BUNDLED if names & READ_BUNDLED else "imagenet"))
+
+
+def loss_names(args) -> set[str]:
+    return {name.split("=")[0] for name in args.perceptual_loss}
 
 
 def build_term(args, vae, noise_scheduler) -> PerceptualTerm | None:
@@ -937,36 +941,46 @@ def held_out_words(history: list[dict]) -> str:
 
 
 def write_card(args, run: Run, pictures: list[str]) -> None:
-    base_model = args.pretrained_model_name_or_path
+    base_model, dataset = cards.hub_id(args.pretrained_model_name_or_path), cards.hub_id(args.dataset_name)
     template = with_trigger(args.caption_template, args.trigger_word)
-    prompt = args.validation_prompt[0] if args.validation_prompt else template.replace("{class}", "house")
-    is_local = Path(base_model).exists()
+    prompts = args.validation_prompt or [template.replace("{class}", "house")]
     term = "with the perceptual term" if args.perceptual_weight else "by the script"
+    trigger = f" Every caption has the trigger word {args.trigger_word!r}." if args.trigger_word else ""
     tags = "stable-diffusion stable-diffusion-diffusers text-to-image diffusers diffusers-training lora sketch"
     snippet = f"""from diffusers import StableDiffusionPipeline
 
-pipeline = StableDiffusionPipeline.from_pretrained("{"path/to/stable-diffusion-v1-5" if is_local else base_model}")
-pipeline.load_lora_weights("{args.hub_model_id or "path/to/this/folder"}")
-pipeline({prompt!r}).images[0].save("sketch.png")"""
-    dataset = cards.hub_id(args.dataset_name)
+pipeline = StableDiffusionPipeline.from_pretrained("{base_model or "path/to/stable-diffusion-v1-5"}")
+pipeline.load_lora_weights("{args.hub_model_id or "path/to/this/folder"}", weight_name="{WEIGHTS}")
+pipeline({prompts[0]!r}).images[0].save("sketch.png")"""
     cards.write_card(
         args.output_dir,
         data=ModelCardData(
             license=args.license,
-            base_model=None if is_local else base_model,
+            base_model=base_model,
             datasets=dataset and [dataset],
             library_name="diffusers",
             tags=tags.split(),
             inference=True,
             instance_prompt=args.trigger_word,
+            widget=[{"text": prompt} for prompt in prompts],
         ),
         title=f"Sketch LoRA - {cards.model_name(args.hub_model_id, args.output_dir)}",
         description=f"LoRA weights for Stable Diffusion 1.5, fine-tuned on drawings {term} of sketch-perceptual."
-        f" Images of a class were captioned {template!r}.{held_out_words(run.state['held_out'])}",
+        f" Images of a class were captioned {template!r}.{trigger}{held_out_words(run.state['held_out'])}",
+        install="`pip install diffusers transformers accelerate peft`",
         snippet=snippet,
-        options={"steps": run.steps.total} | run.record(),
+        options={"steps": run.steps.total} | backbone_of(args) | run.record(),
         pictures=pictures,
     )
+
+
+def backbone_of(args) -> dict[str, str]:
+    """Which network scored, as a card may name it; its hash is among what the run was made of."""
+    names = loss_names(args)
+    if args.perceptual_weight == 0 or names == {"pixel"} or not (args.backbone or names <= set(LOSSES)):
+        return {}
+    own = "bundled" if names & READ_BUNDLED else "imagenet"
+    return {"backbone": cards.hub_id(args.backbone) or (Path(args.backbone).name if args.backbone else own)}
 
 
 if __name__ == "__main__":

@@ -365,7 +365,8 @@ def finish(args, run: Run) -> None:
 
 def write_card(args, folder: Path, run: Run, record: dict) -> None:
     scores = run.state["runs"][-1]
-    where = args.hub_model_id or "path/to/this/folder"
+    is_pushed = args.hub_model_id and scores["seed"] == run.seed  # the first of the seeds alone
+    where = args.hub_model_id if is_pushed else "path/to/this/folder"
     on_hub = cards.hub_id(args.dataset_name)
     apart = f" by {args.group_column}" if args.group_column else ""
     snippet = f"""from PIL import Image

@@ -11,6 +11,9 @@ import torch
 from accelerate import Accelerator
 from conftest import reset_accelerate, torchrun
 from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from hub_server import Repo
+from huggingface_hub import ModelCard
+from peft import get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from PIL import Image, ImageDraw
 from safetensors import safe_open
@@ -23,6 +26,7 @@ from sketch_perceptual.losses import PixelLoss
 from sketch_perceptual.networks.backbone import load_backbone
 from sketch_perceptual.networks.hub_model import fingerprint
 from sketch_perceptual.running import checkpoints, startup
+from sketch_perceptual.running.files import files_in
 
 # UNet2DConditionModel of stable-diffusion-v1-5, from its published config.json.
 SD15_UNET = {
@@ -773,6 +777,35 @@ def test_a_hub_that_cannot_be_written_to_is_found_before_training(train, hub, tm
     with pytest.raises(InputError, match=r"`push_to_hub` cannot create out: .*may not do this"):
         train("--push_to_hub", "--hub_token", "hf_reader")
     assert not (tmp_path / "out" / script.WEIGHTS).exists()
+
+
+@pytest.mark.slow
+def test_the_snippet_of_a_pushed_adapter_runs_as_it_stands(train, hub, tiny_sd, tmp_path, monkeypatch):
+    """Base model and adapter come from the Hub."""
+    base = hub.repos["someone/tiny-sd"] = Repo(private=False)
+    base.files = {path.relative_to(tiny_sd).as_posix(): path.read_bytes() for path in files_in(tiny_sd)}
+    words = ("--trigger_word", "sks", "--caption_template", "a {class}", "--license", "cc-by-4.0")
+    source = ("--pretrained_model_name_or_path", "someone/tiny-sd", "--hub_private_repo", "--export_kohya")
+    run = train("--push_to_hub", "--rank", 2, "--validation_share", 0.2, *source, *words)
+    assert hub.repos["someone/out"].private
+    card = ModelCard.load("someone/out")
+    assert card.data.base_model == "someone/tiny-sd"
+    assert card.data.license == "cc-by-4.0"
+    assert card.data.instance_prompt == "sks"
+    assert [example["text"] for example in card.data.widget] == ["sks, a house"]
+    assert "trigger word 'sks'" in card.text
+    assert "captioned 'sks, a {class}'" in card.text
+    assert "On held-out images: denoising loss" in card.text
+    snippet = re.search(r"```python\n(.*?)```", card.text, re.DOTALL)[1]
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(snippet, names)
+    assert Image.open("sketch.png").size == (32, 32)
+    unet = names["pipeline"].unet
+    loaded = get_peft_model_state_dict(unet, adapter_name=next(iter(unet.peft_config)))
+    shapes, sums = zip(*sorted((tuple(weight.shape), float(weight.sum())) for weight in loaded.values()), strict=True)
+    trained = sorted((tuple(weight.shape), float(weight.sum())) for weight in run.adapter.values())
+    assert (shapes, sums) == tuple(zip(*trained, strict=True))
 
 
 def test_a_dataset_folder_with_labels_and_captions(train, tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
-from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
+from huggingface_hub import HfApi, ModelCard, PyTorchModelHubMixin, hf_hub_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -14,6 +14,18 @@ from torch import Tensor, nn
 from ..errors import HUB_ERRORS, InputError, first_line, hub_reason
 from .settings import Rules, check_json
 
+CARD = """---
+{metadata}
+---
+
+# {noun}, saved by sketch-perceptual
+
+It needs that package, `pip install .` in its folder; `config.json` holds its settings.
+
+```python
+{usage}
+```
+"""
 HUB_OPTIONS = ("force_download", "token", "cache_dir", "local_files_only", "revision")
 WEIGHTS = "model.safetensors"
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
@@ -22,10 +34,12 @@ PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 class HubModel(PyTorchModelHubMixin):
     """`save_pretrained`, `from_pretrained`, `push_to_hub`: safetensors only; what does not fit is an `InputError`.
 
-    A subclass says what it is in `noun`, what may stand in its config.json in `rules`, and where it loads from.
+    A subclass says what it is in `noun`, what may stand in its config.json in `rules`, where it loads from, and how it
+    is used, with a {source}, in `usage`.
     """
 
     noun: str
+    usage: str
     rules: ClassVar[Rules]
     sources = "a folder or a Hub id written by save_pretrained"
 
@@ -60,6 +74,21 @@ class HubModel(PyTorchModelHubMixin):
             raise not_found(source, cls, error) from error
         except (RuntimeError, MemoryError, SafetensorError) as error:
             raise InputError(f"{source}: the weights do not fit its config.json: {error}") from error
+
+    def push_to_hub(self, repo_id: str, **options) -> str:
+        """Upload weights, config.json and card; `options` are huggingface_hub's. InputError."""
+        try:
+            api = HfApi(token=options.get("token"))
+            repo_id = api.create_repo(repo_id, private=options.get("private"), exist_ok=True).repo_id
+            return super().push_to_hub(repo_id, model_card_kwargs={"repo_id": repo_id}, **options)
+        except HUB_ERRORS as error:
+            raise InputError(f"the upload to {repo_id} failed: {hub_reason(error)}") from error
+
+    def generate_model_card(self, repo_id: str = "path/to/this/folder", **_) -> ModelCard:
+        """What the network is and how it is loaded."""
+        metadata = self._hub_mixin_info.model_card_data.to_yaml()
+        usage = self.usage.format(source=repo_id)
+        return ModelCard(CARD.format(metadata=metadata, noun=self.noun.capitalize(), usage=usage))
 
     @classmethod
     def _load_as_pickle(cls, model, model_file, map_location, strict):

@@ -16,6 +16,8 @@ CARD = """---
 
 ## Use
 
+{install}
+
 ```python
 {snippet}
 ```
@@ -26,6 +28,7 @@ CARD = """---
 |---|---|
 {options}
 """
+OWN_PACKAGE = "It needs the package of these scripts, sketch-perceptual: `pip install .` in its folder."
 
 
 def write_card(
@@ -37,12 +40,14 @@ def write_card(
     snippet: str,
     options: dict,
     pictures=(),
+    install: str = OWN_PACKAGE,
 ) -> None:
     """Write `folder/README.md`: what it is, how to use it, and the options that made it; checks its metadata."""
     text = CARD.format(
         metadata=data.to_yaml(),
         title=title,
         description=description,
+        install=install,
         snippet=snippet,
         pictures="\n".join(f"![{Path(p).stem}](./{p})" for p in pictures),
         options="\n".join(f"| {name} | {_one_line(value)} |" for name, value in options.items()),

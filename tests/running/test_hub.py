@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 from accelerate import Accelerator
 from conftest import reset_accelerate
 from hub_server import CUT, DROP, Repo
-from huggingface_hub import constants
+from huggingface_hub import ModelCard, constants
 
 from sketch_perceptual.data.rows import load_rows
 from sketch_perceptual.errors import InputError, hub_reason
@@ -194,6 +195,19 @@ def test_config_and_weights_are_of_one_commit(hub, narrow):
         "main/config.json",
         f"{sha}/model.safetensors",
     }
+
+
+@pytest.mark.parametrize(
+    "make", [NETWORKS["backbone"][0], NETWORKS["johnson"][0], lambda: make_embedder(NETWORKS["backbone"][0]())]
+)
+def test_the_card_of_a_network_runs_as_pushed(make, hub, narrow, tmp_path, monkeypatch):
+    make().push_to_hub("sketch")
+    monkeypatch.chdir(tmp_path)
+    card = hub.repos["someone/sketch"].files["README.md"].decode()
+    snippet = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
+    assert '"someone/sketch"' in snippet
+    assert ModelCard(card).data.library_name == "sketch-perceptual"
+    exec(snippet, {})
 
 
 def test_offline_is_told_as_what_it_is():
