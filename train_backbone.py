@@ -24,6 +24,7 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import set_seed
 from huggingface_hub import ModelCardData
+from PIL import Image
 
 from sketch_perceptual.arguments import at_least
 from sketch_perceptual.data.batches import make_loader
@@ -48,7 +49,7 @@ from sketch_perceptual.running.processes import on_main
 from sketch_perceptual.running.run import Run
 from sketch_perceptual.running.startup import check_space, start
 from sketch_perceptual.running.steps import Meter, Steps
-from sketch_perceptual.running.trackers import start_trackers
+from sketch_perceptual.running.trackers import start_trackers, track_images, track_text
 from sketch_perceptual.running.training import make_lr_scheduler, make_optimizer, make_steps
 
 logger = get_logger(__name__, log_level="INFO")
@@ -463,6 +464,17 @@ def report(args, run: Run, network: AttentionVGG16, split_record: dict) -> None:
         (partial / "split.json").write_text(json.dumps(split_record, indent=1), encoding="utf-8")
         learning_curve(run.state["history"]).savefig(partial / "curve.png")
         write_card(args, partial, network, run, split_record)
+    with Image.open(folder / "curve.png") as curve:
+        track_images(run.accelerator, "learning curve", {"loss and accuracy": [curve.convert("RGB")]}, run.steps.done)
+    confusions = worst_table(run.state["history"][-1]["worst_classes"])
+    track_text(run.accelerator, "worst classes", confusions, run.steps.done)
+
+
+def worst_table(classes: list[dict]) -> str:
+    """The worst classes as a table in Markdown."""
+    names = ("class", "images", "top1", "taken_for", "times")
+    rows = [[f"{row[name]:.0%}" if name == "top1" else str(row[name]) for name in names] for row in classes]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [list(names), ["---"] * len(names), *rows])
 
 
 def best_epoch(state: dict) -> dict:

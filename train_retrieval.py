@@ -336,6 +336,7 @@ def end_seed(args, run: Run, embedder, head: Head, gallery: Embedded, queries: E
     scores = evaluate(head.eval(), gallery, queries, run.accelerator.device)
     head.train()
     run.state["runs"].append({"seed": seed} | scores | run.state.get("last", {}))
+    run.log({f"seed-{seed}/{name}": scores[name] for name in ("top1", "top5", "map")})
     logger.info(f"seed {seed}: Top-1 {scores['top1']:.1%}, Top-5 {scores['top5']:.1%}, mAP {scores['map']:.3f}")
     metrics = run.state["runs"][-1] | {"settings": run.identity, "changes": run.changes}
     with replacing(Path(args.output_dir, f"seed-{seed}")) as folder:

@@ -93,7 +93,9 @@ def test_the_defaults_are_algorithm_1(monkeypatch):
     assert {name: args[name] for name in paper} == paper
 
 
-def test_best_and_last_load_anywhere_and_give_the_trained_logits(train):
+def test_best_and_last_load_anywhere_and_give_the_trained_logits(train, monkeypatch):
+    tracked = []
+    monkeypatch.setattr(script, "track_images", lambda *what: tracked.append(what[1:]))
     run = train(epochs=3)
     last = AttentionVGG16.from_pretrained(run.folder / "last").eval()
     images = torch.rand(2, 3, 32, 32) * 2 - 1
@@ -112,6 +114,9 @@ def test_best_and_last_load_anywhere_and_give_the_trained_logits(train):
     assert {"train_loss", "grad_norm", "images_per_second", "lr"} <= set(run.logs[0])
     epochs = [log for log in run.logs if "validation_top1" in log]
     assert [log["validation_top1"] for log in epochs] == [record["top1"] for record in history]
+    assert [(phase, step) for phase, _, step in tracked] == [("learning curve", 6 * epoch) for epoch in (1, 2, 3)]
+    tables = [log["worst classes"] for log in run.logs if "worst classes" in log]
+    assert tables[2] == script.worst_table(history[2]["worst_classes"])
 
 
 def test_the_card_tells_how_it_was_made_and_its_snippet_runs(train, pictures, monkeypatch, capsys, tmp_path):
@@ -440,6 +445,15 @@ def test_a_loss_takes_the_tuned_network(train):
     assert torch.equal(PerceptualLoss(cut)(images, target), loss(images, target))
     with pytest.raises(InputError, match=r"ends at relu4_3, it has no relu5_1"):
         PerceptualLoss(cut, layers=["relu5_1"])
+
+
+def test_the_worst_classes_are_a_table():
+    row = {"class": "cat", "images": 4, "top1": 0.25, "taken_for": "dog", "times": 3}
+    assert script.worst_table([row]).splitlines() == [
+        "| class | images | top1 | taken_for | times |",
+        "| --- | --- | --- | --- | --- |",
+        "| cat | 4 | 25% | dog | 3 |",
+    ]
 
 
 class Fixed(torch.nn.Module):

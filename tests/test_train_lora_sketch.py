@@ -740,7 +740,7 @@ def test_tensorboard_takes_what_is_logged(train, monkeypatch):
     events = EventAccumulator(str(run.folder / "logs" / "text2image-fine-tune"))
     events.Reload()
     assert {"train_loss", "denoising_loss", "gated_rows", "grad_norm", "lr"} <= set(events.Tags()["scalars"])
-    assert events.Tags()["images"] == ["validation"]
+    assert events.Tags()["images"] == ["validation/a house"]
 
 
 def test_the_hub_gets_adapter_card_and_picture_and_nothing_else(train, hub, drawings, tiny_sd):
