@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 from accelerate import Accelerator
+from accelerate.utils import LoggerType
 from PIL import Image
 
 from sketch_perceptual.errors import InputError
@@ -33,6 +34,8 @@ VARIABLES = ("WANDB_MODE", "WANDB_API_KEY", *trackers.COMET_VARIABLES)
     ],
 )
 def test_a_tracker_that_cannot_track_is_refused_at_once(name, available, variables, says, monkeypatch, tmp_path):
+    if name not in ["all", *LoggerType.list()]:
+        pytest.skip("this accelerate does not know it, and refuses it itself")
     monkeypatch.setattr(trackers, "get_available_trackers", lambda: available.split())
     for variable in VARIABLES:
         monkeypatch.delenv(variable, raising=False)
