@@ -28,6 +28,7 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import set_seed
 from huggingface_hub import ModelCardData
+from PIL import Image
 
 from sketch_perceptual.arguments import at_least
 from sketch_perceptual.data.batches import make_loader
@@ -42,7 +43,7 @@ from sketch_perceptual.figures import learning_curve
 from sketch_perceptual.losses import calibrate
 from sketch_perceptual.networks.backbone import BUNDLED, AttentionVGG16, is_vgg16_weights, load_backbone
 from sketch_perceptual.networks.hub_model import fingerprint
-from sketch_perceptual.running import cards, startup
+from sketch_perceptual.running import cards, hub, startup
 from sketch_perceptual.running.feature_cache import scan_folder
 from sketch_perceptual.running.files import replacing
 from sketch_perceptual.running.identity import digest
@@ -52,7 +53,7 @@ from sketch_perceptual.running.processes import on_main
 from sketch_perceptual.running.run import Run
 from sketch_perceptual.running.startup import check_space, start
 from sketch_perceptual.running.steps import Meter, Steps
-from sketch_perceptual.running.trackers import start_trackers
+from sketch_perceptual.running.trackers import start_trackers, track_images, track_text
 from sketch_perceptual.running.training import make_lr_scheduler, make_optimizer, make_steps
 
 logger = get_logger(__name__, log_level="INFO")
@@ -137,7 +138,7 @@ def main(args: argparse.Namespace) -> None:
     data = open_data(args, run.seed)
     network, untouched, origin = build_network(args, data.classes, run.seed)
     train_data, validation_data, split_record = split_data(args, run, data, origin)
-    repo_id = cards.create_repo(args, accelerator)
+    args.hub_model_id = hub.create_repo(args, accelerator)
     start_trackers(accelerator, "sketch-backbone", args)
 
     network.to(memory_format=torch.channels_last)
@@ -196,9 +197,9 @@ def main(args: argparse.Namespace) -> None:
         run.check_weights()
         if accelerator.is_main_process:
             finish(args, run, accelerator.unwrap_model(model))
-    if repo_id:
-        cards.push(Path(args.output_dir, "best"), repo_id, FILES, args.hub_token)
     run.close()
+    if accelerator.is_main_process:
+        hub.push(args, Path(args.output_dir, "best"), FILES)
 
 
 class Clock:
@@ -467,6 +468,17 @@ def report(args, run: Run, network: AttentionVGG16, split_record: dict) -> None:
         (partial / "split.json").write_text(json.dumps(split_record, indent=1), encoding="utf-8")
         learning_curve(run.state["history"]).savefig(partial / "curve.png")
         write_card(args, partial, network, run, split_record)
+    with Image.open(folder / "curve.png") as curve:
+        track_images(run.accelerator, "learning curve", {"loss and accuracy": [curve.convert("RGB")]}, run.steps.done)
+    confusions = worst_table(run.state["history"][-1]["worst_classes"])
+    track_text(run.accelerator, "worst classes", confusions, run.steps.done)
+
+
+def worst_table(classes: list[dict]) -> str:
+    """The worst classes as a table in Markdown."""
+    names = ("class", "images", "top1", "taken_for", "times")
+    rows = [[f"{row[name]:.0%}" if name == "top1" else str(row[name]) for name in names] for row in classes]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [list(names), ["---"] * len(names), *rows])
 
 
 def best_epoch(state: dict) -> dict:
@@ -499,7 +511,7 @@ def finish(args, run: Run, network: AttentionVGG16) -> None:
 def write_card(args, folder: Path, network: AttentionVGG16, run: Run, split_record: dict) -> None:
     best, before = best_epoch(run.state), run.state.get("before_tuning")
     where = args.hub_model_id or "path/to/this/folder"
-    on_hub = cards.dataset_id(args.dataset_name)
+    on_hub = cards.hub_id(args.dataset_name)
     kind = KINDS[network.attention, network.pool_after_attention or network.attention == "none"]
     apart = f" by {args.group_column}" if args.group_column else ""
     before = f" Before tuning: {accuracies(before)}." if before else ""

@@ -46,7 +46,7 @@ from sketch_perceptual.losses import DEFAULT_LAYERS, StyleLoss, gram_matrix, tot
 from sketch_perceptual.networks.backbone import BUNDLED, AttentionVGG16, load_backbone
 from sketch_perceptual.networks.hub_model import fingerprint
 from sketch_perceptual.networks.johnson import NORMS, UPSAMPLING, JohnsonNet, load_johnson
-from sketch_perceptual.running import cards, startup
+from sketch_perceptual.running import cards, hub, startup
 from sketch_perceptual.running.feature_cache import scan_folder
 from sketch_perceptual.running.files import replacing
 from sketch_perceptual.running.identity import digest
@@ -149,7 +149,7 @@ def main(args: argparse.Namespace) -> None:
     style_loss = StyleLoss(backbone, args.style_layers).to(accelerator.device)
     content, style, data = load_data(args, accelerator, seed)
     run.settle(data=data, backbone=digest([fingerprint(backbone), backbone.attention, backbone.calibration]))
-    repo_id = cards.create_repo(args, accelerator)
+    args.hub_model_id = hub.create_repo(args, accelerator)
     start_trackers(accelerator, "sketch-style", args)
 
     set_seed(seed)  # new weights depend on the seed alone
@@ -202,9 +202,9 @@ def main(args: argparse.Namespace) -> None:
         if accelerator.is_main_process:
             accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # takes accelerate's autocast off the network
             finish(args, run, network, photos, describe(backbone, len(content), len(style), steps.total))
-    if repo_id:
-        cards.push(args.output_dir, repo_id, FILES, args.hub_token)
     run.close()
+    if accelerator.is_main_process:
+        hub.push(args, args.output_dir, FILES)
 
 
 def load_data(args, accelerator: Accelerator, seed: int) -> tuple[CaptionedImages, Images, str]:
@@ -443,7 +443,7 @@ def describe(backbone: AttentionVGG16, photos: int, drawings: int, steps: int) -
 
 def write_card(args, run: Run, description: str) -> None:
     where = args.hub_model_id or "path/to/this/folder"
-    on_hub = cards.dataset_id(args.dataset_name)
+    on_hub = cards.hub_id(args.dataset_name)
     snippet = f"""from PIL import Image
 from sketch_perceptual.johnson import load_johnson, stylize
 

@@ -54,14 +54,14 @@ from sketch_perceptual.diffusion import (
     sample_latents,
 )
 from sketch_perceptual.diffusion_checks import PREDICTION_TYPES
-from sketch_perceptual.errors import InputError, first_line, first_names
+from sketch_perceptual.errors import InputError, first_line, first_names, from_hub
 from sketch_perceptual.evaluation.pipelines import add_pipeline_options, load_pipeline
 from sketch_perceptual.evaluation.preview import dry_run, read_data
 from sketch_perceptual.figures import image_grid
 from sketch_perceptual.losses import LOSSES, build_losses
 from sketch_perceptual.networks.backbone import BUNDLED, AttentionVGG16, tuned_resolution
 from sketch_perceptual.networks.hub_model import fingerprint
-from sketch_perceptual.running import cards, startup
+from sketch_perceptual.running import cards, hub, startup
 from sketch_perceptual.running.feature_cache import FeatureCache, cache_folder, fill_cache, scan_folder
 from sketch_perceptual.running.files import replacing
 from sketch_perceptual.running.identity import digest
@@ -79,6 +79,7 @@ logger = get_logger(__name__, log_level="INFO")
 
 TARGET_MODULES = ["to_k", "to_q", "to_v", "to_out.0"]
 TEXT_TARGET_MODULES = ["q_proj", "k_proj", "v_proj", "out_proj"]
+READ_BUNDLED = {"attention_vgg", "gram"}  # losses on the backbone that comes with the package
 ADAPTER = "default"
 WEIGHTS = "pytorch_lora_weights.safetensors"
 BEFORE_AFTER = "before_after.png"
@@ -246,7 +247,7 @@ def main(args: argparse.Namespace) -> None:
     perceptual_term = build_term(args, pipeline.vae, noise_scheduler)
     data, keys, random_crops, held_out_data = load_data(args, accelerator, pipeline, seed)
     run.settle(**contents(pipeline, perceptual_term, data, keys))
-    repo_id = cards.create_repo(args, accelerator)
+    args.hub_model_id = hub.create_repo(args, accelerator)
     start_trackers(accelerator, "text2image-fine-tune", args)
 
     embed = PromptEmbedder(args, pipeline, [data, held_out_data] if held_out_data else [data])
@@ -310,9 +311,9 @@ def main(args: argparse.Namespace) -> None:
             for model in models:  # takes accelerate's autocast off the pipeline's
                 accelerator.unwrap_model(model, keep_fp32_wrapper=False)
             files = finish(args, run, pipeline, embed)
-    if repo_id:
-        cards.push(args.output_dir, repo_id, files, args.hub_token)
     run.close()
+    if accelerator.is_main_process:
+        hub.push(args, args.output_dir, files, at_times=(BEFORE_AFTER,))
 
 
 def compute_losses(
@@ -475,7 +476,8 @@ def load_models(args, accelerator: Accelerator) -> tuple[StableDiffusionPipeline
     factor = max(8, pipeline.vae_scale_factor)  # pipelines ask for multiples of 8 also where a latent is smaller
     if args.validation_size and any(side < 1 or side % factor for side in args.validation_size):
         raise InputError(f"`validation_size` must be two multiples of {factor}")
-    noise_scheduler = DDPMScheduler.from_pretrained(source, subfolder="scheduler", **place)
+    with from_hub(f"the scheduler of `pretrained_model_name_or_path` {source} cannot be loaded"):
+        noise_scheduler = DDPMScheduler.from_pretrained(source, subfolder="scheduler", **place)
     if args.prediction_type is not None:
         noise_scheduler.register_to_config(prediction_type=args.prediction_type)
         pipeline.scheduler = type(pipeline.scheduler).from_config(
@@ -703,11 +705,14 @@ def read_moments(
 
 def default_resolution(args) -> int | None:
     """What the backbone of the loss was tuned at; None leaves a loss of somebody else's as it is."""
-    names = {name.split("=")[0] for name in args.perceptual_loss}
+    names = loss_names(args)
     if args.perceptual_weight == 0 or not names <= set(LOSSES):
         return None
-    reads_bundled = names & {"attention_vgg", "gram"}
-    return tuned_resolution(args.backbone or (BUNDLED if reads_bundled else "imagenet"))
+    return tuned_resolution(args.backbone or (BUNDLED if names & READ_BUNDLED else "imagenet"))
+
+
+def loss_names(args) -> set[str]:
+    return {name.split("=")[0] for name in args.perceptual_loss}
 
 
 def build_term(args, vae, noise_scheduler) -> PerceptualTerm | None:
@@ -725,12 +730,10 @@ def build_term(args, vae, noise_scheduler) -> PerceptualTerm | None:
     )
     decoder = None
     if args.perceptual_decoder != "vae":
-        try:
+        with from_hub(f"`perceptual_decoder` {args.perceptual_decoder} cannot be loaded"):
             decoder = AutoencoderTiny.from_pretrained(
                 args.perceptual_decoder, cache_dir=args.cache_dir, use_safetensors=True
             ).to(vae.device)
-        except (OSError, ValueError) as error:
-            raise InputError(f"`perceptual_decoder` {args.perceptual_decoder} cannot be loaded: {error}") from error
     return PerceptualTerm(
         loss,
         vae,
@@ -1010,37 +1013,47 @@ def held_out_words(history: list[dict]) -> str:
 
 
 def write_card(args, run: Run, pictures: list[str]) -> None:
-    base_model = args.pretrained_model_name_or_path
+    base_model, dataset = cards.hub_id(args.pretrained_model_name_or_path), cards.hub_id(args.dataset_name)
     template = with_trigger(args.caption_template, args.trigger_word)
-    prompt = args.validation_prompt[0] if args.validation_prompt else template.replace("{class}", "house")
-    is_local = Path(base_model).exists()
+    prompts = args.validation_prompt or [template.replace("{class}", "house")]
     term = "with the perceptual term" if args.perceptual_weight else "by the script"
+    trigger = f" Every caption has the trigger word {args.trigger_word!r}." if args.trigger_word else ""
     tags = "stable-diffusion stable-diffusion-diffusers text-to-image diffusers diffusers-training lora sketch"
     snippet = f"""from diffusers import StableDiffusionPipeline
 
-pipeline = StableDiffusionPipeline.from_pretrained("{"path/to/stable-diffusion-v1-5" if is_local else base_model}")
-pipeline.load_lora_weights("{args.hub_model_id or "path/to/this/folder"}")
-pipeline({prompt!r}).images[0].save("sketch.png")"""
-    dataset = cards.dataset_id(args.dataset_name)
+pipeline = StableDiffusionPipeline.from_pretrained("{base_model or "path/to/stable-diffusion-v1-5"}")
+pipeline.load_lora_weights("{args.hub_model_id or "path/to/this/folder"}", weight_name="{WEIGHTS}")
+pipeline({prompts[0]!r}).images[0].save("sketch.png")"""
     cards.write_card(
         args.output_dir,
         data=ModelCardData(
             license=args.license,
-            base_model=None if is_local else base_model,
+            base_model=base_model,
             datasets=dataset and [dataset],
             library_name="diffusers",
             tags=tags.split(),
             inference=True,
             instance_prompt=args.trigger_word,
+            widget=[{"text": prompt} for prompt in prompts],
         ),
         title=f"Sketch LoRA - {cards.model_name(args.hub_model_id, args.output_dir)}",
         description=f"LoRA weights for Stable Diffusion 1.5, fine-tuned on drawings {term} of sketch-perceptual."
         f" `{WEIGHTS}` is for diffusers, `{kohya_name(args)}` for AUTOMATIC1111, Forge and ComfyUI."
-        f" Images of a class were captioned {template!r}.{held_out_words(run.state['held_out'])}",
+        f" Images of a class were captioned {template!r}.{trigger}{held_out_words(run.state['held_out'])}",
+        install="`pip install diffusers transformers accelerate peft`",
         snippet=snippet,
-        options={"steps": run.steps.total} | run.record(),
+        options={"steps": run.steps.total} | backbone_of(args) | run.record(),
         pictures=pictures,
     )
+
+
+def backbone_of(args) -> dict[str, str]:
+    """Which network scored, as a card may name it; its hash is among what the run was made of."""
+    names = loss_names(args)
+    if args.perceptual_weight == 0 or names == {"pixel"} or not (args.backbone or names <= set(LOSSES)):
+        return {}
+    own = "bundled" if names & READ_BUNDLED else "imagenet"
+    return {"backbone": cards.hub_id(args.backbone) or (Path(args.backbone).name if args.backbone else own)}
 
 
 if __name__ == "__main__":

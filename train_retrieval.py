@@ -46,7 +46,7 @@ from sketch_perceptual.measures.ranking import rank
 from sketch_perceptual.networks.backbone import BUNDLED, load_backbone
 from sketch_perceptual.networks.embedder import SketchEmbedder
 from sketch_perceptual.networks.hub_model import fingerprint
-from sketch_perceptual.running import cards, startup
+from sketch_perceptual.running import cards, hub, startup
 from sketch_perceptual.running.feature_cache import extract_features, scan_folder
 from sketch_perceptual.running.files import replacing
 from sketch_perceptual.running.identity import digest
@@ -106,7 +106,7 @@ def main(args: argparse.Namespace) -> None:
     accelerator = run.accelerator
     embedder = build_embedder(args)
     gallery, queries, record = load_data(args, run, embedder)
-    repo_id = cards.create_repo(args, accelerator)
+    args.hub_model_id = hub.create_repo(args, accelerator)
     start_trackers(accelerator, "sketch-retrieval", args)
 
     head = Head(embedder.backbone.classifier, args.embedding_dim, len(record["classes"]))
@@ -154,9 +154,9 @@ def main(args: argparse.Namespace) -> None:
     with run.finishing():
         if accelerator.is_main_process:
             finish(args, run)
-    if repo_id:
-        cards.push(Path(args.output_dir, f"seed-{run.seed}"), repo_id, FILES, args.hub_token)
     run.close()
+    if accelerator.is_main_process:
+        hub.push(args, Path(args.output_dir, f"seed-{run.seed}"), FILES)
 
 
 class Embedded(NamedTuple):
@@ -341,6 +341,7 @@ def end_seed(args, run: Run, embedder, head: Head, gallery: Embedded, queries: E
     scores = evaluate(head.eval(), gallery, queries, run.accelerator.device)
     head.train()
     run.state["runs"].append({"seed": seed} | scores | run.state.get("last", {}))
+    run.log({f"seed-{seed}/{name}": scores[name] for name in ("top1", "top5", "map")})
     logger.info(f"seed {seed}: Top-1 {scores['top1']:.1%}, Top-5 {scores['top5']:.1%}, mAP {scores['map']:.3f}")
     metrics = run.state["runs"][-1] | {"settings": run.identity, "changes": run.changes}
     with replacing(Path(args.output_dir, f"seed-{seed}")) as folder:
@@ -370,8 +371,9 @@ def finish(args, run: Run) -> None:
 
 def write_card(args, folder: Path, run: Run, record: dict) -> None:
     scores = run.state["runs"][-1]
-    where = args.hub_model_id or "path/to/this/folder"
-    on_hub = cards.dataset_id(args.dataset_name)
+    is_pushed = args.hub_model_id and scores["seed"] == run.seed  # the first of the seeds alone
+    where = args.hub_model_id if is_pushed else "path/to/this/folder"
+    on_hub = cards.hub_id(args.dataset_name)
     apart = f" by {args.group_column}" if args.group_column else ""
     snippet = f"""from PIL import Image
 from sketch_perceptual import SketchEmbedder

@@ -3,8 +3,25 @@
 import argparse
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
+
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+# requests.RequestException or httpx.HTTPError, whichever the installed huggingface_hub is built on
+HTTP_ERROR = cast(type[Exception], HfHubHTTPError.__mro__[HfHubHTTPError.__mro__.index(OSError) - 1])
+# what reading from the Hub or writing to it may raise
+HUB_ERRORS: tuple[type[Exception], ...] = (OSError, ValueError, RuntimeError, HTTP_ERROR)
+ANSWERS = {
+    401: "log in with `hf auth login`, and check the name",
+    403: "this account, or its token, may not do this: ask for access, or log in with a token that has the right",
+    404: "check the name, and log in with `hf auth login` if it is private",
+    409: "somebody else changes it at the same time: try again",
+    412: "somebody else changes it at the same time: try again",
+    429: "these are too many requests: try again in some minutes",
+}
 
 
 class InputError(ValueError):
@@ -32,6 +49,43 @@ def in_options(message: str, args: argparse.Namespace) -> str:
 def first_line(error: BaseException) -> str:
     """What an error of a library says, shortly."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def hub_reason(error: BaseException) -> str:
+    """Why the Hub could not be read from or written to, and what to do; of any other error what `first_line` says.
+
+    An address loses its query, which may be a signature.
+    """
+    causes = list(_causes(error))
+    for cause in causes:
+        if status := getattr(getattr(cause, "response", None), "status_code", None):
+            says = getattr(cause, "server_message", None)
+            advice = ANSWERS.get(status, "try again later" if status >= 500 else "")
+            return ": ".join(filter(None, (f"the Hub answers {status}" + (f", {says!r}" if says else ""), advice)))
+    if any(isinstance(cause, OfflineModeIsEnabled) for cause in causes):
+        return "it is not on this machine and nothing is asked of the Hub while HF_HUB_OFFLINE is set: unset it"
+    for cause in reversed(causes):
+        if isinstance(cause, (HTTP_ERROR, ConnectionError, TimeoutError)):
+            says = re.sub(r"\?\S+", "", first_line(cause))
+            return f"the Hub cannot be reached ({says}): check the connection and try again"
+    return first_line(error)
+
+
+@contextmanager
+def from_hub(sentence: str) -> Iterator[None]:
+    """What fails in the block, which reads from the Hub or a folder, is an InputError: the sentence, then why."""
+    try:
+        yield
+    except InputError:
+        raise
+    except HUB_ERRORS as error:
+        raise InputError(f"{sentence}: {hub_reason(error)}") from error
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__  # which `datasets` suppresses
 
 
 def first_names(names: Sequence[str], separator: str = ", ", count: int = 10) -> str:

@@ -2,19 +2,27 @@
 
 import os
 
+from hub_server import HUB
+
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_ENDPOINT"] = HUB.url
+os.environ["HF_XET_CLIENT_RETRY_MAX_ATTEMPTS"] = "1"
+os.environ["HF_XET_CLIENT_RETRY_BASE_DELAY"] = "1ms"
 
 import json
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from huggingface_hub.utils import filter_repo_objects
+from huggingface_hub import constants, file_download
+from huggingface_hub.utils import _http
 from PIL import Image, ImageDraw
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -59,21 +67,22 @@ def reset_accelerate():
     GradientState._reset_state()
 
 
-class FakeHub:
-    """Stands in for HfApi and keeps what it is sent."""
-
-    sent: dict
-
-    def __init__(self, token=None):
-        pass
-
-    def create_repo(self, repo_id, exist_ok):
-        assert exist_ok
-        return type("Repo", (), {"repo_id": f"someone/{repo_id}"})()
-
-    def upload_folder(self, repo_id, folder_path, allow_patterns, commit_message):
-        paths = [p.relative_to(folder_path).as_posix() for p in Path(folder_path).rglob("*") if p.is_file()]
-        FakeHub.sent = {repo_id: sorted(filter_repo_objects(paths, allow_patterns=allow_patterns))}
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A Hub without anything on it, and its client as one has it who is logged in; it tries again without waiting."""
+    HUB.clear()
+    places = {"HF_HUB_CACHE": str(tmp_path / "hub-cache"), "HF_TOKEN_PATH": str(tmp_path / "no-token")}
+    for name, value in ({"HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True} | places).items():
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setenv("HF_TOKEN", "hf_writer")
+    hurried = SimpleNamespace(**vars(time) | {"sleep": lambda seconds: None})
+    for module in (_http, file_download):
+        monkeypatch.setattr(module, "time", hurried)
+    renew = getattr(_http, "reset_sessions", lambda: None)  # before 1.0 a session is offline or not
+    renew()
+    yield HUB
+    constants.HF_HUB_OFFLINE = True
+    renew()
 
 
 def draw_class(folder, first, count):

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import NARROW, FakeHub, draw_class, reset_accelerate, run_killed, torchrun
+from conftest import NARROW, draw_class, reset_accelerate, run_killed, torchrun
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -19,7 +19,7 @@ from sketch_perceptual.losses import PerceptualLoss, build_loss, check_loss
 from sketch_perceptual.networks import backbone
 from sketch_perceptual.networks.backbone import AttentionVGG16, load_backbone
 from sketch_perceptual.networks.hub_model import fingerprint
-from sketch_perceptual.running import cards, checkpoints
+from sketch_perceptual.running import checkpoints
 
 pytestmark = pytest.mark.usefixtures("narrow")
 WHOLE = backbone.STAGES  # before they are made narrow
@@ -93,7 +93,9 @@ def test_the_defaults_are_algorithm_1(monkeypatch):
     assert {name: args[name] for name in paper} == paper
 
 
-def test_best_and_last_load_anywhere_and_give_the_trained_logits(train):
+def test_best_and_last_load_anywhere_and_give_the_trained_logits(train, monkeypatch):
+    tracked = []
+    monkeypatch.setattr(script, "track_images", lambda *what: tracked.append(what[1:]))
     run = train(epochs=3)
     last = AttentionVGG16.from_pretrained(run.folder / "last").eval()
     images = torch.rand(2, 3, 32, 32) * 2 - 1
@@ -112,6 +114,9 @@ def test_best_and_last_load_anywhere_and_give_the_trained_logits(train):
     assert {"train_loss", "grad_norm", "images_per_second", "lr"} <= set(run.logs[0])
     epochs = [log for log in run.logs if "validation_top1" in log]
     assert [log["validation_top1"] for log in epochs] == [record["top1"] for record in history]
+    assert [(phase, step) for phase, _, step in tracked] == [("learning curve", 6 * epoch) for epoch in (1, 2, 3)]
+    tables = [log["worst classes"] for log in run.logs if "worst classes" in log]
+    assert tables[2] == script.worst_table(history[2]["worst_classes"])
 
 
 def test_the_card_tells_how_it_was_made_and_its_snippet_runs(train, pictures, monkeypatch, capsys, tmp_path):
@@ -424,12 +429,11 @@ def test_groups_stay_whole(train, pictures, tmp_path):
     assert "held-out drawings by hand" in (run.folder / "best" / "README.md").read_text()
 
 
-def test_the_hub_gets_the_model_its_card_and_reports_and_nothing_else(train, monkeypatch):
-    monkeypatch.setattr(cards, "HfApi", FakeHub)
-    run = train("--push_to_hub", "--hub_token", "hf_secret", "--checkpointing_steps", 2)
-    assert FakeHub.sent == {"someone/out": sorted(script.FILES)}
+def test_the_hub_gets_the_model_its_card_and_reports_and_nothing_else(train, hub):
+    run = train("--push_to_hub", "--hub_token", "hf_writer", "--checkpointing_steps", 2)
+    assert sorted(hub.repos["someone/out"].files) == sorted(script.FILES)
     assert sorted(path.name for path in (run.folder / "best").iterdir()) == sorted(script.FILES)
-    assert not any(b"hf_secret" in path.read_bytes() for path in run.folder.rglob("*") if path.is_file())
+    assert not any(b"hf_writer" in path.read_bytes() for path in run.folder.rglob("*") if path.is_file())
 
 
 def test_a_loss_takes_the_tuned_network(train):
@@ -441,6 +445,15 @@ def test_a_loss_takes_the_tuned_network(train):
     assert torch.equal(PerceptualLoss(cut)(images, target), loss(images, target))
     with pytest.raises(InputError, match=r"ends at relu4_3, it has no relu5_1"):
         PerceptualLoss(cut, layers=["relu5_1"])
+
+
+def test_the_worst_classes_are_a_table():
+    row = {"class": "cat", "images": 4, "top1": 0.25, "taken_for": "dog", "times": 3}
+    assert script.worst_table([row]).splitlines() == [
+        "| class | images | top1 | taken_for | times |",
+        "| --- | --- | --- | --- | --- |",
+        "| cat | 4 | 25% | dog | 3 |",
+    ]
 
 
 class Fixed(torch.nn.Module):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import NARROW, FakeHub, draw_class, reset_accelerate, run_killed, torchrun
+from conftest import NARROW, draw_class, reset_accelerate, run_killed, torchrun
 from PIL import Image
 
 import train_johnson as script
@@ -16,7 +16,7 @@ from sketch_perceptual.losses import StyleLoss
 from sketch_perceptual.networks.backbone import AttentionVGG16
 from sketch_perceptual.networks.hub_model import fingerprint
 from sketch_perceptual.networks.johnson import load_johnson
-from sketch_perceptual.running import cards, checkpoints, steps
+from sketch_perceptual.running import checkpoints, steps
 
 pytestmark = pytest.mark.usefixtures("narrow")
 SMALL = """--width 4 --resolution 32 --train_batch_size 2 --num_train_epochs 2 --seed 0 --report_to none
@@ -247,16 +247,16 @@ def test_a_paired_set_is_content_and_style(train, photos, sketches, network, tmp
     assert other.metrics["settings"]["data"].startswith("7 photos, 2 drawings")
 
 
-def test_the_hub_gets_the_network_and_the_card_tells_how_it_was_made(train, monkeypatch):
-    monkeypatch.setattr(cards, "HfApi", FakeHub)
-    run = train("--push_to_hub", "--hub_token", "hf_secret", "--checkpointing_steps", 4)
-    assert FakeHub.sent == {"someone/out": sorted(script.FILES)}
-    assert not any(b"hf_secret" in path.read_bytes() for path in run.folder.rglob("*") if path.is_file())
+def test_the_hub_gets_the_network_and_the_card_tells_how_it_was_made(train, hub):
+    run = train("--push_to_hub", "--hub_token", "hf_writer", "--checkpointing_steps", 4)
+    assert sorted(hub.repos["someone/out"].files) == sorted(script.FILES)
+    assert not any(b"hf_writer" in path.read_bytes() for path in run.folder.rglob("*") if path.is_file())
     card = (run.folder / "README.md").read_text()
     for line in ("in the style of 3 drawings", "VGG-16 with attention", "on 7 photos for 8 steps", "| width | 4 |"):
         assert line in card
     snippet = card.split("```python\n")[1].split("```")[0]
-    exec(snippet.replace("path/to/this/folder", str(run.folder)).replace("sketch.png", str(run.folder / "x.png")), {})
+    assert 'load_johnson("someone/out")' in snippet
+    exec(snippet.replace("sketch.png", str(run.folder / "x.png")), {})
     assert Image.open(run.folder / "x.png").size == (300, 200)
 
 

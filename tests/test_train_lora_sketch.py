@@ -9,9 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import FakeHub, reset_accelerate, torchrun
+from conftest import reset_accelerate, torchrun
 from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.loaders import lora_base
+from hub_server import Repo
+from huggingface_hub import ModelCard
+from peft import get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from PIL import Image, ImageDraw
 from safetensors import safe_open
@@ -24,7 +27,8 @@ from sketch_perceptual.errors import InputError
 from sketch_perceptual.losses import PixelLoss
 from sketch_perceptual.networks.backbone import load_backbone
 from sketch_perceptual.networks.hub_model import fingerprint
-from sketch_perceptual.running import cards, checkpoints, startup
+from sketch_perceptual.running import checkpoints, startup
+from sketch_perceptual.running.files import files_in
 
 # UNet2DConditionModel of stable-diffusion-v1-5, from its published config.json.
 SD15_UNET = {
@@ -825,16 +829,17 @@ def test_tensorboard_takes_what_is_logged(train, monkeypatch):
     events = EventAccumulator(str(run.folder / "logs" / "text2image-fine-tune"))
     events.Reload()
     assert {"train_loss", "denoising_loss", "gated_rows", "grad_norm", "lr"} <= set(events.Tags()["scalars"])
-    assert events.Tags()["images"] == ["validation"]
+    assert events.Tags()["images"] == ["validation/a house"]
 
 
-def test_the_hub_gets_adapter_card_and_picture_and_nothing_else(train, monkeypatch, drawings, tiny_sd):
-    monkeypatch.setattr(cards, "HfApi", FakeHub)
+def test_the_hub_gets_adapter_card_and_picture_and_nothing_else(train, hub, drawings, tiny_sd):
     prompt = ("--validation_prompt", "a house", "--num_validation_images", 1)
-    run = train("--push_to_hub", "--hub_token", "hf_secret", "--checkpointing_steps", 2, *prompt)
-    assert FakeHub.sent == {"someone/out": ["README.md", "before_after.png", "out.safetensors", script.WEIGHTS]}
+    run = train("--push_to_hub", "--hub_token", "hf_writer", "--checkpointing_steps", 2, *prompt)
+    repo = hub.repos["someone/out"]
+    assert sorted(repo.files) == ["README.md", "before_after.png", "out.safetensors", script.WEIGHTS]
     card = (run.folder / "README.md").read_text()
-    for secret in ("hf_secret", str(tiny_sd), str(drawings)):
+    assert repo.files["README.md"].decode() == card
+    for secret in ("hf_writer", str(tiny_sd), str(drawings)):
         assert secret not in card
     assert "base_model" not in card
     for line in (
@@ -846,25 +851,51 @@ def test_the_hub_gets_adapter_card_and_picture_and_nothing_else(train, monkeypat
         "`out.safetensors` for AUTOMATIC1111",
     ):
         assert line in card
-    train("--push_to_hub", output="again")  # without a validation prompt there is no picture to push
-    assert FakeHub.sent == {"someone/again": ["README.md", "again.safetensors", script.WEIGHTS]}
+    repo.files["notes.md"] = b"by hand"
+    train("--push_to_hub", "--hub_model_id", "out", output="again", steps=1)  # no validation prompt, no picture
+    assert sorted(repo.files) == ["README.md", "notes.md", "out.safetensors", script.WEIGHTS]
 
 
-def test_a_push_that_fails_keeps_the_files_and_says_how_to_retry(train, monkeypatch, tmp_path):
-    class Down(FakeHub):
-        def upload_folder(self, **options):
-            raise OSError("no network")
-
-    monkeypatch.setattr(cards, "HfApi", Down)
-    with pytest.raises(InputError, match=r"upload to someone/out failed \(no network\).* hf upload someone/out"):
+def test_a_push_that_fails_keeps_the_files_and_says_how_to_retry(train, hub, tmp_path):
+    hub.faults["commit"] = 409
+    with pytest.raises(InputError, match=r"upload to someone/out failed: .*To upload them: python -c "):
         train("--push_to_hub")
     assert (tmp_path / "out" / script.WEIGHTS).is_file()
 
 
-def test_a_hub_that_cannot_be_reached_is_found_before_training(train, monkeypatch, tmp_path):
-    with pytest.raises(InputError, match=r"`push_to_hub` cannot reach out .*hf auth login"):
-        train("--push_to_hub")
+def test_a_hub_that_cannot_be_written_to_is_found_before_training(train, hub, tmp_path):
+    with pytest.raises(InputError, match=r"`push_to_hub` cannot create out: .*may not do this"):
+        train("--push_to_hub", "--hub_token", "hf_reader")
     assert not (tmp_path / "out" / script.WEIGHTS).exists()
+
+
+@pytest.mark.slow
+def test_the_snippet_of_a_pushed_adapter_runs_as_it_stands(train, hub, tiny_sd, tmp_path, monkeypatch):
+    """Base model and adapter come from the Hub."""
+    base = hub.repos["someone/tiny-sd"] = Repo(private=False)
+    base.files = {path.relative_to(tiny_sd).as_posix(): path.read_bytes() for path in files_in(tiny_sd)}
+    words = ("--trigger_word", "sks", "--caption_template", "a {class}", "--license", "cc-by-4.0")
+    source = ("--pretrained_model_name_or_path", "someone/tiny-sd", "--hub_private_repo", "--export_kohya")
+    run = train("--push_to_hub", "--rank", 2, "--validation_share", 0.2, *source, *words)
+    assert hub.repos["someone/out"].private
+    card = ModelCard.load("someone/out")
+    assert card.data.base_model == "someone/tiny-sd"
+    assert card.data.license == "cc-by-4.0"
+    assert card.data.instance_prompt == "sks"
+    assert [example["text"] for example in card.data.widget] == ["sks, a house"]
+    assert "trigger word 'sks'" in card.text
+    assert "captioned 'sks, a {class}'" in card.text
+    assert "On held-out images: denoising loss" in card.text
+    snippet = re.search(r"```python\n(.*?)```", card.text, re.DOTALL)[1]
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(snippet, names)
+    assert Image.open("sketch.png").size == (32, 32)
+    unet = names["pipeline"].unet
+    loaded = get_peft_model_state_dict(unet, adapter_name=next(iter(unet.peft_config)))
+    shapes, sums = zip(*sorted((tuple(weight.shape), float(weight.sum())) for weight in loaded.values()), strict=True)
+    trained = sorted((tuple(weight.shape), float(weight.sum())) for weight in run.adapter.values())
+    assert (shapes, sums) == tuple(zip(*trained, strict=True))
 
 
 def test_a_dataset_folder_with_labels_and_captions(train, tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from huggingface_hub.constants import HF_HUB_CACHE
 
-from ..errors import InputError, first_line, first_names
+from ..errors import HUB_ERRORS, InputError, first_names, hub_reason
 from ..extras import optional
 from .folders import walk
 from .images import Source
@@ -35,11 +35,11 @@ def load_rows(
             rows = datasets.load_from_disk(dataset_name)
         else:
             rows = datasets.load_dataset(dataset_name, config, cache_dir=cache_dir, data_dir=data_dir)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except (*HUB_ERRORS, datasets.exceptions.DatasetsError) as error:
         advice = ""
         if "scripts are no longer supported" in str(error):
             advice = " Download its files and pass their folder; ImageNet-Sketch's zip is one for `train_data_dir`."
-        reason = first_line(error.__cause__ or error).rstrip(".")
+        reason = hub_reason(error.__cause__ or error).rstrip(".")
         raise InputError(f"`dataset_name` {dataset_name} cannot be loaded: {reason}.{advice}") from error
     if not isinstance(rows, datasets.Dataset):
         if "train" not in rows:

@@ -12,7 +12,7 @@ from ..data.captions import captioned_folder
 from ..data.image_sets import CaptionedImages
 from ..data.images import to_pil
 from ..diffusion import decode
-from ..errors import InputError, first_line
+from ..errors import HUB_ERRORS, InputError, hub_reason
 from ..networks.hub_model import fingerprint
 from ..running.lock import lock_folder
 from ..running.processes import on_main
@@ -22,6 +22,8 @@ from .report import write_whole
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
+
+LOAD_ERRORS: tuple[type[Exception], ...] = (*HUB_ERRORS, KeyError)
 
 
 class Drawn(NamedTuple):
@@ -94,9 +96,9 @@ def load_adapter(pipeline: "StableDiffusionPipeline", source: str) -> None:
     try:
         name = default if Path(source, default).is_file() else None
         pipeline.load_lora_weights(source, weight_name=name, use_safetensors=True)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except LOAD_ERRORS as error:
         raise InputError(
-            f"`models` {source} does not load into the pipeline as a LoRA: {first_line(error)}"
+            f"`models` {source} does not load into the pipeline as a LoRA: {hub_reason(error)}"
         ) from error
     if not pipeline.get_list_adapters():
         raise InputError(f"`models` {source} holds no LoRA that this pipeline knows")

@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 
 from ..diffusion import cast_decoder
-from ..errors import InputError
+from ..errors import InputError, from_hub
 from ..running.startup import silence
 
 if TYPE_CHECKING:
@@ -43,20 +43,16 @@ def load_pipeline(
 
     silence(diffusers)
     place = {"revision": revision, "cache_dir": cache_dir}
-    try:
+    with from_hub(
+        f"`pretrained_model_name_or_path` {source} cannot be loaded; it must be the folder of a Stable Diffusion"
+        " pipeline in safetensors, or the Hub id of one that can be reached"
+    ):
         kind = StableDiffusionPipeline.load_config(source, **place).get("_class_name")
         if kind != "StableDiffusionPipeline":
             raise InputError(f"{source} is a {kind}; these scripts take SD-1.x, a StableDiffusionPipeline")
         pipeline = StableDiffusionPipeline.from_pretrained(
             source, variant=variant, use_safetensors=True, **place, **options
         )
-    except InputError:
-        raise
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"`pretrained_model_name_or_path` {source} cannot be loaded; it must be the folder of a Stable Diffusion"
-            f" pipeline in safetensors, or the Hub id of one that can be reached: {error}"
-        ) from error
     if resolution % pipeline.vae_scale_factor:
         raise InputError(f"`resolution` {resolution} must be a multiple of {pipeline.vae_scale_factor}")
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)

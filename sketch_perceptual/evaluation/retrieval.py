@@ -10,13 +10,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from PIL import Image
 from torch import Tensor
 
 from ..data.class_names import class_names
 from ..data.image_sets import LabelledImages
 from ..data.splits import split, split_hash
-from ..errors import InputError, first_line
+from ..errors import InputError, first_line, from_hub
 from ..figures import image_grid, mark
 from ..measures.ranking import rank
 from ..networks.backbone import is_vgg16_weights
@@ -115,10 +116,13 @@ def read_split(source: str) -> dict[str, set[str]] | None:
         return None
     path = Path(source, "split.json")
     if not Path(source).is_dir():
-        try:
-            path = Path(hf_hub_download(source, path.name))
-        except (OSError, ValueError):  # an embedder from elsewhere
-            return None
+        with from_hub(f"which drawings {source} was trained on cannot be read"):
+            try:
+                path = Path(hf_hub_download(source, path.name))
+            except LocalEntryNotFoundError:
+                raise
+            except EntryNotFoundError:  # an embedder from elsewhere
+                return None
     if not path.is_file():
         return None
     try:

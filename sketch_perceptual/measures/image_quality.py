@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..data.images import Source, fit_image, load_image, to_tensor
-from ..errors import InputError, first_line
+from ..errors import InputError, from_hub
 from ..extras import optional
 from ..networks.hub_model import fingerprint
 from ..seeds import generator
@@ -166,15 +166,13 @@ class ClipFeatures(nn.Module):
         super().__init__()
         library = optional("transformers", "eval")
         self.prepare = functools.partial(_prepare, resolution=resolution, fit=fit, background=background)
-        try:
+        with from_hub(
+            f"`clip_model` {source} cannot be loaded; it must be a CLIP with safetensors: a folder, or a Hub id that"
+            " can be reached"
+        ):
             self.model = library.CLIPModel.from_pretrained(source, use_safetensors=True, dtype=torch.float32)
             self.tokenizer = library.AutoTokenizer.from_pretrained(source)
             images = library.AutoImageProcessor.from_pretrained(source)
-        except (OSError, ValueError) as error:
-            raise InputError(
-                f"`clip_model` {source} cannot be loaded; it must be a CLIP with safetensors: a folder, or a Hub id"
-                f" that can be reached: {first_line(error)}"
-            ) from error
         for name, levels in (("mean", images.image_mean), ("std", images.image_std)):
             self.register_buffer(name, torch.tensor(levels).view(3, 1, 1))
         self.requires_grad_(False).eval()

@@ -82,6 +82,13 @@ class AttentionVGG16(
     mean: Tensor
     std: Tensor
     noun = "backbone"
+    usage = """import torch
+
+from sketch_perceptual import PerceptualLoss
+
+loss = PerceptualLoss("{source}")
+images, target = torch.rand(2, 1, 3, 64, 64) * 2 - 1  # RGB in [-1, 1]
+print(loss(images, target))"""
     sources = f'{HubModel.sources}, a .safetensors with VGG-16 weights, or "imagenet"'
     rules: ClassVar = {
         "attention": one_of("cbam", "identity", "none"),

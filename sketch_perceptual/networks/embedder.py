@@ -36,6 +36,13 @@ class SketchEmbedder(
     """
 
     noun = "network"
+    usage = """from PIL import Image
+
+from sketch_perceptual import load_embedder
+
+embedder = load_embedder("{source}")
+vectors = embedder.embed([Image.new("RGB", (64, 64), colour) for colour in ("black", "white")])
+print(vectors @ vectors.T)  # cosine similarities"""
     sources = AttentionVGG16.sources
     rules: ClassVar = {
         "backbone": AttentionVGG16.rules,

@@ -6,14 +6,26 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
-from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
+from huggingface_hub import HfApi, ModelCard, PyTorchModelHubMixin, hf_hub_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..errors import InputError, first_line
+from ..errors import HUB_ERRORS, InputError, first_line, hub_reason
 from .settings import Rules, check_json
 
+CARD = """---
+{metadata}
+---
+
+# {noun}, saved by sketch-perceptual
+
+It needs that package, `pip install .` in its folder; `config.json` holds its settings.
+
+```python
+{usage}
+```
+"""
 HUB_OPTIONS = ("force_download", "token", "cache_dir", "local_files_only", "revision")
 WEIGHTS = "model.safetensors"
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
@@ -22,10 +34,12 @@ PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 class HubModel(PyTorchModelHubMixin):
     """`save_pretrained`, `from_pretrained`, `push_to_hub`: safetensors only; what does not fit is an `InputError`.
 
-    A subclass says what it is in `noun`, what may stand in its config.json in `rules`, and where it loads from.
+    A subclass says what it is in `noun`, what may stand in its config.json in `rules`, where it loads from, and how it
+    is used, with a {source}, in `usage`.
     """
 
     noun: str
+    usage: str
     rules: ClassVar[Rules]
     sources = "a folder or a Hub id written by save_pretrained"
 
@@ -43,20 +57,38 @@ class HubModel(PyTorchModelHubMixin):
             options: those of huggingface_hub, such as revision, and settings instead of those in config.json.
         """
         source = pretrained_model_name_or_path
-        path, config = read_config(source, cls, **{name: options[name] for name in HUB_OPTIONS if name in options})
+        place = {name: options.pop(name) for name in HUB_OPTIONS if name in options}
+        path, config = read_config(source, cls, **place)
         check_json(cls.rules, config, str(path))
         if Path(source).is_dir():
             _find_weights(Path(source), cls.noun)
+        else:  # of the same commit, by which the folder in the cache is called
+            find_file(source, WEIGHTS, cls, **place | {"revision": path.parent.name})
         try:
             with redirect_stdout(None):  # huggingface_hub prints among our results that it loads from a folder
-                network = super().from_pretrained(str(source), strict=True, **options)
+                network = super().from_pretrained(str(path.parent), strict=True, **options)
                 return cast(nn.Module, network).eval()
         except InputError as error:
             raise InputError(f"{path}: {str(error).replace('`', '')}") from error
-        except (RuntimeError, MemoryError, SafetensorError) as error:
-            raise InputError(f"{source}: the weights do not fit its config.json: {error}") from error
         except (OSError, ValueError) as error:
             raise not_found(source, cls, error) from error
+        except (RuntimeError, MemoryError, SafetensorError) as error:
+            raise InputError(f"{source}: the weights do not fit its config.json: {error}") from error
+
+    def push_to_hub(self, repo_id: str, **options) -> str:
+        """Upload weights, config.json and card; `options` are huggingface_hub's. InputError."""
+        try:
+            api = HfApi(token=options.get("token"))
+            repo_id = api.create_repo(repo_id, private=options.get("private"), exist_ok=True).repo_id
+            return super().push_to_hub(repo_id, model_card_kwargs={"repo_id": repo_id}, **options)
+        except HUB_ERRORS as error:
+            raise InputError(f"the upload to {repo_id} failed: {hub_reason(error)}") from error
+
+    def generate_model_card(self, repo_id: str = "path/to/this/folder", **_) -> ModelCard:
+        """What the network is and how it is loaded."""
+        metadata = self._hub_mixin_info.model_card_data.to_yaml()
+        usage = self.usage.format(source=repo_id)
+        return ModelCard(CARD.format(metadata=metadata, noun=self.noun.capitalize(), usage=usage))
 
     @classmethod
     def _load_as_pickle(cls, model, model_file, map_location, strict):
@@ -74,10 +106,8 @@ def read_config(source: str | Path, kind: type[HubModel], **options) -> tuple[Pa
     folder = Path(source)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise InputError(f"no {kind.noun} at {source}: there is no config.json, which save_pretrained writes")
+    path = folder / "config.json" if folder.is_dir() else find_file(source, "config.json", kind, **options)
     try:
-        path = (
-            folder / "config.json" if folder.is_dir() else Path(hf_hub_download(str(source), "config.json", **options))
-        )
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise not_found(source, kind, error) from error
@@ -87,8 +117,16 @@ def read_config(source: str | Path, kind: type[HubModel], **options) -> tuple[Pa
         raise InputError(f"{path} is not JSON that can be read: {first_line(error)}") from error
 
 
+def find_file(source: str | Path, name: str, kind: type[HubModel], **options) -> Path:
+    """A file of a network on the Hub, downloaded once; InputError."""
+    try:
+        return Path(hf_hub_download(str(source), name, **options))
+    except HUB_ERRORS as error:
+        raise not_found(source, kind, error) from error
+
+
 def not_found(source: str | Path, kind: type[HubModel], error: Exception) -> InputError:
-    return InputError(f"no {kind.noun} at {source}: it must be {kind.sources} ({first_line(error)})")
+    return InputError(f"no {kind.noun} at {source}: it must be {kind.sources} ({hub_reason(error)})")
 
 
 def _find_weights(folder: Path, noun: str) -> None:

@@ -40,6 +40,12 @@ class JohnsonNet(
     """
 
     noun = "style network"
+    usage = """from PIL import Image
+
+from sketch_perceptual.johnson import load_johnson, stylize
+
+photo = Image.new("RGB", (300, 200), "skyblue")  # any picture, any size
+stylize(load_johnson("{source}"), [photo])[0].save("sketch.png")"""
     rules: ClassVar = {"norm": one_of(*NORMS), "upsampling": one_of(*UPSAMPLING), "width": integer(1)}
 
     def __init__(self, norm: str = "instance", upsampling: str = "transposed", width: int = 32):

@@ -42,6 +42,7 @@ def add_run_options(parser: argparse.ArgumentParser, output_dir: str) -> Callabl
     add("--push_to_hub", action="store_true", help="upload the result to the Hugging Face Hub")
     add("--hub_token", type=lambda token: token or None, help="token of the Hub; better: `hf auth login`")
     add("--hub_model_id", help="the Hub repository; default: the name of --output_dir")
+    add("--hub_private_repo", action="store_true", help="create it private; one that exists and is public is refused")
     add("--license", help="licence that the card names, e.g. cc-by-4.0; default: SD-1.5's for a LoRA, else none")
     return add
 

@@ -21,6 +21,7 @@ from .checkpoints import OPTIMIZER_FILE, choose, find_checkpoints, flatten, plac
 from .lock import lock_folder
 from .processes import on_main
 from .steps import Meter, Steps
+from .trackers import keep_training
 
 logger = get_logger(__name__, log_level="INFO")
 
@@ -124,13 +125,10 @@ class Run:
         interruption.defer()
 
     def log(self, logs: dict[str, float]) -> None:
-        """To the progress bar and the trackers; a log that cannot be written is said once and costs no training."""
+        """To the progress bar and the trackers."""
         self.steps.show(logs)
-        try:
+        with keep_training(self.accelerator):
             self.accelerator.log(logs, self.steps.done)
-        except OSError as error:
-            logger.warning(f"{first_line(error)}: the trackers get nothing more")
-            self.accelerator.trackers.clear()
 
     def close(self) -> None:
         """Close the trackers, and what connects the processes."""

@@ -1,4 +1,4 @@
-"""How scripts start and end: sentences, exit codes, consoles, trackers."""
+"""How scripts start and end: sentences, exit codes, consoles."""
 
 import argparse
 import io
@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT
 
 from sketch_perceptual.errors import InputError
-from sketch_perceptual.running import startup, trackers
+from sketch_perceptual.running import startup
 from sketch_perceptual.running.console import protect_console
 from sketch_perceptual.running.options import add_training_options
 
@@ -93,32 +93,6 @@ def test_a_closed_pipe_ends_nothing(tmp_path):
     )
     assert (done.stdout, done.stderr) == ("0\n", "")
     assert (tmp_path / "done").exists()
-
-
-@pytest.mark.parametrize(
-    ("name", "package", "variables", "says"),
-    [
-        ("wandb", None, {}, "`report_to` wandb needs its package: pip install"),
-        ("comet_ml", None, {}, "`report_to` comet_ml needs its package"),
-        ("wandb", "os", {}, "wandb: nobody is logged in; run `wandb login`, or set WANDB_MODE=offline"),
-        ("comet_ml", "os", {}, "comet_ml: nobody is logged in"),
-        ("wandb", "os", {"WANDB_MODE": "offline"}, None),
-        ("comet_ml", "os", {"COMET_API_KEY": "x"}, None),
-        ("tensorboard", "os", {}, None),
-    ],
-)
-def test_a_tracker_that_cannot_track_is_refused_at_once(name, package, variables, says, monkeypatch, tmp_path):
-    monkeypatch.setattr(trackers, "PACKAGES", {name: package or "no_such_package"})
-    for variable in ("WANDB_MODE", "WANDB_API_KEY", "COMET_API_KEY"):
-        monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    for variable, value in variables.items():
-        monkeypatch.setenv(variable, value)
-    if says is None:
-        trackers.check_trackers([name])
-    else:
-        with pytest.raises(InputError, match=says):
-            trackers.check_trackers([name])
 
 
 @pytest.mark.parametrize(
