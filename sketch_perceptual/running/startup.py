@@ -130,7 +130,8 @@ def start_logging(accelerator: Accelerator, args: argparse.Namespace) -> None:
     logging.basicConfig(handlers=[screen])
     logging.getLogger().setLevel(logging.INFO if accelerator.is_main_process else logging.WARNING)
     logging.captureWarnings(True)
-    logging.getLogger("accelerate").setLevel(logging.WARNING)
+    for library in ("accelerate", "matplotlib"):  # which builds its list of fonts when it is first used
+        logging.getLogger(library).setLevel(logging.WARNING)
     if importlib.util.find_spec("transformers"):  # searching does without
         silence(importlib.import_module("transformers"))
 
