@@ -133,7 +133,7 @@ def start_logging(accelerator: Accelerator, args: argparse.Namespace) -> None:
     logging.basicConfig(handlers=[screen])
     logging.getLogger().setLevel(logging.INFO if accelerator.is_main_process else logging.WARNING)
     logging.captureWarnings(True)
-    for name in ("accelerate", "httpx", "httpx2"):  # the last two tell each address
+    for name in ("accelerate", "httpx", "httpx2", "matplotlib"):  # they tell addresses, and of fonts
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("huggingface_hub").propagate = False  # it shows its warnings itself
     if importlib.util.find_spec("transformers"):  # searching does without
