@@ -35,7 +35,10 @@ def environments() -> dict[str, tuple[str, list[str]]]:
     peft = importlib.metadata.version("peft")
     return {
         "newest": (".venv", []),
-        "newest, PEFT 0.18": (".venv", ["peft==0.18.0"]),  # the oldest that can be imported beside transformers 5
+        "newest, PEFT 0.19": (
+            ".venv",
+            ["peft==0.19.0"],
+        ),  # the oldest with which transformers 5.24 loads text encoders
         "oldest": (".venv-oldest", []),
         "oldest, newest PEFT": (".venv-oldest", [f"peft=={peft}"]),
         "oldest, diffusers 0.32": (".venv-oldest", ["diffusers==0.32.2"]),
