@@ -1,4 +1,5 @@
 # make demo | make test | make quality | make style: each creates .venv and installs what it needs on first use.
+# make test-adapters: do LoRA files load in the newest, the oldest and older versions, whoever wrote them?
 # make test-oldest: the tests on the lower bounds of setup.cfg, in .venv-oldest; TESTS='-m "not slow"' chooses some.
 # make dist: source distribution and wheel, checked; needs a network.
 PYTHON ?= python3
@@ -7,7 +8,7 @@ INSTALLED = .venv/.installed
 PATHS = *.py sketch_perceptual tests benchmarks
 TESTS =
 
-.PHONY: demo test test-oldest quality style dist
+.PHONY: demo test test-oldest test-adapters quality style dist
 
 .venv-oldest/.installed: ONLY = -c .venv-oldest/lower-bounds.txt
 .venv/.installed .venv-oldest/.installed: setup.cfg pyproject.toml
@@ -23,6 +24,9 @@ test: $(INSTALLED)
 
 test-oldest: .venv-oldest/.installed
 	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2 $(TESTS)
+
+test-adapters: $(INSTALLED) .venv-oldest/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python tests/adapter_matrix.py
 
 quality: $(INSTALLED)
 	$(BIN)/ruff check $(PATHS)

@@ -906,10 +906,13 @@ def generate(args, accelerator: Accelerator, pipeline, embed, seed: int) -> dict
 
 @contextmanager
 def optional(what: str):
-    """What goes wrong here, too little memory, a decoder that overflows, a full disk, must not end a training."""
+    """What goes wrong here, too little memory, a decoder that overflows, a full disk, must not end a training.
+
+    Nor must versions that do not fit: transformers 5.24 loads adapters of text encoders with PEFT 0.19 and newer only.
+    """
     try:
         yield
-    except (RuntimeError, MemoryError, OSError, InputError) as error:
+    except (RuntimeError, MemoryError, OSError, ImportError, InputError) as error:
         logger.warning(f"no {what}: {first_line(error)}")
         torch.cuda.empty_cache()
 

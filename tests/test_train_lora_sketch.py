@@ -4,6 +4,7 @@ import re
 import signal
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -134,11 +135,14 @@ def test_dora_and_the_text_encoder_load_as_they_were_trained_and_go_on_bit_for_b
     assert [log for log in resumed.logs if "lr" in log] == [log for log in run.logs if log["step"] > 2 and "lr" in log]
 
 
-def test_the_text_encoder_has_its_own_rate(train):
+def test_the_text_encoder_has_its_own_rate(train, monkeypatch, caplog):
+    """And is exported where transformers and PEFT cannot load it again."""
+    monkeypatch.setattr(StableDiffusionPipeline, "load_lora_weights", lambda *_, **options: import_module("peft.no"))
     run = train("--train_text_encoder", "--text_encoder_lr", 1e-30)
     up = {key: float(weight.abs().max()) for key, weight in run.adapter.items() if key.endswith("up.weight")}
     assert {key.split(".")[0] for key, largest in up.items() if largest < 1e-20} == {"text_encoder"}
     assert {key.split(".")[0] for key, largest in up.items() if largest > 1e-4} == {"unet"}
+    assert "no check of the adapter and pictures: No module named 'peft.no'" in caplog.text
 
 
 def test_a_seed_makes_the_same_files_and_others_may_read_them(train):
