@@ -41,6 +41,7 @@ from ..data.paired import find_pairs
 from ..errors import InputError
 from ..measures.image_quality import check_installed
 from ..networks.backbone import BUNDLED
+from ..running.cards import hub_id, set_section
 from ..running.feature_cache import scan_folder
 from ..running.options import add_feature_options
 from ..running.processes import on_main
@@ -58,6 +59,7 @@ from .transfer import compare_styles
 
 logger = get_logger(__name__, log_level="INFO")
 
+SEEDS = "seed-*/*.safetensors"  # of a folder of LoRAs
 RECORDED = """dataset_name train_data_dir group_column validation_share max_train_samples trigger_word
     paired_data_dir part paired_style resolution fit mixed_precision seed pretrained_model_name_or_path prompts
     num_images num_inference_steps guidance_scale""".split()  # the options that stand in the JSON
@@ -172,6 +174,7 @@ def add_generation_options(parser: argparse.ArgumentParser) -> None:
     add_feature_options(add)
     add("--output", default="generation.json", help="all results, as JSON")
     add("--figure", help="write a sheet of prompts, what each model draws for them, and the drawing nearest to that")
+    add("--write_scores", action="store_true", help="put the table into the card of each of --models that has one")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -192,6 +195,20 @@ def publish(args: argparse.Namespace, report: Report) -> None:
         write_figure(args.figure, report.draw())
     print(report.table())
     print(args.output)
+    if vars(args).get("write_scores"):
+        write_scores(args, report)
+
+
+def write_scores(args: argparse.Namespace, report: Report) -> None:
+    """Into the cards of the models; one that is trained further has a new card without."""
+    about = (
+        f"{report.data['distinct_prompts']} prompts, {args.num_inference_steps} steps at guidance"
+        f" {args.guidance_scale:g}, seed {args.seed}; `frechet` in the features of"
+        f" {'the bundled backbone' if args.backbone == str(BUNDLED) else hub_id(args.backbone) or 'another backbone'}."
+    )
+    for _, source in expand_models(args.models, SEEDS):
+        if set_section(source, "Scores", report.cells(), about):
+            print(Path(source, "README.md"))
 
 
 def distance(args: argparse.Namespace, accelerator: Accelerator) -> Report | None:
@@ -266,7 +283,7 @@ def draw(args: argparse.Namespace, accelerator: Accelerator, prompts: list[str])
     settings = ("seed", "resolution", "num_inference_steps", "guidance_scale")
     return draw_models(
         accelerator,
-        expand_models(args.models, "seed-*/*.safetensors"),
+        expand_models(args.models, SEEDS),
         cycle_prompts(prompts, args.num_images or len(prompts)),
         load,
         args.output_dir,

@@ -46,13 +46,16 @@ class Report:
                 results[name]["deviation"] = {key: statistics.stdev(of) for key, of in values.items()}
         return results
 
-    def table(self) -> str:
-        """One line a model; with several seeds mean and deviation."""
+    def cells(self) -> list[list[str]]:
+        """A head and one line a model; with several seeds mean and deviation."""
         columns = {key: form for key, form in self.columns.items() if any(key in run for run in self.runs)}
-        lines = [["", *columns]]
-        lines += [
+        lines = [
             [name, *(_cell(result, *column) for column in columns.items())] for name, result in self.results.items()
         ]
+        return [["", *columns], *lines]
+
+    def table(self) -> str:
+        lines = self.cells()
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         padded = ([cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines)
         return "\n".join("  ".join(line).rstrip() for line in padded)

@@ -4,6 +4,8 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from .files import replacing
+
 CARD = """---
 {metadata}
 ---
@@ -28,6 +30,7 @@ CARD = """---
 |---|---|
 {options}
 """
+TRAINING = "\n## Training\n"
 OWN_PACKAGE = "It needs the package of these scripts, sketch-perceptual: `pip install .` in its folder."
 
 
@@ -53,6 +56,21 @@ def write_card(
         options="\n".join(f"| {name} | {_one_line(value)} |" for name, value in options.items()),
     )
     ModelCard(text, ignore_metadata_errors=False).save(Path(folder, "README.md"))
+
+
+def set_section(folder: str | Path, title: str, lines: list[list[str]], about: str) -> bool:
+    """Put a table, its head first, into the card of `folder`, in place of one of this title; False: there is none."""
+    path = Path(folder, "README.md")
+    if not path.is_file() or TRAINING not in (text := path.read_text(encoding="utf-8")):
+        return False
+    head, *rows = (f"| {' | '.join(map(_one_line, line))} |" for line in lines)
+    table = "\n".join([head, "|---" * len(lines[0]) + "|", *rows])
+    start, _, rest = text.partition(TRAINING)
+    start = start.partition(f"\n## {title}\n")[0]
+    text = f"{start}\n## {title}\n\n{table}\n\n{about}\n{TRAINING}{rest}"
+    with replacing(folder) as aside:
+        (aside / path.name).write_text(text, encoding="utf-8")
+    return True
 
 
 def model_name(model_id: str | None, output_dir: str | Path) -> str:

@@ -71,11 +71,12 @@ def command(tiny_sd, drawings, folder, *models, **options):
     fixed |= {"output_dir": folder / "generated", "output": folder / "generation.json"}
     fixed |= {"feature_dir": folder / "features", "backbone": folder / "classifier"}
     fixed |= {"num_inference_steps": 2, "resolution": 32, "generation_batch_size": 2} | options
-    pairs = [item for name, value in fixed.items() for item in (f"--{name}", value)]
+    pairs = [item for name, value in fixed.items() for item in (f"--{name}", value) if item is not True]
     return list(map(str, ["generation", *pairs, "--models", *models]))
 
 
 def test_models_and_folders_are_scored_side_by_side(evaluate, adapters, clip, drawings, tmp_path, monkeypatch):
+    (adapters / "seed-1" / "README.md").write_text("# LoRA\n\n## Scores\n\nold\n\n## Training\n\noptions\n")
     printed, record = evaluate(
         "base=none",
         f"lora={adapters}",
@@ -83,10 +84,18 @@ def test_models_and_folders_are_scored_side_by_side(evaluate, adapters, clip, dr
         clip_model=clip,
         classifier=tmp_path / "classifier",
         figure=tmp_path / "sheet.png",
+        write_scores=True,
     )
     assert printed[0].split() == ["images", "frechet", "kernel", "clip", "accuracy", "nearest_same", "chroma", "ink"]
     assert [line.split()[0] for line in printed[1:5]] == ["the", "base", "lora", "copies"]
     assert printed[1].split()[2:4] == ["7", printed[1].split()[3]]  # the drawings have no distance to themselves
+    card = (adapters / "seed-1" / "README.md").read_text()
+    assert card.startswith("# LoRA\n\n## Scores\n\n|  | images | frechet |") and card.endswith(
+        "## Training\n\noptions\n"
+    )
+    assert card.count("\n| lora | 7 |") == 1 and "old" not in card
+    assert "2 prompts, 2 steps at guidance 7.5, seed 0; `frechet` in the features of another backbone." in card
+    assert printed[-1] == str(adapters / "seed-1" / "README.md")
     base, lora, copies = (record["models"][name] for name in ("base", "lora", "copies"))
     assert [run["model"] for run in lora["runs"]] == ["seed-1", "seed-2"]
     assert lora["deviation"]["frechet"] > 0
