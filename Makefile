@@ -1,12 +1,13 @@
 # make demo | make test | make quality | make style: each creates .venv and installs what it needs on first use.
 # make test-oldest: the tests on the lower bounds of setup.cfg, in .venv-oldest; TESTS='-m "not slow"' chooses some.
+# make dist: source distribution and wheel, checked; needs a network.
 PYTHON ?= python3
 BIN = .venv/bin
 INSTALLED = .venv/.installed
 PATHS = *.py sketch_perceptual tests benchmarks
 TESTS =
 
-.PHONY: demo test test-oldest quality style
+.PHONY: demo test test-oldest quality style dist
 
 .venv-oldest/.installed: ONLY = -c .venv-oldest/lower-bounds.txt
 .venv/.installed .venv-oldest/.installed: setup.cfg pyproject.toml
@@ -32,6 +33,12 @@ style: $(INSTALLED)
 	$(BIN)/ruff check --fix $(PATHS)
 	$(BIN)/ruff format $(PATHS)
 
+dist: $(INSTALLED)
+	rm -rf dist
+	$(BIN)/python -m pip install --quiet build twine
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+
 TINY_SD = sketch_perceptual/assets/tiny-sd
 DEMO_PROMPTS = $(foreach thing,a_house a_cat a_boat a_flower an_umbrella a_snail,"a sketch of $(subst _, ,$(thing))")
 demo: $(INSTALLED)
@@ -41,7 +48,7 @@ demo: $(INSTALLED)
 	  --train_data_dir demo/drawings --resolution 64 --noise_offset 0.1 \
 	  --snr_gamma 1 --rank 32 --learning_rate 2e-3 --train_batch_size 4 --max_train_steps 500 --seed 42 \
 	  --validation_prompt $(DEMO_PROMPTS) --num_validation_images 2 --validation_epochs 100 --output_dir demo/lora
-	HF_HUB_OFFLINE=1 $(BIN)/python evaluate.py generation --pretrained_model_name_or_path $(TINY_SD) \
-	  --train_data_dir demo/drawings --resolution 64 --models before=none after=demo/lora \
+	HF_HUB_OFFLINE=1 $(BIN)/python -m sketch_perceptual.evaluation generation --train_data_dir demo/drawings \
+	  --pretrained_model_name_or_path $(TINY_SD) --resolution 64 --models before=none after=demo/lora \
 	  --num_images 32 --generation_batch_size 16 --output_dir demo/generated --output demo/scores.json \
 	  --figure demo/scores.png

@@ -17,6 +17,10 @@ import shutil
 import time
 from pathlib import Path
 
+from sketch_perceptual.extras import require
+
+require("train")
+
 import psutil
 import torch
 import torch.nn.functional as F

@@ -8,13 +8,17 @@ Content is any folder of photos, COCO's train2017 in the paper; style is a drawi
 sketches of a paired set, CUFS or FS2K (`--paired_data_dir`), whose photos are then the content if no other is named.
 The network learns to keep the content (relu2_2) and to reach the Gram matrices of the style (relu1_2 to relu4_3), as
 the attention-VGG that comes with the package sees them, or another `--backbone`. Defaults are the paper's: 256 px,
-batches of 4, Adam at 1e-3, one epoch. `python -m sketch_perceptual.johnson` then converts pictures.
+batches of 4, Adam at 1e-3, one epoch. `sketch-perceptual stylize` then converts pictures.
 """
 
 import argparse
 import json
 from functools import partial
 from pathlib import Path
+
+from sketch_perceptual.extras import require
+
+require("train")
 
 import torch
 from accelerate import Accelerator

@@ -17,6 +17,10 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+from sketch_perceptual.extras import require
+
+require("train")
+
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator

@@ -7,7 +7,8 @@
 The classifier of VGG-16 becomes a head of 512 outputs, brought to length 1, and learns by cross-entropy and a tenth of
 a triplet loss for 20 epochs; nine tenths of the drawings are trained on and are the gallery, the others are queries.
 All is done for five seeds, from `--seed` on. `seed-42/` and its like hold what was trained: they load with
-`SketchEmbedder.from_pretrained` and go into `evaluate.py`. `metrics.json` has the accuracies, mean and deviation.
+`SketchEmbedder.from_pretrained` and go into `sketch_perceptual.evaluation`. `metrics.json` has the accuracies, mean
+and deviation.
 """
 
 import argparse
@@ -19,6 +20,10 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
+
+from sketch_perceptual.extras import require
+
+require("train")
 
 import torch
 import torch.nn.functional as F

@@ -3,7 +3,7 @@
     python -m sketch_perceptual.drawings --output_dir drawings --per_class 32 --size 256
     python -m benchmarks.retrieval --train_data_dir drawings
 
-Features: what `evaluate.py` fills its cache with, against a loop over torchvision's ImageFolder through the same
+Features: what the evaluation fills its cache with, against a loop over torchvision's ImageFolder through the same
 network. Ranking: `rank` against a loop over queries with `argsort`, and against torchmetrics' average precision. One
 query: `search` against FAISS's flat index, which was filled before.
 """

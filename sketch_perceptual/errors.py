@@ -2,7 +2,9 @@
 
 import argparse
 import re
+import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 
 class InputError(ValueError):
@@ -14,6 +16,12 @@ class InputError(ValueError):
 
 class TooLittleMemory(InputError):
     """Which says nothing about the image that was to be read."""
+
+
+def program() -> str:
+    """What a script calls itself in its messages: its file, or the package that `python -m` was given."""
+    path = Path(sys.argv[0])
+    return path.parent.name if path.name == "__main__.py" else path.name
 
 
 def in_options(message: str, args: argparse.Namespace) -> str:

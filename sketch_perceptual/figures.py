@@ -1,7 +1,13 @@
 """Grids of images, and plots. Names are drawn as they are: no mathematics, one line, not too long."""
 
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING
+
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from .extras import optional
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 LONGEST = 80  # letters of a name
 
@@ -50,9 +56,13 @@ def mark(image: Image.Image, right: bool) -> Image.Image:
     return framed
 
 
-def ratio_bars(ratios: dict[str, float], title: str) -> Figure:
+def empty_figure(inches: tuple[float, float]) -> "Figure":
+    return optional("matplotlib.figure", "train").Figure(inches, layout="constrained")
+
+
+def ratio_bars(ratios: dict[str, float], title: str) -> "Figure":
     """A bar for each model's ratio of inter- to intra-class distance (Seo 2025, Figure 4)."""
-    figure = Figure((1.5 + 1.3 * len(ratios), 3.5), layout="constrained")
+    figure = empty_figure((1.5 + 1.3 * len(ratios), 3.5))
     axes = figure.subplots()
     places = range(len(ratios))
     axes.bar_label(axes.bar(places, list(ratios.values()), width=0.6), fmt="%.2f")
@@ -62,10 +72,10 @@ def ratio_bars(ratios: dict[str, float], title: str) -> Figure:
     return figure
 
 
-def learning_curve(history: list[dict]) -> Figure:
+def learning_curve(history: list[dict]) -> "Figure":
     """Loss and accuracy by epoch, training beside validation, from records as train_backbone.py keeps them."""
     epochs = [record["epoch"] for record in history]
-    figure = Figure((9, 3.5), layout="constrained")
+    figure = empty_figure((9, 3.5))
     losses, accuracies = figure.subplots(1, 2)
     for axes, title, curves in (
         (losses, "cross-entropy", {"train_loss": "training", "loss": "validation"}),

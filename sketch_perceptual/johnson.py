@@ -1,6 +1,6 @@
 """Johnson's image transformation network (Johnson et al. 2016; Seo 2025, section 4.1), and images through it.
 
-    python -m sketch_perceptual.johnson --model sketch-style --input photos --output sketches
+    sketch-perceptual stylize --model sketch-style --input photos --output sketches
 
 `--input` is an image or a folder with all its folders; sizes, transparency and EXIF are kept. No source is written
 over, and what lies in `--output` is not taken for one. Large images go through in parts that cannot be told apart.
@@ -69,7 +69,9 @@ def to_batch(network: JohnsonNet, images: list[Image.Image]) -> torch.Tensor:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="sketch-perceptual stylize", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--model", required=True, help="a folder or Hub id of train_johnson.py")
     add("--input", required=True, type=Path, help="an image or a folder")

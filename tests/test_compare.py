@@ -1,4 +1,4 @@
-"""python -m sketch_perceptual: two drawings, or two folders of them, compared from the shell."""
+"""sketch-perceptual compare: two drawings, or two folders of them, compared from the shell."""
 
 import json
 import re
@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageChops, ImageStat
 
 from sketch_perceptual import PerceptualLoss, to_tensor
-from sketch_perceptual.__main__ import main
+from sketch_perceptual.compare import main
 from sketch_perceptual.drawings import draw
 
 

@@ -2,7 +2,7 @@ import argparse
 
 import pytest
 
-from sketch_perceptual.errors import InputError, check_choice, first_line, first_names, in_options
+from sketch_perceptual.errors import InputError, check_choice, first_line, first_names, in_options, program
 
 
 def test_arguments_become_options_where_the_script_has_them():
@@ -22,3 +22,17 @@ def test_long_lists_and_errors_are_cut():
     assert first_names(list("abcdefghijkl"), "\n", 2) == "a\nb\nand 10 more"
     assert first_line(ValueError(" one\ntwo")) == "one"
     assert first_line(ValueError()) == "ValueError"
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("train_johnson.py", "train_johnson.py"),
+        ("/home/x/site-packages/train_johnson.py", "train_johnson.py"),
+        ("/home/x/sketch_perceptual/evaluation/__main__.py", "evaluation"),
+        ("/home/x/bin/sketch-perceptual", "sketch-perceptual"),
+    ],
+)
+def test_a_program_has_one_name_however_it_was_started(monkeypatch, file, name):
+    monkeypatch.setattr("sys.argv", [file, "--seed", "1"])
+    assert program() == name

@@ -16,13 +16,13 @@ import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from PIL import Image
 
-import evaluate
 import train_backbone
 import train_johnson
 import train_lora_sketch
 import train_retrieval
-from sketch_perceptual import __main__ as compare
-from sketch_perceptual import drawings, johnson
+from sketch_perceptual import compare, drawings, johnson
+from sketch_perceptual.evaluation import __main__ as evaluate
+from sketch_perceptual.evaluation import search
 
 ROOT = Path(train_lora_sketch.__file__).parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -35,21 +35,24 @@ MAY_IMPORT = {
     "errors": set(),
     "arguments": set(),
     "seeds": set(),
-    "figures": set(),
+    "extras": {"errors"},
+    "figures": {"extras"},
     "drawings": {"errors"},
-    "data": {"errors", "arguments", "seeds"},
-    "networks": {"errors", "data"},
-    "losses": {"errors", "data", "drawings", "networks"},
+    "data": {"errors", "extras", "arguments", "seeds"},
+    "networks": {"errors", "extras", "data"},
+    "losses": {"errors", "extras", "data", "drawings", "networks"},
     "diffusion": {"errors", "losses", "diffusion_checks"},
     "diffusion_checks": {"errors"},
-    "measures": {"errors", "data", "networks", "seeds"},
+    "measures": {"errors", "extras", "data", "networks", "seeds"},
     "running": {"errors", "arguments", "seeds"},
     "evaluation": {
-        *("errors", "arguments", "seeds", "figures"),
+        *("errors", "extras", "arguments", "seeds", "figures"),
         *("data", "diffusion", "losses", "measures", "networks", "running"),
     },
     "johnson": {"errors", "arguments", "data", "networks"},
-    "__main__": {"errors", "data", "figures", "losses", "networks"},
+    "compare": {"errors", "data", "figures", "losses", "networks"},
+    "env": {"__version__"},
+    "__main__": {"__version__", "errors", "extras"},
 }
 MAY_KNOW = {  # who may import what trains and draws
     "accelerate": {"running", "evaluation"},
@@ -58,7 +61,7 @@ MAY_KNOW = {  # who may import what trains and draws
     "transformers": {"running", "evaluation"},
 }
 # Where options may be named: a library function's error names its argument, and the script the option.
-COMMANDS = {"__main__.py", "johnson.py", "drawings.py", "running/options.py", "data/options.py"}
+COMMANDS = {"compare.py", "johnson.py", "drawings.py", "running/options.py", "data/options.py"}
 
 FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 MODULES = sorted({file.split("/")[0].removesuffix(".py") for file in FILES} - {"__init__"})
@@ -91,7 +94,7 @@ def test_modules_import_one_way_only(module):
 
 @pytest.mark.parametrize("file", FILES)
 def test_only_commands_name_options(file):
-    if file in COMMANDS or file.startswith("evaluation/"):
+    if file in {*COMMANDS, "__main__.py"} or file.startswith("evaluation/"):
         return
     texts = [node.value for node in ast.walk(tree(PACKAGE / file)) if isinstance(node, ast.Constant)]
     ours = set.union(*OPTIONS.values())
@@ -131,15 +134,16 @@ TRAINERS = {
 }
 OPTIONS = {name: options_of(script.parse_args) for name, script in TRAINERS.items()}
 OPTIONS |= {
-    f"evaluate.py {task}": options_of(evaluate.parse_args, task)
-    for task in ("distance", "retrieval", "transfer", "generation", "search")
+    f"sketch_perceptual.evaluation {task}": options_of(evaluate.parse_args, task)
+    for task in ("distance", "retrieval", "transfer", "generation")
 }
 OPTIONS |= {
-    "sketch_perceptual": options_of(compare.main),
-    "sketch_perceptual.johnson": options_of(johnson.main),
+    "sketch-perceptual compare": options_of(compare.main),
+    "sketch-perceptual search": options_of(search.main),
+    "sketch-perceptual stylize": options_of(johnson.main),
     "sketch_perceptual.drawings": options_of(drawings.main),
 }
-SCRIPT = re.compile(r"evaluate\.py \w+|train_\w+\.py|(?<=-m )sketch_perceptual(?:\.\w+)?")
+SCRIPT = re.compile(r"train_\w+\.py|(?<=-m )sketch_perceptual\.(?:evaluation )?\w+|sketch-perceptual [a-z]+")
 NOT_OURS = {"--mixed_precision"}  # of `accelerate launch`, where it stands before the script
 
 

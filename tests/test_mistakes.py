@@ -14,12 +14,13 @@ from conftest import draw_class, reset_accelerate
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import evaluate
 import train_backbone
 import train_johnson
 import train_lora_sketch
 import train_retrieval
 from sketch_perceptual import johnson
+from sketch_perceptual.evaluation import __main__ as evaluate
+from sketch_perceptual.evaluation import search
 from sketch_perceptual.networks.backbone import AttentionVGG16
 from sketch_perceptual.networks.johnson import JohnsonNet
 from sketch_perceptual.running import startup
@@ -42,7 +43,7 @@ WORKS = {
         --mixed_precision no""",
     "evaluate generation": f"""{MEASURED} --train_data_dir drawings --pretrained_model_name_or_path sd --models none
         --backbone net --resolution 32 --num_inference_steps 1 --num_images 2 --output found.json""",
-    "evaluate search": f"{MEASURED} --query one.png --gallery drawings --model net --resolution 32",
+    "search": f"{MEASURED} --query one.png --gallery drawings --model net --resolution 32",
     "johnson": "--model style --input drawings --output drawn",
 }
 SCRIPTS = {
@@ -51,12 +52,13 @@ SCRIPTS = {
     "train_johnson": train_johnson,
     "train_retrieval": train_retrieval,
     "evaluate": evaluate,
+    "search": search,
     "johnson": johnson,
 }
 TRAINERS = [name for name in SCRIPTS if name.startswith("train")]
 LABELLED = ["train_backbone", "train_retrieval", "evaluate distance", "evaluate retrieval"]
 CAPTIONED = ["train_lora_sketch", "evaluate generation"]
-READERS = [*TRAINERS, *(name for name in WORKS if name.startswith("evaluate") and name != "evaluate transfer")]
+READERS = [*LABELLED, *CAPTIONED, "train_johnson", "search"]
 
 # For each script the options of a case ("- " before them: those that work are left out) and what the sentence says.
 MISTAKES: dict[str, list[tuple[str, str]]] = {name: [] for name in WORKS}
@@ -243,7 +245,7 @@ add(
     ("--num_images 1", "--num_images: must be a number of at least 2, got 1"),
 )
 add(
-    "evaluate search",
+    "search",
     ("--query nowhere.png", r"nowhere\.png: there is no such file"),
     ("--query cut/house/cut.png", "truncated"),
     ("--gallery hollow", "--gallery: there are no images in hollow"),
@@ -259,9 +261,9 @@ add(
     ("--input cut", r"cut\.png: image file is truncated"),
     ("--output one.png/drawn", "one.png/drawn"),
 )
-MISTAKES["evaluate search"] = [
+MISTAKES["search"] = [
     (options.replace("--train_data_dir", "--gallery"), says)
-    for options, says in MISTAKES["evaluate search"]
+    for options, says in MISTAKES["search"]
     if not options.startswith("--dataset_name")
 ]
 CASES = [(name, options, says) for name, cases in MISTAKES.items() for options, says in cases]
@@ -331,7 +333,7 @@ def run(name, options, workplace, monkeypatch):
     monkeypatch.chdir(workplace)
     monkeypatch.setattr("sys.argv", [f"{name.split()[0]}.py", *arguments])
     with pytest.raises(SystemExit) as exit:
-        if name == "johnson":
+        if name in ("johnson", "search"):
             script.main(arguments)
         else:
             startup.run(script.main, script.parse_args(arguments))

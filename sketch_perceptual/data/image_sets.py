@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 
 import torch
 from PIL import Image
-from torchvision.transforms import RandomResizedCrop
 
 from ..errors import InputError, check_choice
+from ..extras import optional
 from ..seeds import generator
 from .folders import mask_beside
 from .images import INVERT, Source, bucket_size, fit_image, load_extras, load_image, to_tensor
@@ -232,6 +232,7 @@ class LabelledImages(Images):
         seed: int = 0,
     ):
         super().__init__(sources, names, background, invert)
+        optional("torchvision.transforms", "train")  # before workers are forked, which then share it
         self.classes, self.resolution, self.seed = list(classes), resolution, seed
         self._labels, self._groups = labels, groups
 
@@ -248,6 +249,8 @@ class LabelledImages(Images):
         image, row = self.image(index), self.rows[index]
         size = (self.resolution, self.resolution)
         if self.augment:
+            from torchvision.transforms import RandomResizedCrop
+
             draw = generator(self.seed, int(epoch), row)
             with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
                 torch.random.default_generator.set_state(draw.get_state())

@@ -6,7 +6,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from huggingface_hub.constants import HF_HUB_CACHE
+
 from ..errors import InputError, first_line, first_names
+from ..extras import optional
 from .folders import walk
 from .images import Source
 
@@ -24,9 +27,7 @@ def load_rows(
     Every process may call it at once: `datasets` locks its cache. Images are in the rows, or files in the folder or
     the caches of `datasets`; a row that names any other file is refused.
     """
-    import datasets
-    from huggingface_hub.constants import HF_HUB_CACHE
-
+    datasets = optional("datasets", "train")
     if Path(dataset_name).is_dir() and (others := walk(Path(dataset_name))[1]):
         raise InputError(f"{dataset_name} holds what is neither file nor folder: {first_names(others)}.")
     try:

@@ -1,5 +1,11 @@
-"""The drawings of a folder that are most like one."""
+"""The drawings of a folder that are most like one.
 
+    sketch-perceptual search --query fox.png --gallery drawings --figure found.png
+
+Features are kept on disk, so that only new pictures cost anything the next time.
+"""
+
+import argparse
 import hashlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -9,6 +15,7 @@ from pathlib import Path
 from accelerate import Accelerator
 from PIL import Image
 
+from ..arguments import at_least
 from ..data.checks import readable, scan
 from ..data.folders import find_images
 from ..data.image_sets import Images
@@ -16,11 +23,54 @@ from ..data.images import load_image
 from ..errors import InputError
 from ..figures import image_grid
 from ..measures.ranking import search
-from ..networks.embedder import SketchEmbedder
-from ..running.feature_cache import FeatureCache
+from ..networks.backbone import BUNDLED
+from ..networks.embedder import SketchEmbedder, load_embedder
+from ..running.feature_cache import FeatureCache, feature_folder
 from ..running.processes import on_main
+from ..running.startup import run
+from .commands import add_embedder_options, begin, embedder, extractor
 from .embedding import Extract, embed_cached
-from .report import SHEET_SIZE, pad
+from .report import SHEET_SIZE, pad, write_figure
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="sketch-perceptual search", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--query", required=True, help="a picture")
+    add("--gallery", required=True, help="a folder of images, searched recursively")
+    add("--model", default=str(BUNDLED), help="an embedder, a backbone, VGG-16 weights or imagenet")
+    add("--count", type=at_least(1), default=10, help="number of results")
+    add("--figure", help="write the query and its nearest drawings as a picture")
+    add("--on_bad_image", choices=("error", "skip"), default="error", help="what to do with unreadable images")
+    add("--background", help="colour behind transparent drawings; default: an embedder's own, of a backbone white")
+    add_embedder_options(add)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    run(print_similar, parse_args(argv))
+
+
+def print_similar(args: argparse.Namespace) -> None:
+    """Print and draw what in the gallery is nearest to the query; the query itself is named, not ranked."""
+    accelerator = begin(args)
+    matches = find_similar(
+        accelerator,
+        args.query,
+        args.gallery,
+        load_embedder(args.model, **embedder(args)),
+        extractor(args, accelerator),
+        lambda network, paper: FeatureCache(feature_folder(accelerator, args.feature_dir, network, paper)),
+        count=args.count,
+        on_bad_image=args.on_bad_image,
+    )
+    if matches is not None:
+        if args.figure:
+            write_figure(args.figure, matches.draw(Path(args.query).name))
+        print("\n".join(matches.lines()))
+    accelerator.end_training()
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from ..extras import optional
 from ..networks.backbone import load_backbone
 from .base import ImageLoss
 from .calibration import reference_drawings, unrelated
@@ -32,10 +32,7 @@ class LPIPSLoss(ImageLoss):
     @torch.random.fork_rng(devices=[])  # lpips starts from random weights
     def __init__(self, backbone: str | Path = "imagenet", resolution: int | None = None):
         super().__init__(resolution)
-        try:
-            import lpips
-        except ImportError as error:
-            raise InputError("the loss lpips needs the lpips package: pip install lpips") from error
+        lpips = optional("lpips", "eval")
         trunk = load_backbone(backbone, attention="none").state_dict()
         with warnings.catch_warnings():  # lpips asks torchvision in words that torchvision has given up
             warnings.simplefilter("ignore", UserWarning)

@@ -1,11 +1,9 @@
 """How near drawings come to the true ones, and to words: SSIM, Fréchet and kernel distances of sets, CLIP score."""
 
 import functools
-import importlib
 import io
 import textwrap
 from pathlib import Path
-from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +14,7 @@ from torch import Tensor, nn
 
 from ..data.images import Source, fit_image, load_image, to_tensor
 from ..errors import InputError, first_line
+from ..extras import optional
 from ..networks.hub_model import fingerprint
 from ..seeds import generator
 
@@ -40,7 +39,7 @@ def ssim(images: Tensor, target: Tensor) -> Tensor:
 
     Returns (B,) from -1 to 1, 1 for equals, float32 on the CPU. InputError for anything else, and for NaN.
     """
-    measure = _import("torchmetrics.functional.image").structural_similarity_index_measure
+    measure = optional("torchmetrics.functional.image", "eval").structural_similarity_index_measure
     _check_images(images)
     _check_images(target)
     if images.shape != target.shape:
@@ -81,7 +80,7 @@ def frechet_distance(features: Tensor, reference: Tensor) -> float:
 
 def check_installed() -> None:
     """InputError if a package is missing that `kernel_distance` and `ssim` need."""
-    _import("torchmetrics.image.kid")
+    optional("torchmetrics.image.kid", "eval")
 
 
 def kernel_distance(
@@ -97,7 +96,7 @@ def kernel_distance(
     Returns mean, below 0 by chance where both sets are alike, and deviation over the subsets; the deviation is 0
     where each subset is all of both sets.
     """
-    poly_mmd = _import("torchmetrics.image.kid").poly_mmd
+    poly_mmd = optional("torchmetrics.image.kid", "eval").poly_mmd
     features, reference = _check_features(features, reference)
     size = min(subset_size, len(features), len(reference))
     if subsets < 1 or size < 2:
@@ -124,7 +123,7 @@ class InceptionFeatures(nn.Module):
     def __init__(self, weights: str | Path, resolution: int = 299, fit: str = "crop", background: str = "white"):
         super().__init__()
         self.prepare = functools.partial(_prepare, resolution=resolution, fit=fit, background=background)
-        library = _import("torch_fidelity.feature_extractor_inceptionv3", "torch-fidelity")
+        library = optional("torch_fidelity.feature_extractor_inceptionv3", "eval")
         file = io.BytesIO()  # the constructor downloads unless it is given a file to unpickle: here one of our own
         try:
             torch.save(load_file(weights), file)
@@ -165,7 +164,7 @@ class ClipFeatures(nn.Module):
 
     def __init__(self, source: str | Path, resolution: int = 224, fit: str = "crop", background: str = "white"):
         super().__init__()
-        library = _import("transformers")
+        library = optional("transformers", "eval")
         self.prepare = functools.partial(_prepare, resolution=resolution, fit=fit, background=background)
         try:
             self.model = library.CLIPModel.from_pretrained(source, use_safetensors=True, dtype=torch.float32)
@@ -246,10 +245,3 @@ def _check_features(features: Tensor, reference: Tensor) -> tuple[Tensor, Tensor
     if features.shape[1] != reference.shape[1]:
         raise InputError(f"features have {features.shape[1]} numbers a row, reference has {reference.shape[1]}")
     return features.detach().cpu().double(), reference.detach().cpu().double()
-
-
-def _import(module: str, install: str = "'sketch-perceptual[eval]'") -> ModuleType:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise InputError(f"this measure needs {module.split('.')[0]}: pip install {install}") from error

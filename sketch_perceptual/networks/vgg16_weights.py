@@ -6,6 +6,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ..errors import InputError, first_line
+from ..extras import optional
 from .hub_model import read_safetensors
 
 LAST = "classifier.6."  # its size is the number of classes
@@ -15,10 +16,9 @@ def read_vgg16(source: str | Path) -> dict[str, Tensor]:
     """The tensors of "imagenet", torchvision's weights, downloaded once, or of a `.safetensors` file; InputError."""
     if source != "imagenet":
         return read_safetensors(source)
-    from torchvision.models import VGG16_Weights
-
+    models = optional("torchvision.models", "train")
     try:
-        return VGG16_Weights.IMAGENET1K_V1.get_state_dict(check_hash=True, weights_only=True)
+        return models.VGG16_Weights.IMAGENET1K_V1.get_state_dict(check_hash=True, weights_only=True)
     except OSError as error:
         raise InputError(
             f"torchvision's VGG-16 weights could not be downloaded ({first_line(error)}). Pass a local .safetensors"

@@ -3,6 +3,7 @@
 import argparse
 import errno
 import importlib.metadata
+import importlib.util
 import logging
 import os
 import platform
@@ -16,13 +17,12 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-import transformers
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration, set_seed
 from safetensors import SafetensorError
 
-from ..errors import InputError, first_line, in_options
+from ..errors import InputError, first_line, in_options, program
 from . import interruption
 from .console import protect_console
 from .identity import identity_of
@@ -131,7 +131,8 @@ def start_logging(accelerator: Accelerator, args: argparse.Namespace) -> None:
     logging.getLogger().setLevel(logging.INFO if accelerator.is_main_process else logging.WARNING)
     logging.captureWarnings(True)
     logging.getLogger("accelerate").setLevel(logging.WARNING)
-    silence(transformers)
+    if importlib.util.find_spec("transformers"):  # searching does without
+        silence(importlib.import_module("transformers"))
 
 
 def silence(library: ModuleType) -> None:
@@ -190,7 +191,7 @@ def versions() -> dict[str, str]:
 
 
 def _end(code: int, message: str) -> None:
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    print(f"{program()}: {message}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -199,6 +200,6 @@ def _refuse_token(args: argparse.Namespace, launcher: int) -> None:
     message = (
         "`hub_token` would be printed by the launcher of this script; use `hf auth login` or the variable HF_TOKEN"
     )
-    print(f"{Path(sys.argv[0]).name}: error: {in_options(message, args)}", file=sys.stderr, flush=True)
+    print(f"{program()}: error: {in_options(message, args)}", file=sys.stderr, flush=True)
     os.kill(launcher, signal.SIGTERM)
     os._exit(2)

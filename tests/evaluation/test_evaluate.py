@@ -7,11 +7,11 @@ import torch
 from conftest import NARROW, draw_class, reset_accelerate, torchrun
 from PIL import Image
 
-import evaluate as script
 from sketch_perceptual.data.images import fit_image, load_image, to_tensor
 from sketch_perceptual.data.near_duplicates import content_key
 from sketch_perceptual.errors import InputError
-from sketch_perceptual.evaluation import sets
+from sketch_perceptual.evaluation import __main__ as script
+from sketch_perceptual.evaluation import search, sets
 from sketch_perceptual.measures.class_distances import class_distances
 from sketch_perceptual.measures.image_quality import frechet_distance, ssim
 from sketch_perceptual.networks.backbone import AttentionVGG16
@@ -52,12 +52,10 @@ def evaluate(pictures, models, tmp_path, capsys):
     def evaluate(task, *options, data=("--train_data_dir", pictures), resolution=32):
         reset_accelerate()
         capsys.readouterr()
-        fixed = ["--feature_dir", tmp_path / "features", "--resolution", resolution]
-        if task != "search":
-            fixed += [*data, "--output", tmp_path / f"{task}.json"]
+        fixed = [*data, "--feature_dir", tmp_path / "features", "--resolution", resolution]
+        fixed += ["--output", tmp_path / f"{task}.json"]
         script.main(script.parse_args([task, *map(str, [*fixed, *options])]))
-        printed = capsys.readouterr().out.splitlines()
-        return printed, task != "search" and json.loads((tmp_path / f"{task}.json").read_text())
+        return capsys.readouterr().out.splitlines(), json.loads((tmp_path / f"{task}.json").read_text())
 
     return evaluate
 
@@ -236,6 +234,20 @@ def test_features_are_shared_between_tasks_and_heads(evaluate, models, monkeypat
 
 
 @pytest.fixture
+def find(tmp_path, capsys):
+    """Search in this process; what it printed."""
+
+    def find(*options):
+        reset_accelerate()
+        capsys.readouterr()
+        fixed = ["--feature_dir", tmp_path / "features", "--resolution", 32]
+        search.print_similar(search.parse_args([*map(str, [*fixed, *options])]))
+        return capsys.readouterr().out.splitlines()
+
+    return find
+
+
+@pytest.fixture
 def gallery(pictures, tmp_path):
     folder = tmp_path / "gallery"
     for path in pictures.rglob("*.png"):
@@ -244,11 +256,11 @@ def gallery(pictures, tmp_path):
     return folder
 
 
-def test_search_finds_the_most_alike_and_names_the_query(evaluate, models, gallery, tmp_path, monkeypatch):
+def test_search_finds_the_most_alike_and_names_the_query(find, models, gallery, tmp_path, monkeypatch):
     query = gallery / "below" / "3.png"
     Image.open(query).rotate(2, fillcolor="white").save(gallery / "nearly.png")
     options = ("--query", query, "--gallery", gallery, "--model", models / "one", "--count", 4)
-    printed, _ = evaluate("search", *options, "--figure", tmp_path / "found.png")
+    printed = find(*options, "--figure", tmp_path / "found.png")
     assert printed[0] == f"the query itself\t{query}"
     found = [line.split("\t") for line in printed[1:]]
     embedder = load_embedder(models / "one", resolution=32)
@@ -264,25 +276,25 @@ def test_search_finds_the_most_alike_and_names_the_query(evaluate, models, galle
         SketchEmbedder, "features", lambda self, images: calls.append(len(images)) or features(self, images)
     )
     draw_class(gallery / "new", 30, 1)
-    again, _ = evaluate("search", *options)
+    again = find(*options)
     assert sum(calls) == 1 + 1  # the new one and the query
     assert len(again) == 5
 
 
-def test_a_damaged_picture_in_the_gallery_is_named_or_left_out(evaluate, models, gallery):
+def test_a_damaged_picture_in_the_gallery_is_named_or_left_out(find, models, gallery):
     options = ("--query", gallery / "below" / "3.png", "--gallery", gallery, "--model", models / "one")
-    evaluate("search", *options)
+    find(*options)
     (gallery / "cut.png").write_bytes((gallery / "below" / "1.png").read_bytes()[:150])
     with pytest.raises(InputError, match=r"1 of 23 images cannot be read\.\n.*cut\.png"):
-        evaluate("search", *options)
-    printed, _ = evaluate("search", *options, "--on_bad_image", "skip", "--count", 99)
+        find(*options)
+    printed = find(*options, "--on_bad_image", "skip", "--count", 99)
     assert len(printed) == 22
     assert not any("cut.png" in line for line in printed)
 
 
 DRIVER = f"""
 import sys
-import evaluate as script
+from sketch_perceptual.evaluation import __main__ as script
 from sketch_perceptual.networks import backbone
 
 backbone.STAGES = {NARROW}

@@ -15,9 +15,9 @@ from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 from tiny_clip import save_clip
 
-import evaluate as script
 from sketch_perceptual.data.images import fit_image, to_tensor
 from sketch_perceptual.errors import InputError
+from sketch_perceptual.evaluation import __main__ as script
 from sketch_perceptual.evaluation import drawing
 from sketch_perceptual.evaluation.drawing import draw_prompts
 from sketch_perceptual.measures.image_quality import frechet_distance
@@ -209,7 +209,7 @@ def test_a_folder_that_another_run_draws_into_is_refused(evaluate, tmp_path):
 
 DRIVER = f"""
 import sys
-import evaluate as script
+from sketch_perceptual.evaluation import __main__ as script
 from sketch_perceptual.networks import backbone
 
 backbone.STAGES = {NARROW}

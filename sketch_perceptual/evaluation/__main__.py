@@ -1,35 +1,35 @@
-#!/usr/bin/env python
-"""Measure what backbones and embedders make of drawings, and find drawings with them.
+"""Measure what backbones and embedders make of drawings, and what models draw.
 
-    accelerate launch evaluate.py distance --train_data_dir ImageNet-Sketch/sketch \
+    accelerate launch -m sketch_perceptual.evaluation distance --train_data_dir ImageNet-Sketch/sketch \
       --models neither=imagenet tuned=vgg16-tuned/best both=attention-vgg16/best --figure ratios.png
-    accelerate launch evaluate.py retrieval --train_data_dir ImageNet-Sketch/sketch \
+    accelerate launch -m sketch_perceptual.evaluation retrieval --train_data_dir ImageNet-Sketch/sketch \
       --models neither=imagenet-retrieval both=sketch-retrieval --figure nearest.png
-    accelerate launch evaluate.py transfer --paired_data_dir FS2K --paired_style 1 --models both=sketch-style
-    accelerate launch evaluate.py generation --train_data_dir drawings \
+    accelerate launch -m sketch_perceptual.evaluation transfer --paired_data_dir FS2K --paired_style 1 \
+      --models both=sketch-style --figure transfer.png
+    accelerate launch -m sketch_perceptual.evaluation generation --train_data_dir drawings \
       --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \
       --models base=none lora=sketch-lora --figure generation.png
-    python evaluate.py search --query fox.png --gallery drawings --figure nearest.png
 
 distance: mean cosine distances within and across classes over all pairs, and their ratio (Seo 2025, section 4.3,
 Table 4, Figure 4). retrieval: a gallery is ranked for queries that share no copy with it (section 4.2, Table 3).
 transfer: photos through networks of train_johnson.py are compared with the true sketches (section 4.1, Table 1,
 Figure 2). generation: pictures for prompts, by a pipeline with adapters or from folders, are compared with drawings
-(section 4.1, Table 2, Figure 3). search: the drawings of a folder that are most like one. Features are kept on
-disk and are not computed twice, except by transfer.
+(section 4.1, Table 2, Figure 3). Features are kept on disk and are not computed twice, except by transfer.
 """
 
 import argparse
-import functools
 from collections.abc import Callable
 from pathlib import Path
 
+from ..extras import require
+
+require("eval")
+
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import InitProcessGroupKwargs
 
-from sketch_perceptual.arguments import at_least
-from sketch_perceptual.data.options import (
+from ..arguments import at_least
+from ..data.options import (
     add_caption_options,
     add_class_options,
     check_caption_options,
@@ -37,25 +37,24 @@ from sketch_perceptual.data.options import (
     load_captioned,
     load_labelled,
 )
-from sketch_perceptual.data.paired import find_pairs
-from sketch_perceptual.errors import InputError
-from sketch_perceptual.evaluation.distance import measure_distances
-from sketch_perceptual.evaluation.drawing import draw_models
-from sketch_perceptual.evaluation.generation import load_extractors, read_pictures, score_models, shuffled_captions
-from sketch_perceptual.evaluation.pipelines import add_pipeline_options, load_generator
-from sketch_perceptual.evaluation.prompts import cycle_prompts, read_prompts
-from sketch_perceptual.evaluation.report import Report, check_target, expand_models, write_figure, write_json
-from sketch_perceptual.evaluation.retrieval import rank_models
-from sketch_perceptual.evaluation.search import find_similar
-from sketch_perceptual.evaluation.sets import load_features
-from sketch_perceptual.evaluation.transfer import compare_styles
-from sketch_perceptual.measures.image_quality import check_installed
-from sketch_perceptual.networks.backbone import BUNDLED
-from sketch_perceptual.networks.embedder import EMBEDDINGS, load_embedder
-from sketch_perceptual.running.feature_cache import FeatureCache, extract_features, feature_folder, scan_folder
-from sketch_perceptual.running.options import add_feature_options
-from sketch_perceptual.running.processes import on_main
-from sketch_perceptual.running.startup import PATIENCE, check_writable, run, start_logging, versions
+from ..data.paired import find_pairs
+from ..errors import InputError
+from ..measures.image_quality import check_installed
+from ..networks.backbone import BUNDLED
+from ..running.feature_cache import scan_folder
+from ..running.options import add_feature_options
+from ..running.processes import on_main
+from ..running.startup import check_writable, run, versions
+from .commands import add_embedder_options, add_precision, add_workers, begin, embedder, extractor
+from .distance import measure_distances
+from .drawing import draw_models
+from .generation import load_extractors, read_pictures, score_models, shuffled_captions
+from .pipelines import add_pipeline_options, load_generator
+from .prompts import cycle_prompts, read_prompts
+from .report import Report, expand_models, write_figure, write_json
+from .retrieval import rank_models
+from .sets import load_features
+from .transfer import compare_styles
 
 logger = get_logger(__name__, log_level="INFO")
 
@@ -65,7 +64,11 @@ RECORDED = """dataset_name train_data_dir group_column validation_share max_trai
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m sketch_perceptual.evaluation",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     tasks = parser.add_subparsers(dest="task", required=True)
     parsers = {
         name: tasks.add_parser(name, help=text, description=text)
@@ -74,14 +77,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             "retrieval": "how well queries find their class in a gallery",
             "transfer": "how near stylised photos come to the true sketches",
             "generation": "how near generated pictures come to drawings and to their prompts",
-            "search": "the drawings of a folder that are most like one",
         }.items()
     }
     add_distance_options(parsers["distance"])
     add_retrieval_options(parsers["retrieval"])
     add_transfer_options(parsers["transfer"].add_argument)
     add_generation_options(parsers["generation"])
-    add_search_options(parsers["search"].add_argument)
     args = parser.parse_args(argv)
     if args.task in ("distance", "retrieval"):
         check_class_options(parsers[args.task], args)
@@ -121,28 +122,6 @@ def add_labelled_options(parser: argparse.ArgumentParser, role: str) -> None:
     )
     add("--seed", type=at_least(0), default=0, help="of --max_train_samples and of what the sheet shows")
     add("--output", default=f"{parser.prog.split()[-1]}.json", help="all results, as JSON")
-
-
-def add_embedder_options(add: Callable) -> None:
-    add("--embedding", choices=EMBEDDINGS, help="default: an embedder's own, of a backbone the pooled last map")
-    add("--resolution", type=at_least(32), help="in pixels; default: an embedder's own, of a backbone 224")
-    add("--fit", choices=("pad", "crop"), help="default: an embedder's own, of a backbone pad")
-    add_run_options(add)
-    add_feature_options(add)
-
-
-def add_run_options(add: Callable) -> None:
-    add(
-        "--dataloader_num_workers",
-        type=at_least(0),
-        default=0,
-        help="number of data loading processes; 0: load in the main process",
-    )
-    add_precision(add)
-
-
-def add_precision(add: Callable) -> None:
-    add("--mixed_precision", choices=("no", "fp16", "bf16"), help="default: accelerate's own setting")
 
 
 def add_transfer_options(add: Callable) -> None:
@@ -189,46 +168,18 @@ def add_generation_options(parser: argparse.ArgumentParser) -> None:
     add("--inception_weights", help=".safetensors of FID's Inception, for FID and KID")
     add("--clip_model", help="a CLIP of transformers, for the CLIP score, e.g. openai/clip-vit-large-patch14")
     add("--classifier", help="a network of train_backbone.py, for the share of pictures that show their class")
-    add(
-        "--dataloader_num_workers",
-        type=at_least(0),
-        default=0,
-        help="number of data loading processes; 0: load in the main process",
-    )
+    add_workers(add)
     add_feature_options(add)
     add("--output", default="generation.json", help="all results, as JSON")
     add("--figure", help="write a sheet of prompts, what each model draws for them, and the drawing nearest to that")
 
 
-def add_search_options(add: Callable) -> None:
-    add("--query", required=True, help="a picture")
-    add("--gallery", required=True, help="a folder of images, searched recursively")
-    add("--model", default=str(BUNDLED), help="an embedder, a backbone, VGG-16 weights or imagenet")
-    add("--count", type=at_least(1), default=10, help="number of results")
-    add("--figure", help="write the query and its nearest drawings as a picture")
-    add("--on_bad_image", choices=("error", "skip"), default="error", help="what to do with unreadable images")
-    add("--background", help="colour behind transparent drawings; default: an embedder's own, of a backbone white")
-    add_embedder_options(add)
-
-
 def main(args: argparse.Namespace) -> None:
-    try:
-        accelerator = Accelerator(
-            mixed_precision=args.mixed_precision, kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)]
-        )
-    except ValueError as error:
-        raise InputError(f"accelerate refuses `mixed_precision`: {error}") from error
-    start_logging(accelerator, args)
-    for name, ending in (("figure", ".png"), ("output", ".json")):
-        if path := vars(args).get(name):
-            check_target(name, path, ending)
-    if args.task == "search":
-        search(args, accelerator)
-    else:
-        tasks = {"distance": distance, "retrieval": retrieval, "transfer": transfer, "generation": generation}
-        report = tasks[args.task](args, accelerator)
-        if report is not None:
-            publish(args, report)
+    accelerator = begin(args)
+    tasks = {"distance": distance, "retrieval": retrieval, "transfer": transfer, "generation": generation}
+    report = tasks[args.task](args, accelerator)
+    if report is not None:
+        publish(args, report)
     accelerator.end_training()
 
 
@@ -267,20 +218,6 @@ def labelled(args: argparse.Namespace, accelerator: Accelerator) -> tuple:
         data = load_labelled(args, args.seed)
     data.scan_folder = scan_folder(args.feature_dir)
     return data, expand_models(args.models), extractor(args, accelerator)
-
-
-def embedder(args: argparse.Namespace) -> dict:
-    return {name: getattr(args, name) for name in ("embedding", "resolution", "fit", "background")}
-
-
-def extractor(args: argparse.Namespace, accelerator: Accelerator) -> Callable[..., FeatureCache]:
-    return functools.partial(
-        extract_features,
-        accelerator,
-        args.feature_dir,
-        batch_size=args.extraction_batch_size,
-        num_workers=args.dataloader_num_workers,
-    )
 
 
 def transfer(args: argparse.Namespace, accelerator: Accelerator) -> Report | None:
@@ -337,25 +274,6 @@ def draw(args: argparse.Namespace, accelerator: Accelerator, prompts: list[str])
         batch_size=args.generation_batch_size,
         **{name: getattr(args, name) for name in settings},
     )
-
-
-def search(args: argparse.Namespace, accelerator: Accelerator) -> None:
-    """Print and draw what in the gallery is nearest to the query; the query itself is named, not ranked."""
-    matches = find_similar(
-        accelerator,
-        args.query,
-        args.gallery,
-        load_embedder(args.model, **embedder(args)),
-        extractor(args, accelerator),
-        lambda network, paper: FeatureCache(feature_folder(accelerator, args.feature_dir, network, paper)),
-        count=args.count,
-        on_bad_image=args.on_bad_image,
-    )
-    if matches is None:
-        return
-    if args.figure:
-        write_figure(args.figure, matches.draw(Path(args.query).name))
-    print("\n".join(matches.lines()))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,50 @@
+"""Versions and devices, for a bug report: no path, no name of a machine or user, no setting that could be a secret.
+
+sketch-perceptual env
+"""
+
+import argparse
+import importlib.metadata
+import os
+import platform
+
+import torch
+
+from . import __version__
+
+PACKAGES = """torch torchvision numpy Pillow safetensors huggingface_hub accelerate datasets diffusers peft
+    transformers bitsandbytes faiss-cpu lpips torch-fidelity torchmetrics""".split()
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="sketch-perceptual env", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.parse_args(argv)
+    print("\n".join(f"- {name}: {value}" for name, value in environment().items()))
+
+
+def environment() -> dict[str, str]:
+    """What a result may depend on, by name."""
+    own = {"sketch-perceptual": __version__, "python": platform.python_version(), "platform": platform.platform()}
+    packages = {name: version(name) for name in PACKAGES}
+    return own | packages | {"CPUs": str(os.cpu_count()), "accelerators": ", ".join(accelerators()) or "none"}
+
+
+def version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def accelerators() -> list[str]:
+    """Names and memory of the devices beside the CPU; the kind alone where torch knows no more."""
+    if not torch.accelerator.is_available():
+        return []
+    kind = torch.accelerator.current_accelerator()
+    devices = torch.get_device_module(kind)
+    if not hasattr(devices, "get_device_properties"):  # Apple's
+        return [str(kind)]
+    found = map(devices.get_device_properties, range(torch.accelerator.device_count()))
+    return [f"{kind} {device.name} {device.total_memory / 2**30:.0f} GiB" for device in found]

@@ -1,0 +1,68 @@
+"""What evaluation and search share: options, how they begin, what they embed with."""
+
+import argparse
+import functools
+from collections.abc import Callable
+
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+
+from ..arguments import at_least
+from ..errors import InputError
+from ..networks.embedder import EMBEDDINGS
+from ..running.feature_cache import FeatureCache, extract_features
+from ..running.options import add_feature_options
+from ..running.startup import PATIENCE, start_logging
+from .report import check_target
+
+
+def add_embedder_options(add: Callable) -> None:
+    add("--embedding", choices=EMBEDDINGS, help="default: an embedder's own, of a backbone the pooled last map")
+    add("--resolution", type=at_least(32), help="in pixels; default: an embedder's own, of a backbone 224")
+    add("--fit", choices=("pad", "crop"), help="default: an embedder's own, of a backbone pad")
+    add_workers(add)
+    add_precision(add)
+    add_feature_options(add)
+
+
+def add_workers(add: Callable) -> None:
+    add(
+        "--dataloader_num_workers",
+        type=at_least(0),
+        default=0,
+        help="number of data loading processes; 0: load in the main process",
+    )
+
+
+def add_precision(add: Callable) -> None:
+    add("--mixed_precision", choices=("no", "fp16", "bf16"), help="default: accelerate's own setting")
+
+
+def begin(args: argparse.Namespace) -> Accelerator:
+    """What the processes share; InputError, before anything slow, where what is asked for cannot be written."""
+    try:
+        accelerator = Accelerator(
+            mixed_precision=args.mixed_precision, kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)]
+        )
+    except ValueError as error:
+        raise InputError(f"accelerate refuses `mixed_precision`: {error}") from error
+    start_logging(accelerator, args)
+    for name, ending in (("figure", ".png"), ("output", ".json")):
+        if path := vars(args).get(name):
+            check_target(name, path, ending)
+    return accelerator
+
+
+def embedder(args: argparse.Namespace) -> dict:
+    """The keywords of `load_embedder`."""
+    return {name: getattr(args, name) for name in ("embedding", "resolution", "fit", "background")}
+
+
+def extractor(args: argparse.Namespace, accelerator: Accelerator) -> Callable[..., FeatureCache]:
+    return functools.partial(
+        extract_features,
+        accelerator,
+        args.feature_dir,
+        batch_size=args.extraction_batch_size,
+        num_workers=args.dataloader_num_workers,
+    )
