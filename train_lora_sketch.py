@@ -14,6 +14,7 @@ with the drawing by a network that knows drawings; --perceptual_weight 0 is the 
 import argparse
 from collections import Counter
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -28,12 +29,12 @@ from accelerate.logging import get_logger
 from accelerate.utils import set_seed
 from diffusers import AutoencoderKL, AutoencoderTiny, DDPMScheduler, StableDiffusionPipeline
 from diffusers.training_utils import cast_training_params
-from diffusers.utils import convert_state_dict_to_diffusers, convert_unet_state_dict_to_peft
 from huggingface_hub import ModelCardData
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from PIL import Image
-from safetensors.torch import save_file
 
+from sketch_perceptual import lora_files
 from sketch_perceptual.arguments import at_least, fraction, size
 from sketch_perceptual.data.batches import make_loader
 from sketch_perceptual.data.checks import Contents
@@ -79,7 +80,6 @@ logger = get_logger(__name__, log_level="INFO")
 TARGET_MODULES = ["to_k", "to_q", "to_v", "to_out.0"]
 ADAPTER = "default"
 WEIGHTS = "pytorch_lora_weights.safetensors"
-KOHYA_WEIGHTS = "pytorch_lora_weights_kohya.safetensors"
 BEFORE_AFTER = "before_after.png"
 FEW_PROMPTS = 1000
 HELD_OUT_TIMESTEPS = 4  # of each image, in quarters of the schedule
@@ -103,7 +103,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--noise_offset", type=rate, default=0.0, help="scale of an extra noise that is constant within each channel")
     add("--snr_gamma", type=rate, help="Min-SNR weighting of the denoising loss; 5.0 is recommended")
     add("--enable_xformers_memory_efficient_attention", action="store_true")
-    add("--export_kohya", action="store_true", help=f"also write {KOHYA_WEIGHTS} for AUTOMATIC1111 and ComfyUI")
 
     add = add_caption_options(parser)
     add("--caption_dropout", type=fraction, default=0.0, help="share of captions that are left empty, for guidance")
@@ -745,32 +744,52 @@ def add_lora(args, unet, seed: int) -> list[torch.nn.Parameter]:
     return [parameter for parameter in unet.parameters() if parameter.requires_grad]
 
 
+def adapter_layers(unet) -> dict[str, lora_files.Layer]:
+    """What was trained, by module, with the alpha that it was trained with."""
+    weights = get_peft_model_state_dict(unet, adapter_name=ADAPTER)
+    layers = lora_files.to_layers({f"unet.{name}": weight for name, weight in weights.items()})
+    return {
+        module: replace(layer, alpha=float(unet.peft_config[ADAPTER].lora_alpha)) for module, layer in layers.items()
+    }
+
+
 def save_adapter(unet, folder: str | Path) -> None:
-    """Write the adapter in diffusers' names with its LoraConfig, which holds the alpha, as metadata."""
-    StableDiffusionPipeline.save_lora_weights(
-        save_directory=folder,
-        unet_lora_layers=convert_state_dict_to_diffusers(get_peft_model_state_dict(unet, adapter_name=ADAPTER)),
-        unet_lora_adapter_metadata=unet.peft_config[ADAPTER].to_dict(),
-    )
+    """Write the adapter as it is trained, for a resume that goes on bit for bit."""
+    lora_files.write_diffusers(Path(folder, WEIGHTS), adapter_layers(unet))
 
 
 def load_adapter(unet, folder: str | Path) -> None:
     """Read what `save_adapter` wrote into the adapter that `unet` has."""
-    lora_state_dict, _ = StableDiffusionPipeline.lora_state_dict(folder, weight_name=WEIGHTS)
-    unet_state_dict = {k.removeprefix("unet."): v for k, v in lora_state_dict.items()}
-    set_peft_model_state_dict(unet, convert_unet_state_dict_to_peft(unet_state_dict), adapter_name=ADAPTER)
+    layers = lora_files.read(Path(folder, WEIGHTS)).layers
+    weights = {}
+    for name in get_peft_model_state_dict(unet, adapter_name=ADAPTER):
+        module, part = lora_files.locate(f"unet.{name}")
+        weights[name] = getattr(layers[module], part)
+    set_peft_model_state_dict(unet, weights, adapter_name=ADAPTER)
     cast_training_params(unet, dtype=torch.float32)
 
 
-def save_kohya(unet, path: Path) -> None:
-    """Write the adapter in the names of kohya's scripts, each module with its alpha."""
-    weights = {}
-    for name, weight in get_peft_model_state_dict(unet, adapter_name=ADAPTER).items():
-        module, _, part = name.removesuffix(".weight").rpartition(".")
-        module = "lora_unet_" + module.replace(".", "_")
-        weights[f"{module}.lora_{'down' if part == 'lora_A' else 'up'}.weight"] = weight.contiguous()
-        weights[f"{module}.alpha"] = torch.tensor(float(unet.peft_config[ADAPTER].lora_alpha))
-    save_file(weights, path, metadata={"format": "pt"})
+def export(args, run: Run, pipeline) -> list[str]:
+    """Write the adapter for diffusers, its alpha folded into the weights, and for other programs; the files' names."""
+    unet, base_model = pipeline.unet, args.pretrained_model_name_or_path
+    layers, kohya_weights = adapter_layers(unet), kohya_name(args)
+    metadata = lora_files.run_metadata(
+        Path(kohya_weights).stem,
+        Path(base_model).resolve().name if Path(base_model).exists() else base_model,
+        run.record() | {"steps": run.steps.total, "epochs": run.steps.epochs, "license": args.license},
+        is_v2=unet.config.cross_attention_dim == 1024,
+        is_v=pipeline.scheduler.config.prediction_type == "v_prediction",
+    )
+    with replacing(args.output_dir) as folder:
+        lora_files.write_diffusers(folder / WEIGHTS, {name: layer.folded() for name, layer in layers.items()})
+        lora_files.write_kohya(folder / kohya_weights, layers, metadata)
+    return [WEIGHTS, kohya_weights]
+
+
+def kohya_name(args) -> str:
+    """A file that is called as the run is, which is what the other programs show."""
+    name = cards.model_name(args.hub_model_id, args.output_dir).split("/")[-1]
+    return f"{name}_kohya.safetensors" if f"{name}.safetensors".endswith(WEIGHTS) else f"{name}.safetensors"
 
 
 def run_summary(args, run: Run, steps: Steps, perceptual_term, lora_parameters) -> str:
@@ -854,12 +873,7 @@ def validate(args, accelerator: Accelerator, pipeline, embed, seed: int, step: i
 def finish(args, run: Run, pipeline, embed) -> list[str]:
     """Export the adapter, reload and check it, draw before and after, write the card; the names of these files."""
     pipeline.unet.to(torch.float32)
-    files = [WEIGHTS, "README.md"]
-    with replacing(args.output_dir) as folder:
-        save_adapter(pipeline.unet, folder)
-        if args.export_kohya:
-            save_kohya(pipeline.unet, folder / KOHYA_WEIGHTS)
-            files.append(KOHYA_WEIGHTS)
+    files = [*export(args, run, pipeline), "README.md"]
     is_drawn = False
     with optional("check of the adapter and pictures"):
         verify_export(args, pipeline)
@@ -892,7 +906,7 @@ def draw_before_after(args, run: Run, pipeline, embed) -> bool:
 
 @torch.no_grad()
 def verify_export(args, pipeline) -> None:
-    """Load the exported file as a user would: every weight must come back, the output be the trained model's."""
+    """Load the exported file as a user would: every module must come back and predict what it was trained to."""
     unet = pipeline.unet.eval()
     draw = generator("verify")
     side = args.resolution // pipeline.vae_scale_factor
@@ -902,10 +916,10 @@ def verify_export(args, pipeline) -> None:
     def predict() -> torch.Tensor:
         return unet(latents, torch.tensor(200, device=unet.device), prompt_embeds, return_dict=False)[0]
 
-    def weights() -> dict[str, torch.Tensor]:
-        return get_peft_model_state_dict(unet, adapter_name=ADAPTER)
+    def modules() -> int:
+        return sum(isinstance(module, LoraLayer) and ADAPTER in module.lora_A for module in unet.modules())
 
-    saved, trained = {name: weight.clone() for name, weight in weights().items()}, predict()
+    count, trained = modules(), predict()
     unet.disable_lora()
     base = predict()
     unet.enable_lora()
@@ -914,10 +928,8 @@ def verify_export(args, pipeline) -> None:
     path = Path(args.output_dir, WEIGHTS)
     if torch.equal(trained, base):
         raise ExportError(f"{path} changes nothing: the adapter was not trained")
-    found = weights() if pipeline.get_list_adapters().get("unet") == [ADAPTER] else {}
-    matched = sum(torch.equal(found[name], weight) for name, weight in saved.items() if name in found)
-    if matched != len(saved):
-        raise ExportError(f"{path} does not load as it was trained: {matched} of {len(saved)} weights came back")
+    if modules() != count:
+        raise ExportError(f"{path} does not load as it was trained: {modules()} of {count} modules came back")
     reloaded = predict()
     if not torch.allclose(reloaded, trained, rtol=1e-3, atol=1e-4 * float(trained.abs().max())):
         difference = float((reloaded - trained).abs().max())
@@ -967,6 +979,7 @@ pipeline({prompt!r}).images[0].save("sketch.png")"""
         ),
         title=f"Sketch LoRA - {cards.model_name(args.hub_model_id, args.output_dir)}",
         description=f"LoRA weights for Stable Diffusion 1.5, fine-tuned on drawings {term} of sketch-perceptual."
+        f" `{WEIGHTS}` is for diffusers, `{kohya_name(args)}` for AUTOMATIC1111, Forge and ComfyUI."
         f" Images of a class were captioned {template!r}.{held_out_words(run.state['held_out'])}",
         snippet=snippet,
         options={"steps": run.steps.total} | run.record(),

@@ -20,7 +20,7 @@ import train_backbone
 import train_johnson
 import train_lora_sketch
 import train_retrieval
-from sketch_perceptual import compare, drawings, johnson
+from sketch_perceptual import compare, convert_lora, drawings, johnson
 from sketch_perceptual.evaluation import __main__ as evaluate
 from sketch_perceptual.evaluation import search
 
@@ -38,6 +38,8 @@ MAY_IMPORT = {
     "extras": {"errors"},
     "figures": {"extras"},
     "drawings": {"errors"},
+    "lora_files": {"errors"},
+    "convert_lora": {"errors", "lora_files"},
     "data": {"errors", "extras", "arguments", "seeds"},
     "networks": {"errors", "extras", "data"},
     "losses": {"errors", "extras", "data", "drawings", "networks"},
@@ -138,6 +140,7 @@ OPTIONS |= {
     for task in ("distance", "retrieval", "transfer", "generation")
 }
 OPTIONS |= {
+    "sketch_perceptual.convert_lora": options_of(convert_lora.main),
     "sketch-perceptual compare": options_of(compare.main),
     "sketch-perceptual search": options_of(search.main),
     "sketch-perceptual stylize": options_of(johnson.main),

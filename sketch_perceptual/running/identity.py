@@ -10,7 +10,7 @@ from accelerate import Accelerator
 # They change where things are written or read from, how fast, or what is shown.
 FREE = """output_dir logging_dir logging_steps report_to local_rank dataloader_num_workers checkpointing_steps
     checkpoints_total_limit resume_from_checkpoint resume_with push_to_hub hub_token hub_model_id license cache_dir
-    feature_dir extraction_batch_size gradient_checkpointing export_kohya validation_prompt num_validation_images
+    feature_dir extraction_batch_size gradient_checkpointing validation_prompt num_validation_images
     validation_epochs validation_steps max_train_steps num_train_epochs num_seeds on_bad_image
     dry_run figure_data"""
 # Compared by what they lead to: the contents of the images with their captions or classes, and the weights.
