@@ -14,9 +14,9 @@ with the drawing by a network that knows drawings; --perceptual_weight 0 is the 
 import argparse
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from sketch_perceptual.extras import require
 
@@ -30,12 +30,12 @@ from accelerate.utils import set_seed
 from diffusers import AutoencoderKL, AutoencoderTiny, DDPMScheduler, StableDiffusionPipeline
 from diffusers.training_utils import cast_training_params
 from huggingface_hub import ModelCardData
-from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from PIL import Image
 
 from sketch_perceptual import lora_files
-from sketch_perceptual.arguments import at_least, fraction, size
+from sketch_perceptual.arguments import above, at_least, fraction, size
 from sketch_perceptual.data.batches import make_loader
 from sketch_perceptual.data.checks import Contents
 from sketch_perceptual.data.image_sets import CaptionedImages
@@ -78,12 +78,14 @@ from sketch_perceptual.seeds import generator
 logger = get_logger(__name__, log_level="INFO")
 
 TARGET_MODULES = ["to_k", "to_q", "to_v", "to_out.0"]
+TEXT_TARGET_MODULES = ["q_proj", "k_proj", "v_proj", "out_proj"]
 ADAPTER = "default"
 WEIGHTS = "pytorch_lora_weights.safetensors"
 BEFORE_AFTER = "before_after.png"
 FEW_PROMPTS = 1000
 HELD_OUT_TIMESTEPS = 4  # of each image, in quarters of the schedule
 NEW_CAPTIONS = "--shuffle_tags makes new captions all the time"
+NEW_ENCODER = "--train_text_encoder changes what captions mean"
 RANDOM_CROPS = "images that are not square are cropped at random: add --fit pad or --center_crop"
 
 
@@ -99,6 +101,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_pipeline_options(add, required=True)
     add("--rank", type=count, default=4, help="rank of the LoRA")
     add("--lora_alpha", type=count, help="scale of the LoRA is alpha / rank; default: the rank")
+    add(
+        "--use_dora",
+        action="store_true",
+        help="DoRA: also learn the length of each row; diffusers reads its own file only",
+    )
+    add("--use_rslora", action="store_true", help="scale by alpha / sqrt(rank) instead of alpha / rank")
+    add("--train_text_encoder", action="store_true", help="a LoRA for the text encoder too; captions are not cached")
+    add("--text_encoder_lr", type=above(0), help="its learning rate; default: --learning_rate")
     add("--prediction_type", choices=PREDICTION_TYPES, help="default: the scheduler's own")
     add("--noise_offset", type=rate, default=0.0, help="scale of an extra noise that is constant within each channel")
     add("--snr_gamma", type=rate, help="Min-SNR weighting of the denoising loss; 5.0 is recommended")
@@ -128,7 +138,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--cache_prompts",
         **cache,
-        help=f"embed each caption once; default: if there are at most {FEW_PROMPTS} and no --shuffle_tags",
+        help=f"embed each caption once; default: if there are at most {FEW_PROMPTS}, no --shuffle_tags and no"
+        " --train_text_encoder",
     )
     add(
         "--validation_share",
@@ -209,8 +220,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     args = parser.parse_args(argv)
     check_caption_options(parser, args)
-    if args.shuffle_tags and args.cache_prompts:
-        parser.error(f"--cache_prompts cannot be used: {NEW_CAPTIONS}")
+    if args.cache_prompts and (args.shuffle_tags or args.train_text_encoder):
+        parser.error(f"--cache_prompts cannot be used: {NEW_CAPTIONS if args.shuffle_tags else NEW_ENCODER}")
+    if args.text_encoder_lr and not args.train_text_encoder:
+        parser.error("--text_encoder_lr needs --train_text_encoder")
+    if args.train_text_encoder and args.text_encoder_lr is None:
+        args.text_encoder_lr = args.learning_rate
     if args.keep_tags and not args.shuffle_tags:
         parser.error("--keep_tags needs --shuffle_tags")
     if args.lora_alpha is None:
@@ -236,25 +251,30 @@ def main(args: argparse.Namespace) -> None:
 
     embed = PromptEmbedder(args, pipeline, [data, held_out_data] if held_out_data else [data])
     held_out = HeldOut(args, pipeline, embed, noise_scheduler, perceptual_term, held_out_data, seed)
-    lora_parameters = add_lora(args, pipeline.unet, seed)
+    groups = [{"params": add_lora(args, pipeline.unet, seed)}]
+    if args.train_text_encoder:
+        groups.append({"params": add_text_lora(args, pipeline.text_encoder), "lr": args.text_encoder_lr})
+    lora_parameters = [parameter for group in groups for parameter in group["params"]]
     loader, sampler = make_loader(
         data, args.train_batch_size, seed, collate, args.dataloader_num_workers, worker_init_fn=ignore_in_worker
     )
-    optimizer = make_optimizer(args, lora_parameters, adam(args))
+    optimizer = make_optimizer(args, groups, adam(args))
     unet, prepared_optimizer, loader = accelerator.prepare(pipeline.unet, optimizer, loader)
+    if args.train_text_encoder:
+        embed.trained = accelerator.prepare(pipeline.text_encoder)
+    models = [model for model in (unet, embed.trained) if model is not None]
     steps = make_steps(args, run, loader, sampler)
     lr_scheduler = make_lr_scheduler(args, run, optimizer, steps)
     if choose_caching(args, run, steps, data, random_crops):
         cache_latents(args, accelerator, pipeline.vae, data, keys, perceptual_term)
     meter = Meter(accelerator)
     logger.info(run_summary(args, run, steps, perceptual_term, lora_parameters))
-    adapter = accelerator.unwrap_model(unet)
-    run.begin(steps, meter, optimizer, partial(save_adapter, adapter), partial(load_adapter, adapter), lr_scheduler)
+    run.begin(steps, meter, optimizer, partial(save_adapter, pipeline), partial(load_adapter, pipeline), lr_scheduler)
 
     held_out.measure(run)
     unet.train()
     for batch in steps:
-        with accelerator.accumulate(unet):
+        with accelerator.accumulate(*models):
             losses, model_pred, timesteps = compute_losses(
                 args, pipeline.vae, unet, embed, noise_scheduler, perceptual_term, batch, steps
             )
@@ -287,7 +307,8 @@ def main(args: argparse.Namespace) -> None:
     with run.finishing():
         run.check_weights()
         if accelerator.is_main_process:
-            accelerator.unwrap_model(unet, keep_fp32_wrapper=False)  # takes accelerate's autocast off pipeline.unet
+            for model in models:  # takes accelerate's autocast off the pipeline's
+                accelerator.unwrap_model(model, keep_fp32_wrapper=False)
             files = finish(args, run, pipeline, embed)
     if repo_id:
         cards.push(args.output_dir, repo_id, files, args.hub_token)
@@ -302,7 +323,7 @@ def compute_losses(
     with torch.no_grad():
         moments = batch["moments"] if "moments" in batch else encode_moments(vae, batch["pixel_values"])
         latents = sample_latents(vae, moments, draw).float()
-        prompt_embeds = embed(batch["caption"])
+    prompt_embeds = embed(batch["caption"])
     noise = torch.randn(latents.shape, generator=draw)
     if args.noise_offset:
         noise += args.noise_offset * torch.randn(*latents.shape[:2], 1, 1, generator=draw)
@@ -588,6 +609,8 @@ def collate(examples: list[dict]) -> dict:
 class PromptEmbedder:
     """Captions -> (B, 77, C). With `--cache_prompts` all are embedded at the start and the text encoder leaves."""
 
+    trained: torch.nn.Module | None = None  # the text encoder as accelerate prepared it, for what wants gradients
+
     def __init__(self, args, pipeline: StableDiffusionPipeline, data: list[CaptionedImages]):
         self.tokenizer, self.text_encoder = pipeline.tokenizer, pipeline.text_encoder
         self.device = pipeline.unet.device
@@ -596,10 +619,10 @@ class PromptEmbedder:
             captions.add("")
         caches_all = args.cache_prompts
         if caches_all is None:
-            caches_all = len(captions) <= FEW_PROMPTS and not args.shuffle_tags
+            caches_all = len(captions) <= FEW_PROMPTS and not args.shuffle_tags and not args.train_text_encoder
             if args.shuffle_tags:
                 logger.info(f"--no-cache_prompts, because {NEW_CAPTIONS}")
-        to_draw = ["", *args.validation_prompt] if args.validation_prompt else []
+        to_draw = ["", *args.validation_prompt] if args.validation_prompt and not args.train_text_encoder else []
         wanted = {*to_draw, *(captions if caches_all else [])}
         self.kept: dict[str, torch.Tensor] = {}
         self.kept = {caption: self([caption]).cpu() for caption in sorted(wanted)}
@@ -607,11 +630,14 @@ class PromptEmbedder:
             self.text_encoder = pipeline.text_encoder = None
             logger.info(f"{len(captions)} distinct captions are embedded; the text encoder is not needed any more")
 
-    @torch.no_grad()
     def __call__(self, captions: list[str]) -> torch.Tensor:
         if all(caption in self.kept for caption in captions):
             return torch.cat([self.kept[caption] for caption in captions]).to(self.device)
-        return self.text_encoder(tokenize(self.tokenizer, captions).to(self.device))[0]
+        ids = tokenize(self.tokenizer, captions).to(self.device)
+        if self.trained is not None and torch.is_grad_enabled():
+            return self.trained(ids)[0]
+        with torch.no_grad():
+            return self.text_encoder(ids)[0]
 
 
 def choose_caching(args, run: Run, steps: Steps, data: CaptionedImages, random_crops: bool) -> bool:
@@ -731,53 +757,75 @@ def adam(args) -> type[torch.optim.Optimizer]:
     return AdamW8bit
 
 
+def lora_config(args, target_modules: list[str]) -> LoraConfig:
+    return LoraConfig(
+        r=args.rank,
+        lora_alpha=args.lora_alpha,
+        init_lora_weights="gaussian",
+        target_modules=target_modules,
+        use_dora=args.use_dora,
+        use_rslora=args.use_rslora,
+    )
+
+
 def add_lora(args, unet, seed: int) -> list[torch.nn.Parameter]:
     """Add the adapter and return its parameters, in float32 whatever the precision of the run."""
     set_seed(seed)  # what was loaded before must not change how the adapter starts
-    unet.add_adapter(
-        LoraConfig(
-            r=args.rank, lora_alpha=args.lora_alpha, init_lora_weights="gaussian", target_modules=TARGET_MODULES
-        ),
-        adapter_name=ADAPTER,
-    )
+    unet.add_adapter(lora_config(args, TARGET_MODULES), adapter_name=ADAPTER)
     cast_training_params(unet, dtype=torch.float32)
     return [parameter for parameter in unet.parameters() if parameter.requires_grad]
 
 
-def adapter_layers(unet) -> dict[str, lora_files.Layer]:
+def add_text_lora(args, text_encoder) -> list[torch.nn.Parameter]:
+    """The same for the text encoder; without transformers' own method, which asks for a PEFT that is not out yet."""
+    inject_adapter_in_model(lora_config(args, TEXT_TARGET_MODULES), text_encoder, ADAPTER)
+    cast_training_params(text_encoder, dtype=torch.float32)
+    return [parameter for parameter in text_encoder.parameters() if parameter.requires_grad]
+
+
+def adapted(pipeline) -> dict[str, Any]:
+    """The models of a pipeline that have an adapter, by their names in it."""
+    models = {name: getattr(pipeline, name) for name in ("unet", "text_encoder")}
+    return {name: model for name, model in models.items() if ADAPTER in getattr(model, "peft_config", {})}
+
+
+def adapter_layers(pipeline) -> dict[str, lora_files.Layer]:
     """What was trained, by module, with the alpha that it was trained with."""
-    weights = get_peft_model_state_dict(unet, adapter_name=ADAPTER)
-    layers = lora_files.to_layers({f"unet.{name}": weight for name, weight in weights.items()})
-    return {
-        module: replace(layer, alpha=float(unet.peft_config[ADAPTER].lora_alpha)) for module, layer in layers.items()
-    }
+    layers = {}
+    for name, model in adapted(pipeline).items():
+        weights = get_peft_model_state_dict(model, adapter_name=ADAPTER)
+        config = {f"{name}.{key}": getattr(model.peft_config[ADAPTER], key) for key in ("lora_alpha", "use_rslora")}
+        own = lora_files.to_layers({f"{name}.{key}": weight for key, weight in weights.items()})
+        layers |= lora_files.with_alphas(own, config)
+    return layers
 
 
-def save_adapter(unet, folder: str | Path) -> None:
+def save_adapter(pipeline, folder: str | Path) -> None:
     """Write the adapter as it is trained, for a resume that goes on bit for bit."""
-    lora_files.write_diffusers(Path(folder, WEIGHTS), adapter_layers(unet))
+    lora_files.write_diffusers(Path(folder, WEIGHTS), adapter_layers(pipeline))
 
 
-def load_adapter(unet, folder: str | Path) -> None:
-    """Read what `save_adapter` wrote into the adapter that `unet` has."""
+def load_adapter(pipeline, folder: str | Path) -> None:
+    """Read what `save_adapter` wrote into the adapter that the pipeline has."""
     layers = lora_files.read(Path(folder, WEIGHTS)).layers
-    weights = {}
-    for name in get_peft_model_state_dict(unet, adapter_name=ADAPTER):
-        module, part = lora_files.locate(f"unet.{name}")
-        weights[name] = getattr(layers[module], part)
-    set_peft_model_state_dict(unet, weights, adapter_name=ADAPTER)
-    cast_training_params(unet, dtype=torch.float32)
+    for name, model in adapted(pipeline).items():
+        weights = {}
+        for key in get_peft_model_state_dict(model, adapter_name=ADAPTER):
+            module, part = lora_files.locate(f"{name}.{key}")
+            weights[key] = getattr(layers[module], part)
+        set_peft_model_state_dict(model, weights, adapter_name=ADAPTER)
+        cast_training_params(model, dtype=torch.float32)
 
 
 def export(args, run: Run, pipeline) -> list[str]:
     """Write the adapter for diffusers, its alpha folded into the weights, and for other programs; the files' names."""
-    unet, base_model = pipeline.unet, args.pretrained_model_name_or_path
-    layers, kohya_weights = adapter_layers(unet), kohya_name(args)
+    base_model = args.pretrained_model_name_or_path
+    layers, kohya_weights = adapter_layers(pipeline), kohya_name(args)
     metadata = lora_files.run_metadata(
         Path(kohya_weights).stem,
         Path(base_model).resolve().name if Path(base_model).exists() else base_model,
         run.record() | {"steps": run.steps.total, "epochs": run.steps.epochs, "license": args.license},
-        is_v2=unet.config.cross_attention_dim == 1024,
+        is_v2=pipeline.unet.config.cross_attention_dim == 1024,
         is_v=pipeline.scheduler.config.prediction_type == "v_prediction",
     )
     with replacing(args.output_dir) as folder:
@@ -815,7 +863,9 @@ def run_summary(args, run: Run, steps: Steps, perceptual_term, lora_parameters) 
 
 def step_logs(args, totals: dict[str, float], lr_scheduler, meter: Meter) -> dict[str, float]:
     """Means of one optimizer step: the perceptual loss over the rows that the gate let through."""
-    logs = {"grad_norm": totals["grad_norm"], "lr": lr_scheduler.get_last_lr()[0]}
+    logs = {"grad_norm": totals["grad_norm"]} | dict(
+        zip(("lr", "text_encoder_lr"), lr_scheduler.get_last_lr(), strict=False)
+    )
     if rows := totals["rows"]:
         logs |= {"train_loss": totals["train"] / rows, "denoising_loss": totals["denoising"] / rows}
         if args.perceptual_weight:
@@ -872,7 +922,8 @@ def validate(args, accelerator: Accelerator, pipeline, embed, seed: int, step: i
 
 def finish(args, run: Run, pipeline, embed) -> list[str]:
     """Export the adapter, reload and check it, draw before and after, write the card; the names of these files."""
-    pipeline.unet.to(torch.float32)
+    for model in adapted(pipeline).values():
+        model.to(torch.float32)
     files = [*export(args, run, pipeline), "README.md"]
     is_drawn = False
     with optional("check of the adapter and pictures"):
@@ -892,9 +943,9 @@ def finish(args, run: Run, pipeline, embed) -> list[str]:
 def draw_before_after(args, run: Run, pipeline, embed) -> bool:
     """Write the validation prompts as the pipeline draws them without and with the adapter; False: there are none."""
     after = generate(args, run.accelerator, pipeline, embed, run.seed)
-    pipeline.unet.disable_lora()
+    pipeline.disable_lora()
     before = generate(args, run.accelerator, pipeline, embed, run.seed)
-    pipeline.unet.enable_lora()
+    pipeline.enable_lora()
     if after:
         columns = ["before"] * args.num_validation_images + ["after"] * args.num_validation_images
         rows = {prompt: before[prompt] + after[prompt] for prompt in after}
@@ -907,33 +958,38 @@ def draw_before_after(args, run: Run, pipeline, embed) -> bool:
 @torch.no_grad()
 def verify_export(args, pipeline) -> None:
     """Load the exported file as a user would: every module must come back and predict what it was trained to."""
-    unet = pipeline.unet.eval()
+    unet, text_encoder = pipeline.unet.eval(), adapted(pipeline).get("text_encoder")
     draw = generator("verify")
     side = args.resolution // pipeline.vae_scale_factor
     latents = torch.randn(1, unet.config.in_channels, side, side, generator=draw).to(unet.device)
-    prompt_embeds = torch.randn(1, 77, unet.config.cross_attention_dim, generator=draw).to(unet.device)
+    random_embeds = torch.randn(1, 77, unet.config.cross_attention_dim, generator=draw).to(unet.device)
 
-    def predict() -> torch.Tensor:
-        return unet(latents, torch.tensor(200, device=unet.device), prompt_embeds, return_dict=False)[0]
+    def predict() -> list[torch.Tensor]:
+        embeds = random_embeds
+        if text_encoder is not None:
+            embeds = text_encoder(tokenize(pipeline.tokenizer, ["a sketch"]).to(unet.device))[0]
+        return [embeds, unet(latents, torch.tensor(200, device=unet.device), embeds, return_dict=False)[0]]
 
     def modules() -> int:
-        return sum(isinstance(module, LoraLayer) and ADAPTER in module.lora_A for module in unet.modules())
+        models = [model for model in (unet, text_encoder) if model is not None]
+        layers = [module for model in models for module in model.modules() if isinstance(module, LoraLayer)]
+        return sum(ADAPTER in layer.lora_A for layer in layers)
 
     count, trained = modules(), predict()
-    unet.disable_lora()
+    pipeline.disable_lora()
     base = predict()
-    unet.enable_lora()
-    unet.delete_adapters(ADAPTER)
+    pipeline.enable_lora()
+    pipeline.delete_adapters(ADAPTER)
     pipeline.load_lora_weights(args.output_dir, weight_name=WEIGHTS, adapter_name=ADAPTER)
     path = Path(args.output_dir, WEIGHTS)
-    if torch.equal(trained, base):
+    if all(map(torch.equal, trained, base)):
         raise ExportError(f"{path} changes nothing: the adapter was not trained")
     if modules() != count:
         raise ExportError(f"{path} does not load as it was trained: {modules()} of {count} modules came back")
-    reloaded = predict()
-    if not torch.allclose(reloaded, trained, rtol=1e-3, atol=1e-4 * float(trained.abs().max())):
-        difference = float((reloaded - trained).abs().max())
-        raise ExportError(f"{path} loads but predicts otherwise than the trained model, by up to {difference:.3g}")
+    for expected, reloaded in zip(trained, predict(), strict=True):
+        if not torch.allclose(reloaded, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max())):
+            difference = float((reloaded - expected).abs().max())
+            raise ExportError(f"{path} loads but predicts otherwise than the trained model, by up to {difference:.3g}")
 
 
 def held_out_words(history: list[dict]) -> str:

@@ -98,10 +98,12 @@ def to_tensors(layers: Mapping[str, Layer]) -> dict[str, torch.Tensor]:
     """In diffusers' names; alphas are not among them."""
     tensors = {}
     for module, layer in layers.items():
-        lora = "lora_linear_layer" if module.startswith("text_encoder.") else "lora"
+        lora, magnitude = "lora", "lora_magnitude_vector"
+        if module.startswith("text_encoder."):
+            lora, magnitude = "lora_linear_layer", "lora_magnitude_vector.weight"  # all that transformers 5.24 finds
         tensors |= {f"{module}.{lora}.down.weight": layer.down, f"{module}.{lora}.up.weight": layer.up}
         if layer.magnitude is not None:
-            tensors[f"{module}.lora_magnitude_vector"] = layer.magnitude
+            tensors[f"{module}.{magnitude}"] = layer.magnitude
     return tensors
 
 

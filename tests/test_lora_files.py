@@ -48,7 +48,7 @@ def test_names_of_both_forms():
     assert sorted(lora_files.to_tensors(layers)) == [
         f"{ENCODER}.lora_linear_layer.down.weight",
         f"{ENCODER}.lora_linear_layer.up.weight",
-        f"{ENCODER}.lora_magnitude_vector",
+        f"{ENCODER}.lora_magnitude_vector.weight",
         f"{UNET}.lora.down.weight",
         f"{UNET}.lora.up.weight",
     ]

@@ -103,6 +103,40 @@ def test_the_adapter_loads_anywhere_and_keeps_its_alpha(train, tiny_sd, monkeypa
     torch.testing.assert_close(draw(tiny_sd, run.folder, None), tuned)  # diffusers finds its own of the two files
 
 
+OTHER = """--train_text_encoder --text_encoder_lr 3e-3 --use_dora --use_rslora --rank 2 --lora_alpha 6
+    --validation_share 0.3 --fit pad --no-cache_latents --checkpointing_steps 2""".split()
+
+
+@pytest.mark.slow
+def test_dora_and_the_text_encoder_load_as_they_were_trained_and_go_on_bit_for_bit(
+    train, tiny_sd, monkeypatch, caplog
+):
+    run = train(*OTHER)
+    assert "no check of the adapter" not in caplog.text
+    encoder = [key for key in run.adapter if key.startswith("text_encoder.text_model.encoder.layers.0.self_attn.")]
+    assert len(encoder) == 4 * 3 and len(run.adapter) == 36 * 3
+    assert [(log["lr"], log["text_encoder_lr"]) for log in run.logs if "lr" in log] == [(1e-2, 3e-3)] * 4
+    tuned = draw(tiny_sd, run.folder)
+    assert (tuned - draw(tiny_sd)).abs().max() > 1e-3
+    kohya = load_file(run.folder / "out.safetensors")
+    assert len([key for key in kohya if key.startswith("lora_te_text_model_") and key.endswith(".dora_scale")]) == 4
+    assert not torch.allclose(draw(tiny_sd, run.folder, "out.safetensors"), tuned)  # diffusers drops its dora_scale
+    monkeypatch.setattr(lora_base, "_load_sft_state_dict_metadata", lambda file: None)  # as diffusers before 0.35
+    torch.testing.assert_close(draw(tiny_sd, run.folder), tuned)
+
+    train(*OTHER, output="halves", steps=2)
+    resumed = train(*OTHER, "--resume_from_checkpoint", "latest", output="halves")
+    assert resumed == run
+    assert [log for log in resumed.logs if "lr" in log] == [log for log in run.logs if log["step"] > 2 and "lr" in log]
+
+
+def test_the_text_encoder_has_its_own_rate(train):
+    run = train("--train_text_encoder", "--text_encoder_lr", 1e-30)
+    up = {key: float(weight.abs().max()) for key, weight in run.adapter.items() if key.endswith("up.weight")}
+    assert {key.split(".")[0] for key, largest in up.items() if largest < 1e-20} == {"text_encoder"}
+    assert {key.split(".")[0] for key, largest in up.items() if largest > 1e-4} == {"unet"}
+
+
 def test_a_seed_makes_the_same_files_and_others_may_read_them(train):
     first, again = train(), train(output="again/out")
     for name in (script.WEIGHTS, "out.safetensors"):
@@ -470,6 +504,25 @@ def test_validation_puts_modes_and_random_state_back(tiny_sd):
     assert script.generate(args, accelerator, pipeline, embed, 0)["house"][0].tobytes() == first["house"][0].tobytes()
 
 
+def test_validation_prompts_are_read_by_the_text_encoder_as_it_is(tiny_sd):
+    reset_accelerate()
+    args = script.parse_args(
+        f"--pretrained_model_name_or_path {tiny_sd} --train_data_dir x --resolution 32 --train_text_encoder"
+        " --validation_prompt house".split()
+    )
+    pipeline, _ = script.load_models(args, Accelerator(cpu=True))
+    embed = script.PromptEmbedder(args, pipeline, [])
+    parameters = script.add_text_lora(args, pipeline.text_encoder)
+    embed.trained = pipeline.text_encoder
+    before = embed(["house"])
+    assert before.requires_grad
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter += 1
+        assert not torch.allclose(embed(["house"]), before)
+        assert not embed(["house"]).requires_grad
+
+
 def test_a_validation_that_fails_does_not_end_the_training(train, monkeypatch, caplog):
     monkeypatch.setattr(script, "decode", lambda vae, latents: torch.full((1, 3, 32, 32), torch.nan))
     run = train("--validation_prompt", "a house", "--num_validation_images", 1)
@@ -630,6 +683,8 @@ def test_an_epoch_shows_images_as_often_as_their_folder_says(train, tags, monkey
     ("options", "message"),
     [
         ("--shuffle_tags --cache_prompts", "--cache_prompts cannot be used: --shuffle_tags makes new captions"),
+        ("--train_text_encoder --cache_prompts", "--cache_prompts cannot be used: --train_text_encoder changes what"),
+        ("--text_encoder_lr 1e-5", "--text_encoder_lr needs --train_text_encoder"),
         ("--keep_tags 1", "--keep_tags needs --shuffle_tags"),
         ("--caption_dropout 1.5", "must be a number from 0 to below 1"),
     ],

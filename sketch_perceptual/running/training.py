@@ -28,9 +28,9 @@ def make_steps(args: argparse.Namespace, run: Run, loader, sampler) -> Steps:
 
 
 def make_optimizer(
-    args: argparse.Namespace, parameters: list[torch.nn.Parameter], optimizer_class=torch.optim.AdamW, **options
+    args: argparse.Namespace, parameters: list, optimizer_class=torch.optim.AdamW, **options
 ) -> torch.optim.Optimizer:
-    """AdamW with the options of `add_training_options`; without weight decay it is Adam."""
+    """AdamW with the options of `add_training_options`; without weight decay it is Adam. Groups may have own rates."""
     return optimizer_class(
         parameters,
         lr=args.learning_rate,
