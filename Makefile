@@ -1,14 +1,14 @@
 # make demo | make test | make quality | make style: each creates .venv and installs what it needs on first use.
 # make test-adapters: do LoRA files load in the newest, the oldest and older versions, whoever wrote them?
 # make test-oldest: the tests on the lower bounds of setup.cfg, in .venv-oldest; TESTS='-m "not slow"' chooses some.
-# make dist: source distribution and wheel, checked; needs a network.
+# make docs: the site, in build/docs. make dist: source distribution and wheel, checked; needs a network.
 PYTHON ?= python3
 BIN = .venv/bin
 INSTALLED = .venv/.installed
 PATHS = *.py sketch_perceptual tests benchmarks
 TESTS =
 
-.PHONY: demo test test-oldest test-adapters quality style dist
+.PHONY: demo docs test test-oldest test-adapters quality style dist
 
 .venv-oldest/.installed: ONLY = -c .venv-oldest/lower-bounds.txt
 .venv/.installed .venv-oldest/.installed: setup.cfg pyproject.toml
@@ -42,6 +42,14 @@ dist: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet build twine
 	$(BIN)/python -m build
 	$(BIN)/twine check --strict dist/*
+
+.venv/.docs: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet -e '.[docs]'
+	touch $@
+
+docs: .venv/.docs
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -c docs . build/docs
+	@echo build/docs/index.html
 
 TINY_SD = sketch_perceptual/assets/tiny-sd
 DEMO_PROMPTS = $(foreach thing,a_house a_cat a_boat a_flower an_umbrella a_snail,"a sketch of $(subst _, ,$(thing))")

@@ -249,7 +249,7 @@ class PerceptualTerm:
         images = images[rows] if masks is None else torch.cat([images[rows], masks[rows].to(images)], 1)
         cast_decoder(self.decoder, self.dtype)  # a script may have cast its VAE since, a pipeline does after drawing
         if self.crop is not None:
-            latents, images = self._random_squares(latents, images, self.crop, generator)
+            latents, images = self._random_squares(latents, images, self.crop // self.pixels, generator)
         with torch.autocast(model_pred.device.type, enabled=False):
             target = self._target(images[:, :3]).to(self.dtype)
             decoded = decode(self.decoder, latents)
@@ -285,11 +285,11 @@ class PerceptualTerm:
         values = self(model_pred, noisy_latents, timesteps, images, step, generator, masks)
         return balance(loss, values, model_pred, weight)[0]
 
-    def _random_squares(self, latents: Tensor, images: Tensor, crop: int, generator) -> tuple[Tensor, Tensor]:
-        height, width = (min(crop // self.pixels, side) for side in latents.shape[-2:])
+    def _random_squares(self, latents: Tensor, images: Tensor, side: int, generator) -> tuple[Tensor, Tensor]:
+        height, width = (min(side, whole) for whole in latents.shape[-2:])
         tops, lefts = (
-            torch.randint(side - size + 1, (len(latents),), generator=generator).tolist()
-            for side, size in zip(latents.shape[-2:], (height, width), strict=True)
+            torch.randint(whole - size + 1, (len(latents),), generator=generator).tolist()
+            for whole, size in zip(latents.shape[-2:], (height, width), strict=True)
         )
 
         def cut(rows: Tensor, pixels: int) -> Tensor:

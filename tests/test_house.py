@@ -1,4 +1,4 @@
-"""The README is true, and modules import one way only."""
+"""The README and the pages are true, and modules import one way only."""
 
 import ast
 import contextlib
@@ -25,8 +25,11 @@ from sketch_perceptual.evaluation import __main__ as evaluate
 from sketch_perceptual.evaluation import search
 
 ROOT = Path(train_lora_sketch.__file__).parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-CODE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+}
+CODE = {page: re.findall(r"```python\n(.*?)```", text, re.DOTALL) for page, text in PAGES.items()}
 
 PACKAGE = ROOT / "sketch_perceptual"
 
@@ -150,50 +153,46 @@ SCRIPT = re.compile(r"train_\w+\.py|(?<=-m )sketch_perceptual\.(?:evaluation )?\
 NOT_OURS = {"--mixed_precision"}  # of `accelerate launch`, where it stands before the script
 
 
-def commands():
-    """The commands of the README, one a line: each script's part of it."""
-    blocks = re.findall(r"(?:^    .*\n)+", README, re.MULTILINE)
+def commands(text):
+    """Each command in a page, or in a part of it: the script, and what follows it on the line."""
+    blocks = re.findall(r"(?:^    .*\n)+", text, re.MULTILINE)
     for line in "\n".join(blocks).replace("\\\n", " ").split("\n"):
         if script := SCRIPT.search(line):
             yield script[0], line[script.end() :]
 
 
-COMMAND_LINES = list(commands())
+COMMAND_LINES = [(page, *command) for page, text in PAGES.items() for command in commands(text)]
 
 
 def sections():
-    """Title -> text, of each section of the README, and the scripts whose commands are in it."""
-    scripts = []
-    for section in re.split(r"^(?=##+ )", README, flags=re.MULTILINE)[1:]:
-        title, _, text = section.partition("\n")
-        if title.startswith("## "):
-            scripts = []
-        lines = "\n".join(re.findall(r"^    .*", text, re.MULTILINE))
-        scripts = SCRIPT.findall(lines) or scripts  # a section below another without commands is about those above
-        yield title.strip("# "), text, [script for script in scripts if script in OPTIONS]
+    """(page, title) -> text, and the scripts whose commands are in it, or else in the page."""
+    for page, text in PAGES.items():
+        for section in re.split(r"^(?=#+ )", re.sub(r"```.*?```", "", text, flags=re.DOTALL), flags=re.MULTILINE):
+            title, _, text_of_section = section.partition("\n")
+            scripts = [script for script, _ in list(commands(text_of_section)) or commands(text)]
+            yield (page, title.strip("# ")), text_of_section, [script for script in scripts if script in OPTIONS]
 
 
-SECTIONS = {title: (text, scripts) for title, text, scripts in sections()}
-# Sections without a command that name options: of which scripts each of them must be.
+SECTIONS = {place: (text, scripts) for place, text, scripts in sections() if "`--" in text}
+# Sections that name options of other scripts than those whose commands stand there.
 ABOUT = {
+    "sketch-perceptual": ["train_lora_sketch.py"],
     "What survives what": list(TRAINERS),
     "Expected results": ["train_lora_sketch.py", "train_backbone.py", "train_retrieval.py"],
     "What the paper leaves open": ["train_lora_sketch.py", "train_backbone.py"],
+    "A loss of your own": ["train_lora_sketch.py"],
 }
 
 
-def test_commands_in_the_readme_have_their_own_options():
-    assert len(COMMAND_LINES) >= 12
-    for script, line in COMMAND_LINES:
-        assert set(re.findall(r"--\w+", line)) <= OPTIONS[script], (script, line)
+@pytest.mark.parametrize(("page", "script", "line"), COMMAND_LINES)
+def test_commands_in_the_pages_have_their_own_options(page, script, line):
+    assert set(re.findall(r"--\w+", line)) <= OPTIONS[script]
 
 
-@pytest.mark.parametrize("title", SECTIONS)
-def test_options_in_a_section_are_those_of_its_scripts(title):
-    text, scripts = SECTIONS[title]
+@pytest.mark.parametrize("place", SECTIONS, ids=" / ".join)
+def test_options_in_a_section_are_those_of_its_scripts(place):
+    (text, scripts), (_, title) = SECTIONS[place], place
     named = set(re.findall(r"`(--\w+)", text)) - NOT_OURS
-    if not named:
-        return
     if title == "What survives what":  # the same for all trainers
         known = set.intersection(*(OPTIONS[script] for script in ABOUT[title]))
     else:
@@ -201,15 +200,36 @@ def test_options_in_a_section_are_those_of_its_scripts(title):
     assert named <= known
 
 
-def test_files_in_the_readme_exist():
-    paths = re.findall(r"\]\((?!http|#)([^)]+)\)", README)
-    assert paths
-    assert [path for path in paths if not (ROOT / path.split("#")[0]).is_file()] == []
+def anchors(text):
+    """Of its headings, as code hosts name them."""
+    titles = re.findall(r"^#+ (.*)", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_in_a_page_lead_somewhere(page):
+    for link in re.findall(r"\]\((?!http)([^)]+)\)", PAGES[page]):
+        path, _, anchor = link.partition("#")
+        target = (ROOT / page).parent / path if path else ROOT / page
+        assert target.is_file(), link
+        assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), link
+
+
+def test_every_page_is_in_the_contents_of_the_site():
+    listed = re.findall(r"^[\w/-]+$", (ROOT / "docs/conf.py").read_text(encoding="utf-8"), re.MULTILINE)
+    assert {page.removesuffix(".md") for page in PAGES} - {"README"} <= set(listed)
+    assert [name for name in listed if not (ROOT / f"{name}.md").is_file()] == []
+
+
+def test_the_readme_is_two_screens():
+    assert len(PAGES["README.md"].splitlines()) <= 115
 
 
 def test_the_recipe_goes_into_a_plain_training_loop(tiny_sd):
-    build = next(code for code in CODE if "PerceptualTerm(" in code)
-    call, call_with_prior = (code for code in CODE if ".add(" in code)
+    page = CODE["docs/use-the-loss.md"]
+    build = next(code for code in page if "PerceptualTerm(" in code)
+    call, call_with_prior = (code for code in page if ".add(" in code)
+    assert {build, call} <= set(CODE["README.md"])
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd, safety_checker=None)
     noise_scheduler = DDPMScheduler.from_pretrained(tiny_sd, subfolder="scheduler")
     images = torch.rand(2, 3, 32, 32) * 2 - 1
@@ -236,7 +256,7 @@ def test_the_recipe_goes_into_a_plain_training_loop(tiny_sd):
 @pytest.mark.parametrize("number", [0, 1])
 def test_drawings_are_found_as_shown(number, tmp_path, monkeypatch, drawings, capsys):
     """Alone, and with FAISS."""
-    code = [code for code in CODE if "embedder" in code][number]
+    code = CODE["docs/find-drawings.md"][number]
     monkeypatch.chdir(tmp_path)
     shutil.copytree(drawings, tmp_path / "drawings")
     images = sorted(drawings.rglob("*.png"))
@@ -258,5 +278,7 @@ def test_drawings_are_found_as_shown(number, tmp_path, monkeypatch, drawings, ca
 
 
 def test_the_loss_alone_runs_as_shown(capsys):
-    exec(next(code for code in CODE if "prediction, target" in code).replace("256, 256", "64, 64"), {})
+    alone, *_, own = CODE["docs/use-the-loss.md"]
+    exec(alone.replace("256, 256", "64, 64"), {})
     assert "tensor([" in capsys.readouterr().out
+    exec(own, {})

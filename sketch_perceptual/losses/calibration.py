@@ -61,7 +61,7 @@ def calibrate(backbone: AttentionVGG16, layers: Iterable[str]) -> dict[str, dict
 
     At each layer, on the reference drawings:
 
-    - `softening`: half of the root mean square of |f|, the e of `soft_distance`;
+    - `softening`: half of the features' root mean square length, the e of `soft_distance`;
     - `distance`, `gram`: the mean of `soft_distance` and of `gram_distance` between drawings of different classes.
 
     One that was learned also has `weight`, how much the layer counts; see benchmarks/learned.py. After training on,
