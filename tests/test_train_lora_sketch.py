@@ -879,7 +879,7 @@ def test_the_snippet_of_a_pushed_adapter_runs_as_it_stands(train, hub, tiny_sd, 
     base = hub.repos["someone/tiny-sd"] = Repo(private=False)
     base.files = {path.relative_to(tiny_sd).as_posix(): path.read_bytes() for path in files_in(tiny_sd)}
     words = ("--trigger_word", "sks", "--caption_template", "a {class}", "--license", "cc-by-4.0")
-    source = ("--pretrained_model_name_or_path", "someone/tiny-sd", "--hub_private_repo", "--export_kohya")
+    source = ("--pretrained_model_name_or_path", "someone/tiny-sd", "--hub_private_repo")
     run = train("--push_to_hub", "--rank", 2, "--validation_share", 0.2, *source, *words)
     assert hub.repos["someone/out"].private
     card = ModelCard.load("someone/out")
