@@ -121,7 +121,7 @@ def test_a_launched_run_saves_however_it_is_stopped(tiny_sd, drawings, tmp_path,
     out = tmp_path / "out"
     options = f"""--pretrained_model_name_or_path {tiny_sd} --train_data_dir {drawings} --resolution 32 --seed 0
         --perceptual_loss pixel --train_batch_size 1 --report_to none --max_train_steps 100000 --output_dir {out}
-        --dataloader_num_workers 2 --checkpointing_steps 3 --checkpoints_total_limit 2 --fit pad
+        --dataloader_num_workers 1 --checkpointing_steps 3 --checkpoints_total_limit 2 --no-cache_latents
         --feature_dir {tmp_path / "features"}"""
     with (tmp_path / "log").open("w") as log:
         launcher = subprocess.Popen(
