@@ -17,6 +17,11 @@ def sources(tmp_path_factory):
     return make_sources(tmp_path_factory.mktemp("backbones"))
 
 
+@pytest.fixture(scope="module")
+def style(sources):
+    return StyleLoss(sources["vgg"])
+
+
 def test_the_style_loss_keeps_the_contract_and_sees_no_place(sources):
     loss = StyleLoss(sources["attention_vgg"], layers=["relu1_2", "relu2_2"])
     check_loss(loss, "style")
@@ -28,14 +33,13 @@ def test_the_style_loss_keeps_the_contract_and_sees_no_place(sources):
     assert float(mirrored(x, images(1)).min()) > 1e-9
 
 
-def test_no_layer_drowns_the_others_in_a_style(sources):
-    loss = StyleLoss(sources["vgg"])
-    grams = loss.grams(calibration.reference_drawings()[::5])
+def test_no_layer_drowns_the_others_in_a_style(style):
+    grams = style.grams(calibration.reference_drawings()[::5])
     parts = {}
     for name in grams:
         alone = {other: gram if other == name else torch.zeros_like(gram) for other, gram in grams.items()}
-        parts[name] = loss.distance(alone, {other: gram.roll(1, 0) for other, gram in alone.items()})
-    torch.testing.assert_close(sum(parts.values()), loss.distance(grams, {n: g.roll(1, 0) for n, g in grams.items()}))
+        parts[name] = style.distance(alone, {other: gram.roll(1, 0) for other, gram in alone.items()})
+    torch.testing.assert_close(sum(parts.values()), style.distance(grams, {n: g.roll(1, 0) for n, g in grams.items()}))
     shares = torch.stack([part.mean() for part in parts.values()])
     assert float(shares.max() / shares.sum()) < 0.5
 
@@ -50,9 +54,8 @@ def test_gram_matrices_and_total_variation_have_known_answers():
 
 
 @pytest.mark.parametrize("value", [-1.0, 0.0, 1.0])
-def test_style_is_finite_on_blank_pages(sources, value):
-    loss = StyleLoss(sources["vgg"])
+def test_style_is_finite_on_blank_pages(style, value):
     page, target = torch.full((1, 3, 32, 32), value, requires_grad=True), torch.full((1, 3, 32, 32), -value)
-    loss(page, target).sum().backward()
+    style(page, target).sum().backward()
     assert page.grad.isfinite().all()
-    assert loss(page, page).item() == 0
+    assert style(page, page).item() == 0
