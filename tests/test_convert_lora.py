@@ -12,11 +12,11 @@ TARGETS = {"unet": ["to_q", "to_out.0", "proj_in", "ff.net.2"], "text_encoder": 
 
 
 @torch.no_grad()
-def load(folder, **options):
-    """A fresh pipeline, and what it predicts."""
+def load(folder, lora=None):
+    """A fresh pipeline, with a LoRA if one is told, and what it predicts."""
     pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
-    if options:
-        pipeline.load_lora_weights(**options)
+    if lora is not None:
+        pipeline.load_lora_weights(lora.parent, weight_name=lora.name)
     embeds = pipeline.text_encoder(torch.arange(77)[None])[0]
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     return pipeline, torch.cat([pipeline.unet(latents, 200, embeds)[0].flatten(), embeds.flatten()])
@@ -37,7 +37,8 @@ def adapter(request, tiny_sd, tmp_path_factory):
         saved[f"{name}_lora_layers"] = weights if name == "unet" else convert_state_dict_to_diffusers(weights)
         saved[f"{name}_lora_adapter_metadata"] = config.to_dict()
     StableDiffusionPipeline.save_lora_weights(folder, **saved)
-    return folder / "pytorch_lora_weights.safetensors", load(tiny_sd, pretrained_model_name_or_path_or_dict=folder)[1]
+    path = folder / "pytorch_lora_weights.safetensors"
+    return path, load(tiny_sd, path)[1]
 
 
 def test_both_forms_predict_the_same(adapter, tiny_sd, tmp_path, capsys):
@@ -52,7 +53,7 @@ def test_both_forms_predict_the_same(adapter, tiny_sd, tmp_path, capsys):
     assert lora_files.read(tmp_path / "back.safetensors").metadata["ss_output_name"] == "kohya"
     assert (load(tiny_sd)[1] - expected).abs().max() > 1e-2
     for name in ("back.safetensors", "kohya.safetensors"):
-        _, found = load(tiny_sd, pretrained_model_name_or_path_or_dict=tmp_path, weight_name=name)
+        _, found = load(tiny_sd, tmp_path / name)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
