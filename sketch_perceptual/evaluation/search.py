@@ -6,6 +6,7 @@ Features are kept on disk, so that only new pictures cost anything the next time
 """
 
 import argparse
+import functools
 import hashlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -123,15 +124,13 @@ def find_similar(
     picture = load_image(query, background, invert=invert)
     paths = [Path(gallery, image) for image in find_images(Path(gallery), "`gallery`")[1]]
     with ThreadPoolExecutor(8) as pool:
-        query_key, *keys = pool.map(file_key, [Path(query), *paths])
+        query_key, *keys = pool.map(functools.partial(file_key, invert=invert), [Path(query), *paths])
     same = [path for path, key in zip(paths, keys, strict=True) if key == query_key]
-    if invert != "never":
-        keys = [f"{key}-{invert}" for key in keys]
     data = Images(paths, list(map(str, paths)), background, invert)
     new = {keys[index] for index in open_cache(embedder, background).missing(keys)}
     unread = [index for index, key in enumerate(keys) if key in new]
     positions = on_main(accelerator, find_readable, data, unread, on_bad_image)
-    data = data.select(index for index in positions if paths[index] not in same)
+    data = data.select(index for index in positions if keys[index] != query_key)
     if not len(data):
         raise InputError(f"`gallery`: {gallery} holds nothing but the query")
     keys = [keys[row] for row in data.rows]
@@ -150,9 +149,10 @@ def find_readable(data: Images, unread: list[int], on_bad_image: str) -> list[in
     return readable(data, {unread[index]: message for index, message in bad.items()}, on_bad_image)
 
 
-def file_key(path: Path) -> str:
-    """What a file holds, unread as a picture."""
+def file_key(path: Path, invert: str) -> str:
+    """What a file holds, unread as a picture, and how it would be read."""
+    reading = "" if invert == "never" else f"-{invert}"
     try:
-        return "file-" + hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        return "file-" + hashlib.sha256(path.read_bytes()).hexdigest()[:16] + reading
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
