@@ -478,7 +478,7 @@ def worst_table(classes: list[dict]) -> str:
     """The worst classes as a table in Markdown."""
     names = ("class", "images", "top1", "taken_for", "times")
     rows = [[f"{row[name]:.0%}" if name == "top1" else str(row[name]) for name in names] for row in classes]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [list(names), ["---"] * len(names), *rows])
+    return cards.markdown_table([list(names), *rows])
 
 
 def best_epoch(state: dict) -> dict:

@@ -63,14 +63,18 @@ def set_section(folder: str | Path, title: str, lines: list[list[str]], about: s
     path = Path(folder, "README.md")
     if not path.is_file() or TRAINING not in (text := path.read_text(encoding="utf-8")):
         return False
-    head, *rows = (f"| {' | '.join(map(_one_line, line))} |" for line in lines)
-    table = "\n".join([head, "|---" * len(lines[0]) + "|", *rows])
     start, _, rest = text.partition(TRAINING)
     start = start.partition(f"\n## {title}\n")[0]
-    text = f"{start}\n## {title}\n\n{table}\n\n{about}\n{TRAINING}{rest}"
+    text = f"{start}\n## {title}\n\n{markdown_table(lines)}\n\n{about}\n{TRAINING}{rest}"
     with replacing(folder) as aside:
         (aside / path.name).write_text(text, encoding="utf-8")
     return True
+
+
+def markdown_table(lines: list[list[str]]) -> str:
+    """Cells by line, the head first."""
+    head, *rows = lines
+    return "\n".join(f"| {' | '.join(map(_one_line, line))} |" for line in (head, ["---"] * len(head), *rows))
 
 
 def model_name(model_id: str | None, output_dir: str | Path) -> str:
