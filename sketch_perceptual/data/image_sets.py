@@ -13,7 +13,7 @@ from ..errors import InputError, check_choice
 from ..extras import optional
 from ..seeds import generator
 from .folders import mask_beside
-from .images import INVERT, Source, bucket_size, fit_image, load_extras, load_image, to_tensor
+from .images import INVERT, Source, bucket_size, fit_image, load_extras, load_image, to_tensor, unwrap
 from .look import File, file_of, stat_file
 from .tags import shuffled, with_trigger
 
@@ -48,9 +48,7 @@ class Images(torch.utils.data.Dataset):
 
     def file(self, index: int) -> File | None:
         """The file that the image is in, or what stands for its bytes."""
-        source = self.sources[self.rows[index]]
-        if isinstance(source, dict):
-            source = source["path"] if source["bytes"] is None else source["bytes"]
+        source = unwrap(self.sources[self.rows[index]])
         if isinstance(source, bytes):
             return file_of(source)
         return stat_file(source) if isinstance(source, str | os.PathLike) else None
@@ -236,7 +234,7 @@ class LabelledImages(Images):
         seed: int = 0,
     ):
         super().__init__(sources, names, background, invert)
-        optional("torchvision.transforms", "train")  # before workers are forked, which then share it
+        self.random_crop = optional("torchvision.transforms", "train").RandomResizedCrop
         self.classes, self.resolution, self.seed = list(classes), resolution, seed
         self._labels, self._groups = labels, groups
 
@@ -253,12 +251,10 @@ class LabelledImages(Images):
         image, row = self.image(index), self.rows[index]
         size = (self.resolution, self.resolution)
         if self.augment:
-            from torchvision.transforms import RandomResizedCrop
-
             draw = generator(self.seed, int(epoch), row)
             with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
                 torch.random.default_generator.set_state(draw.get_state())
-                top, left, height, width = RandomResizedCrop.get_params(image, (0.08, 1.0), (3 / 4, 4 / 3))
+                top, left, height, width = self.random_crop.get_params(image, (0.08, 1.0), (3 / 4, 4 / 3))
                 flip = torch.rand(()) < 0.5
             image = image.crop((left, top, left + width, top + height)).resize(size, Image.Resampling.BILINEAR)
             if flip:

@@ -205,9 +205,15 @@ def _crc(data: bytes) -> bytes:
     return zlib.crc32(data).to_bytes(4, "big")
 
 
-def _bytes(source: str | os.PathLike | bytes | dict) -> bytes:
+def unwrap(source: Source) -> Source:
+    """The bytes, or else the path, in a dict from `datasets`; any other source as it is."""
     if isinstance(source, dict):
-        source = source["path"] if source["bytes"] is None else source["bytes"]
+        return source["path"] if source["bytes"] is None else source["bytes"]
+    return source
+
+
+def _bytes(source: Source) -> bytes:
+    source = unwrap(source)
     if isinstance(source, bytes):
         return source
     if isinstance(source, str | os.PathLike):
