@@ -964,7 +964,8 @@ def draw_before_after(args, run: Run, pipeline, embed) -> bool:
 @torch.no_grad()
 def verify_export(args, pipeline) -> None:
     """Load the exported file as a user would: every module must come back and predict what it was trained to."""
-    unet, text_encoder = pipeline.unet.eval(), adapted(pipeline).get("text_encoder")
+    models = adapted(pipeline)
+    unet, text_encoder = pipeline.unet.eval(), models.get("text_encoder")
     draw = generator("verify")
     side = args.resolution // pipeline.vae_scale_factor
     latents = torch.randn(1, unet.config.in_channels, side, side, generator=draw).to(unet.device)
@@ -977,8 +978,7 @@ def verify_export(args, pipeline) -> None:
         return [embeds, unet(latents, torch.tensor(200, device=unet.device), embeds, return_dict=False)[0]]
 
     def modules() -> int:
-        models = [model for model in (unet, text_encoder) if model is not None]
-        layers = [module for model in models for module in model.modules() if isinstance(module, LoraLayer)]
+        layers = [module for model in models.values() for module in model.modules() if isinstance(module, LoraLayer)]
         return sum(ADAPTER in layer.lora_A for layer in layers)
 
     count, trained = modules(), predict()

@@ -428,13 +428,18 @@ def test_a_gradient_scaler_scales_the_term_as_it_does_the_loss():
     torch.testing.assert_close(scaled, 2.0**16 * alone)
 
 
-def test_added_to_a_loss_the_term_leaves_the_rows_outside_the_gate_alone(vae):
+def predicted(vae, timesteps):
+    """A term, weights in the model's place, what they predict, and what that is computed from and scored with."""
     term = PerceptualTerm(PixelLoss(), vae, scheduler())
     latents, noise, images = batch()
-    timesteps = torch.tensor([10, 353, 354, 999])
     noisy_latents = term.noise_scheduler.add_noise(latents, noise, timesteps)
-    weights = torch.ones(4, 1, 1, 1, requires_grad=True)  # in the model's place
-    model_pred = weights * (noise + 0.1 * latents)
+    weights = torch.ones(4, 1, 1, 1, requires_grad=True)
+    return term, weights, weights * (noise + 0.1 * latents), noise, noisy_latents, images
+
+
+def test_added_to_a_loss_the_term_leaves_the_rows_outside_the_gate_alone(vae):
+    timesteps = torch.tensor([10, 353, 354, 999])
+    term, weights, model_pred, noise, noisy_latents, images = predicted(vae, timesteps)
     loss = (model_pred - noise).square().mean()
     alone = torch.autograd.grad(loss, weights, retain_graph=True)[0].flatten()
     with_term = torch.autograd.grad(term.add(loss, model_pred, noisy_latents, timesteps, images), weights)[0].flatten()
@@ -446,12 +451,9 @@ def test_added_to_a_loss_the_term_leaves_the_rows_outside_the_gate_alone(vae):
 
 def test_prior_preservation_by_hand(vae):
     """The first half of the rows are the drawings, the second are prior pictures, not scored."""
-    term = PerceptualTerm(PixelLoss(), vae, scheduler())
-    latents, noise, images = batch()
     timesteps = torch.tensor([10, 353, 20, 30])
-    noisy_latents = term.noise_scheduler.add_noise(latents, noise, timesteps)
-    weights = torch.ones(4, 1, 1, 1, requires_grad=True)  # in the model's place
-    model_pred, prior_pred = (weights * (noise + 0.1 * latents)).chunk(2)
+    term, weights, both_pred, noise, noisy_latents, images = predicted(vae, timesteps)
+    model_pred, prior_pred = both_pred.chunk(2)
     loss = (model_pred - noise[:2]).square().mean() + 0.5 * (prior_pred - noise[2:]).square().mean()
     n = len(model_pred)
     alone = torch.autograd.grad(loss, model_pred, retain_graph=True)[0].flatten(1)
