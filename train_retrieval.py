@@ -7,8 +7,8 @@
 The classifier of VGG-16 becomes a head of 512 outputs, brought to length 1, and learns by cross-entropy and a tenth of
 a triplet loss for 20 epochs; nine tenths of the drawings are trained on and are the gallery, the others are queries.
 All is done for five seeds, from `--seed` on. `seed-42/` and its like hold what was trained: they load with
-`SketchEmbedder.from_pretrained` and go into `sketch_perceptual.evaluation`. `metrics.json` has the accuracies, mean
-and deviation.
+`SketchEmbedder.from_pretrained` and go into `sketch_perceptual.evaluation`; `nearest.png` beside them shows what some
+queries find. `metrics.json` has the accuracies, mean and deviation.
 """
 
 import argparse
@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from huggingface_hub import ModelCardData
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -39,10 +40,11 @@ from sketch_perceptual.data.checks import Contents
 from sketch_perceptual.data.image_sets import LabelledImages
 from sketch_perceptual.data.options import add_class_options, check_class_options, load_labelled
 from sketch_perceptual.data.splits import describe_split, split, split_hash
-from sketch_perceptual.errors import InputError
+from sketch_perceptual.errors import InputError, first_line
 from sketch_perceptual.evaluation.preview import dry_run, fitted, read_data
+from sketch_perceptual.evaluation.retrieval import query_sheet
 from sketch_perceptual.losses.triplet import MINING, triplet_loss
-from sketch_perceptual.measures.ranking import rank
+from sketch_perceptual.measures.ranking import Ranking, rank
 from sketch_perceptual.networks.backbone import BUNDLED, load_backbone
 from sketch_perceptual.networks.embedder import SketchEmbedder
 from sketch_perceptual.networks.hub_model import fingerprint
@@ -55,7 +57,7 @@ from sketch_perceptual.running.processes import on_main
 from sketch_perceptual.running.run import Run
 from sketch_perceptual.running.startup import check_space, start, versions
 from sketch_perceptual.running.steps import Meter, Steps
-from sketch_perceptual.running.trackers import start_trackers
+from sketch_perceptual.running.trackers import start_trackers, track_images
 from sketch_perceptual.seeds import generator
 
 logger = get_logger(__name__, log_level="INFO")
@@ -162,6 +164,7 @@ def main(args: argparse.Namespace) -> None:
 class Embedded(NamedTuple):
     """The gallery or the queries: features (N, F) on the CPU, classes and ids of copies (N,)."""
 
+    drawings: LabelledImages
     features: Tensor
     labels: Tensor
     ids: Tensor
@@ -201,6 +204,7 @@ def load_data(args, run: Run, embedder: SketchEmbedder) -> tuple[Embedded, Embed
     )
     gallery, queries = (
         Embedded(
+            data.select(rows),
             cache.read([keys[i] for i in rows]),
             torch.tensor([data.labels[i] for i in rows]),
             torch.tensor([copies[i] for i in rows]),
@@ -307,7 +311,7 @@ def run_summary(args, run: Run, embedder: SketchEmbedder, head: Head, gallery: E
 
 
 @torch.inference_mode()
-def evaluate(model: Head, gallery: Embedded, queries: Embedded, device: torch.device) -> dict:
+def evaluate(model: Head, gallery: Embedded, queries: Embedded, device: torch.device) -> Ranking:
     """How well the queries find drawings of their class."""
     query_embeddings, gallery_embeddings = (
         torch.cat([model(part.to(device))[0].cpu() for part in side.features.split(1024)])
@@ -317,7 +321,7 @@ def evaluate(model: Head, gallery: Embedded, queries: Embedded, device: torch.de
         query_embeddings,
         gallery_embeddings,
         *(side.tolist() for side in (queries.labels, gallery.labels, queries.ids, gallery.ids)),
-    ).scores
+    )
 
 
 def end_epoch(run: Run, seed: int, epoch: int) -> None:
@@ -338,17 +342,32 @@ def end_epoch(run: Run, seed: int, epoch: int) -> None:
 def end_seed(args, run: Run, embedder, head: Head, gallery: Embedded, queries: Embedded, record: dict, seed) -> None:
     """Score the head of a seed; write its embedder and all that is to be told of it."""
     run.check_weights()
-    scores = evaluate(head.eval(), gallery, queries, run.accelerator.device)
+    ranking = evaluate(head.eval(), gallery, queries, run.accelerator.device)
+    scores = ranking.scores
     head.train()
     run.state["runs"].append({"seed": seed} | scores | run.state.get("last", {}))
     run.log({f"seed-{seed}/{name}": scores[name] for name in ("top1", "top5", "map")})
     logger.info(f"seed {seed}: Top-1 {scores['top1']:.1%}, Top-5 {scores['top5']:.1%}, mAP {scores['map']:.3f}")
     metrics = run.state["runs"][-1] | {"settings": run.identity, "changes": run.changes}
+    sheet = draw_nearest(gallery, queries, ranking.nearest, seed)
     with replacing(Path(args.output_dir, f"seed-{seed}")) as folder:
         embedder.save_pretrained(folder)
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=2), encoding="utf-8")
         (folder / "split.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
         write_card(args, folder, run, record)
+        if sheet is not None:
+            sheet.save(folder / "nearest.png")  # of the user's own drawings: not for the Hub
+    if sheet is not None:
+        track_images(run.accelerator, "nearest", {f"seed {seed}": [sheet]}, run.steps.done)
+
+
+def draw_nearest(gallery: Embedded, queries: Embedded, nearest: Tensor, seed: int) -> Image.Image | None:
+    """Some queries and what they find; None if a drawing is gone, which must not end a training."""
+    try:
+        return query_sheet(queries.drawings, gallery.drawings, {"": nearest}, seed)
+    except (OSError, InputError) as error:
+        logger.warning(f"seed {seed}: what queries find was not drawn ({first_line(error)})")
+        return None
 
 
 def finish(args, run: Run) -> None:

@@ -117,6 +117,31 @@ def test_each_seed_leaves_an_embedder_and_the_metrics_are_theirs(train, network,
     assert {name: found[1][name] for name in again} == pytest.approx(again)
 
 
+def test_what_queries_find_is_shown(train, monkeypatch):
+    tracked = []
+    monkeypatch.setattr(script, "track_images", lambda *what: tracked.append(what[1:]))
+    run = train("--num_train_epochs", 1)
+    shown = [Image.open(run.folder / f"seed-{seed}" / "nearest.png") for seed in (5, 6)]
+    assert [(phase, list(rows)) for phase, rows, _ in tracked] == [("nearest", ["seed 5"]), ("nearest", ["seed 6"])]
+    assert [rows[f"seed {seed}"][0].tobytes() for seed, (_, rows, _) in zip((5, 6), tracked, strict=True)] == [
+        sheet.tobytes() for sheet in shown
+    ]
+
+
+def test_a_drawing_that_is_gone_costs_the_sheet_alone(train, pictures, tmp_path, monkeypatch, caplog):
+    shutil.copytree(pictures, tmp_path / "mine")
+    evaluate = script.evaluate
+
+    def lose_them(*args):
+        shutil.rmtree(tmp_path / "mine", ignore_errors=True)
+        return evaluate(*args)
+
+    monkeypatch.setattr(script, "evaluate", lose_them)
+    run = train("--train_data_dir", tmp_path / "mine", "--num_train_epochs", 1)
+    assert "seed 5: what queries find was not drawn (" in caplog.text
+    assert len(run.metrics["runs"]) == 2 and not (run.folder / "seed-5" / "nearest.png").exists()
+
+
 def script_key(path):
     return content_key(Image.open(path).convert("RGB"))
 
@@ -271,7 +296,7 @@ def test_the_hub_gets_the_first_seed_and_the_card_tells_how_it_was_made(train, h
     run = train("--push_to_hub", "--hub_token", "hf_writer", "--hub_model_id", "someone/net")
     assert sorted(hub.repos["someone/net"].files) == sorted(script.FILES)
     folder = run.folder / "seed-5"
-    assert sorted(path.name for path in folder.iterdir()) == sorted(script.FILES)
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*script.FILES, "nearest.png"])
     assert not any(b"hf_writer" in path.read_bytes() for path in run.folder.rglob("*") if path.is_file())
     card, found = (folder / "README.md").read_text(), run.metrics["runs"][0]
     for line in (
