@@ -23,6 +23,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -107,7 +108,7 @@ def network_rows(
 ) -> dict[str, Tensor]:
     """One pass through the network for all of its rows."""
     calibration = calibrate(network, DEFAULT_LAYERS)
-    rows: dict[str, Tensor] = defaultdict(int)
+    rows: dict[str, Any] = defaultdict(int)
     for layer, features in network.walk(images, DEFAULT_LAYERS):
         values, (a, b) = calibration[layer], features[pairs]
         raw = (a - b).abs().mean((1, 2, 3))
@@ -236,7 +237,7 @@ def tolerance(judges: list[Distances], side: int, per_class: int = 3) -> dict[st
     """Row -> change -> the distance from each drawing to what became of it, in units of another scene's."""
     scenes = [drawings.compose(name, index, 5000) for name in drawings.CLASSES for index in range(per_class)]
     plain = torch.stack([change(scene, "", 0, side) for scene in scenes])
-    changed = {(ANOTHER, 0): plain.roll(per_class, 0)}
+    changed = {(ANOTHER, 0.0): plain.roll(per_class, 0)}
     for kind, levels in CHANGES.items():
         for level in levels:
             changed[kind, level] = torch.stack([change(scene, kind, level, side) for scene in scenes])

@@ -10,6 +10,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +44,7 @@ def draw(drawings: int, dim: int) -> tuple[Tensor, Tensor]:
     return torch.randn(1000, dim)[labels] + torch.randn(drawings, dim), labels
 
 
-def timed(function: Callable, *arguments) -> tuple[float, object]:
+def timed(function: Callable, *arguments) -> tuple[float, Any]:
     start = time.perf_counter()
     result = function(*arguments)
     return time.perf_counter() - start, result

@@ -79,7 +79,7 @@ class Forked:
         return self.child.exitcode
 
     def kill(self, turn: int) -> str:
-        os.kill(self.child.pid, signal.SIGKILL)
+        self.child.kill()
         self.child.join()
         return "SIGKILL"
 

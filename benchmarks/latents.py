@@ -18,7 +18,7 @@ from benchmarks.tiny_decoder import WIDTHS, strokes
 from sketch_perceptual import PerceptualLoss, to_tensor
 from sketch_perceptual.diffusion import decode
 from sketch_perceptual.drawings import CLASSES, draw
-from sketch_perceptual.losses import build_losses
+from sketch_perceptual.losses import PixelLoss, StyleLoss
 from sketch_perceptual.seeds import generator
 
 COUNT, CROP = 16, 256
@@ -53,7 +53,7 @@ def what_is_left(vae: AutoencoderTiny, loss: PerceptualLoss, pictures: dict[str,
 def off(latents: Tensor, kind: str, size: float) -> Tensor:
     """Latents that are off by noise of `size` deviations, or by that share of the way to the next drawing's."""
     if kind == "noise":
-        return size * latents.std() * torch.randn(latents.shape, generator=generator("latents", size))
+        return size * latents.std() * torch.randn(latents.shape, generator=generator("latents", str(size)))
     return size * (latents.roll(1, 0) - latents)
 
 
@@ -67,9 +67,7 @@ def which_way(vae: AutoencoderTiny, images: Tensor) -> None:
             "image": images,
             "reconstruction": torch.cat([decode(vae, z) for z in latents.split(4)]).clamp(-1, 1),
         }
-    losses = {name: build_losses([name]) for name in ("pixel", "gram")} | {
-        "attention_vgg": PerceptualLoss(resolution=64)
-    }
+    losses = {"pixel": PixelLoss(), "gram": StyleLoss(), "attention_vgg": PerceptualLoss(resolution=64)}
     for loss in losses.values():
         loss.requires_grad_(False)
     print("| off by | " + " | ".join(f"{name}, {target}" for name in losses for target in targets) + " |")

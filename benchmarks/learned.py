@@ -93,7 +93,7 @@ def soft_units(features: Tensor, softening: float) -> Tensor:
 def jitter(image: Tensor, draw: random.Random) -> Tensor:
     angle, scale = torch.tensor(draw.uniform(-0.12, 0.12)), draw.uniform(0.95, 1.2)  # radians; above 1 is smaller
     turn = [[angle.cos(), -angle.sin(), draw.uniform(-0.1, 0.1)], [angle.sin(), angle.cos(), draw.uniform(-0.1, 0.1)]]
-    grid = F.affine_grid(scale * torch.tensor(turn)[None], (1, *image.shape), align_corners=False)
+    grid = F.affine_grid(scale * torch.tensor(turn)[None], [1, *image.shape], align_corners=False)
     return F.grid_sample(image[None] - 1, grid, align_corners=False)[0] + 1  # paper all around
 
 

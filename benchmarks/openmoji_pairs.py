@@ -33,7 +33,7 @@ def main() -> None:
             image.save(root / folder / f"{number:04d}.png")
         keys.append(content_key(image))
         thumbnails.append(thumbnail(image))
-    test = set(split(rows["label"][:], keys, near_duplicates(keys, np.stack(thumbnails))).validation)
+    test = set(split(rows["label"][:], keys, near_duplicates(keys, np.stack(thumbnails)).tolist()).validation)
     with (root / "pairs.csv").open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(["photo", "sketch", "part"])

