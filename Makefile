@@ -1,7 +1,8 @@
 # make demo | make test | make quality | make style: each creates .venv and installs what it needs on first use.
 # make test-adapters: do LoRA files load in the newest, the oldest and older versions, whoever wrote them?
 # make test-oldest: the tests on the lower bounds of setup.cfg, in .venv-oldest; TESTS='-m "not slow"' chooses some.
-# make docs: the site, in build/docs. make dist: source distribution and wheel, checked; needs a network.
+# make docs: the site, in build/docs.
+# make dist REPOSITORY=https://github.com/OWNER/NAME: source distribution and wheel, checked; needs a network.
 PYTHON ?= python3
 BIN = .venv/bin
 INSTALLED = .venv/.installed
@@ -40,7 +41,7 @@ style: $(INSTALLED)
 dist: $(INSTALLED)
 	rm -rf dist
 	$(BIN)/python -m pip install --quiet build twine
-	$(BIN)/python -m build
+	REPOSITORY=$(REPOSITORY) $(BIN)/python -m build
 	$(BIN)/twine check --strict dist/*
 
 .venv/.docs: $(INSTALLED)

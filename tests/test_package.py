@@ -41,8 +41,9 @@ def files_in(folder):
 
 
 @pytest.mark.slow
-def test_an_sdist_has_all_and_its_wheel_what_runs(tmp_path):
+def test_an_sdist_has_all_and_its_wheel_what_runs(tmp_path, monkeypatch):
     pytest.importorskip("setuptools", minversion="70.1")  # older ones need another package
+    monkeypatch.setenv("REPOSITORY", "https://host/owner/name/")
     tree, unpacked = tmp_path / "tree", tmp_path / f"sketch_perceptual-{__version__}"
     for name in FOLDERS:
         shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -60,5 +61,8 @@ def test_an_sdist_has_all_and_its_wheel_what_runs(tmp_path):
     code = {name for name in files if re.fullmatch(r"sketch_perceptual/(?!assets).*(\.py|\.typed|\.txt)", name)}
     assert {name for name in names if ".dist-info/" not in name} == code | parts
     assert "sketch-perceptual = sketch_perceptual.__main__:main" in info["entry_points.txt"]
+    links = set(re.findall(r"!?\[[^]]*\]\((.+?)\)", info["METADATA"]))
+    assert "https://host/owner/name/raw/main/docs/before_after.png" in links
+    assert {link.partition("://")[0] for link in links} == {"https"}
     needed = re.findall(r"^Requires-Dist: ([\w-]+)(?!.*extra)", info["METADATA"], re.MULTILINE)
     assert {*needed} == {"torch", "huggingface_hub", "safetensors", "Pillow", "numpy", "tqdm"}
