@@ -11,7 +11,7 @@ from conftest import ROOT
 
 from sketch_perceptual import InputError
 from sketch_perceptual.__main__ import main
-from sketch_perceptual.extras import SCRIPTS, optional
+from sketch_perceptual.extras import SCRIPTS, optional, require
 from sketch_perceptual.networks.johnson import JohnsonNet
 
 SEARCH = {"accelerate", "datasets", "faiss", "psutil"}
@@ -49,6 +49,19 @@ def test_scripts_say_what_they_miss_before_they_import_it(module, extra, monkeyp
     assert stop.value.code == 2
     says = f"{name}: error: this needs accelerate, peft: pip install 'sketch-perceptual[{extra}]'\n"
     assert capsys.readouterr().err == says
+
+
+def test_a_torchvision_of_another_torch_is_named(tmp_path, monkeypatch, capsys):
+    (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "torchvision", raising=False)
+    with pytest.raises(SystemExit) as stop:
+        require("train")
+    assert stop.value.code == 2
+    says = (
+        r".*error: torch \S+, torchvision \S+ do not work together \(.*::nms does not exist\): install both from .+\n"
+    )
+    assert re.fullmatch(says, capsys.readouterr().err)
 
 
 def test_a_search_says_what_it_misses(monkeypatch, capsys):
