@@ -105,7 +105,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--use_dora",
         action="store_true",
-        help="DoRA: also learn the length of each row; diffusers reads its own file only",
+        help="DoRA: also learn the length of each row; of the two files take diffusers', others compute it otherwise",
     )
     add("--use_rslora", action="store_true", help="scale by alpha / sqrt(rank) instead of alpha / rank")
     add("--train_text_encoder", action="store_true", help="a LoRA for the text encoder too; captions are not cached")
@@ -1021,6 +1021,7 @@ def write_card(args, run: Run, pictures: list[str]) -> None:
     prompts = args.validation_prompt or [template.replace("{class}", "house")]
     term = "with the perceptual term" if args.perceptual_weight else "by the script"
     trigger = f" Every caption has the trigger word {args.trigger_word!r}." if args.trigger_word else ""
+    readers = "LyCORIS; others compute DoRA otherwise" if args.use_dora else "AUTOMATIC1111, Forge and ComfyUI"
     tags = "stable-diffusion stable-diffusion-diffusers text-to-image diffusers diffusers-training lora sketch"
     snippet = f"""from diffusers import StableDiffusionPipeline
 
@@ -1041,7 +1042,7 @@ pipeline({prompts[0]!r}).images[0].save("sketch.png")"""
         ),
         title=f"Sketch LoRA - {cards.model_name(args.hub_model_id, args.output_dir)}",
         description=f"LoRA weights for Stable Diffusion 1.5, fine-tuned on drawings {term} of sketch-perceptual."
-        f" `{WEIGHTS}` is for diffusers, `{kohya_name(args)}` for AUTOMATIC1111, Forge and ComfyUI."
+        f" `{WEIGHTS}` is for diffusers, `{kohya_name(args)}` for {readers}."
         f" Images of a class were captioned {template!r}.{trigger}{held_out_words(run.state['held_out'])}",
         install="`pip install diffusers transformers accelerate peft`",
         snippet=snippet,

@@ -1,8 +1,8 @@
 """Files of LoRA weights in the names of diffusers and of kohya's trainers: the same numbers, other names.
 
 diffusers: `unet.<module>.lora.down.weight`, with alphas in the metadata, which diffusers before 0.35 does not read.
-kohya: `lora_unet_<module>.lora_down.weight`, each module with its alpha; read by AUTOMATIC1111, Forge, ComfyUI and
-diffusers.
+kohya: `lora_unet_<module>.lora_down.weight`, each module with its alpha; read by AUTOMATIC1111, Forge, ComfyUI,
+sd-scripts and diffusers, of which none computes DoRA as PEFT and LyCORIS do (see benchmarks/README.md).
 """
 
 import hashlib
@@ -202,8 +202,9 @@ def write_kohya(path: str | Path, layers: Mapping[str, Layer], metadata: Mapping
     """`metadata`, `ss_*` and `modelspec.*`, gets what kohya's trainers know of any network, and the hashes."""
     tensors = to_kohya(layers)
     ranks, alphas = (Counter(getattr(x, name) for x in layers.values()) for name in ("rank", "alpha"))
+    is_dora = any(layer.magnitude is not None for layer in layers.values())
     known = {
-        "ss_network_module": "networks.lora",
+        "ss_network_module": "lycoris.kohya" if is_dora else "networks.lora",  # sd-scripts' own knows no magnitudes
         "ss_network_dim": str(ranks.most_common(1)[0][0]),
         "ss_network_alpha": f"{alphas.most_common(1)[0][0]:g}",
     }

@@ -57,6 +57,12 @@ def test_names_of_both_forms():
     assert kohya["lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_out_0.alpha"] == 8
 
 
+@pytest.mark.parametrize(("magnitude", "module"), [(False, "networks.lora"), (True, "lycoris.kohya")])
+def test_kohyas_file_names_the_network_that_sd_scripts_can_read_it_with(magnitude, module, tmp_path):
+    lora_files.write_kohya(tmp_path / "a.safetensors", {UNET: layer(), ENCODER: layer(magnitude=magnitude)}, {})
+    assert lora_files.read(tmp_path / "a.safetensors").metadata["ss_network_module"] == module
+
+
 def test_the_configuration_has_what_every_peft_knows_and_nothing_else(tmp_path):
     lora_files.write_diffusers(tmp_path / "a.safetensors", {UNET: layer(), ENCODER: layer(magnitude=True)})
     config = json.loads(lora_files.read(tmp_path / "a.safetensors").metadata["lora_adapter_metadata"])

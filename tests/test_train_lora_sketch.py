@@ -126,6 +126,7 @@ def test_dora_and_the_text_encoder_load_as_they_were_trained_and_go_on_bit_for_b
     kohya = load_file(run.folder / "out.safetensors")
     assert len([key for key in kohya if key.startswith("lora_te_text_model_") and key.endswith(".dora_scale")]) == 4
     assert not torch.allclose(draw(tiny_sd, run.folder, "out.safetensors"), tuned)  # diffusers drops its dora_scale
+    assert "`out.safetensors` for LyCORIS" in (run.folder / "README.md").read_text()
     monkeypatch.setattr(lora_base, "_load_sft_state_dict_metadata", lambda file: None)  # as diffusers before 0.35
     torch.testing.assert_close(draw(tiny_sd, run.folder), tuned)
 
