@@ -70,7 +70,7 @@ COMMON = """--train_data_dir drawings --noise_offset 0.1 --rank 32 --learning_ra
 PER_CLASS = 24  # drawings to train on, and as many that the judges compare with
 GUIDANCE = (1.0, 4.0)
 WORKERS = min(16, os.cpu_count() or 1)  # of what the CPU does
-IDENTITY = ("arm", "seed", "style", "steps", "size", "pictures")  # of a cell
+IDENTITY = ("arm", "seed", "style", "steps", "size", "pictures", "drawings")  # of a cell
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,6 @@ class Judges:
         self.vgg = load_embedder().to(device).to(memory_format=torch.channels_last)
         self.labels = of_classes(PER_CLASS).to(device)
         self.true = self.features(true.to(device))
-        self.true_on_cpu = {name: features.cpu() for name, features in self.true.items()}
 
     @torch.no_grad()
     def features(self, images: Tensor) -> dict[str, Tensor]:
@@ -187,13 +186,14 @@ class Judges:
             "chroma": (levels.amax(1) - levels.amin(1)).mean() / 255,
             "ink": (grey < 127.5).float().mean(),
         }
+        true = {name: features[torch.isin(self.labels, labels)].cpu() for name, features in self.true.items()}
         for name, own in found.items():
             centre = self.true[name].mean(0)
             similar = F.normalize(own - centre) @ F.normalize(self.true[name] - centre).T
             values[f"nearest_{name}"] = (self.labels[similar.argmax(1)] == labels).float().mean()
 
         def finish() -> dict[str, float]:
-            distances = {f"frechet_{name}": frechet(own, self.true_on_cpu[name]) for name, own in found.items()}
+            distances = {f"frechet_{name}": frechet(own, true[name]) for name, own in found.items()}
             return {name: float(value) for name, value in values.items()} | distances
 
         return finish
@@ -255,9 +255,16 @@ class Bench:
             self.empty, self.embeds = empty, torch.cat(embeds)
             images = images.to(self.device)
             moments = torch.cat([encode_moments(self.vae, part) for part in images.split(32)]).cpu()
-        self.data = Data(moments, images, self.embeds[of_classes(PER_CLASS).to(self.device)])
-        self.labels = of_classes(args.per_class).to(self.device)
-        draws = [generator(name, number) for name in CLASSES for number in range(args.per_class)]
+        known = of_classes(PER_CLASS) < args.train_classes
+        known &= torch.arange(PER_CLASS).repeat(len(CLASSES)) < args.train_per_class
+        self.data = Data(moments[known], images[known], self.embeds[of_classes(PER_CLASS)[known]])
+        labels = of_classes(args.per_class)
+        self.labels = labels[labels >= args.train_classes % len(CLASSES)].to(self.device)
+        draws = [
+            generator(name, number)
+            for name in CLASSES[args.train_classes % len(CLASSES) :]
+            for number in range(args.per_class)
+        ]
         noise = torch.cat([torch.randn(1, 4, side, side, generator=draw) for draw in draws])
         self.noise = noise.to(self.device)
         self.judges = Judges(args.judge, true, self.device)
@@ -288,7 +295,8 @@ class Bench:
 
     def cell(self, arm: str, seed: int) -> dict:
         args = self.args
-        about = {"style": args.style, "steps": args.steps, "size": self.size, "pictures": 16 * args.per_class}
+        about = {"style": args.style, "steps": args.steps, "size": self.size}
+        about |= {"pictures": len(self.labels), "drawings": len(self.data.moments)}
         return {"arm": arm, "seed": seed} | about
 
     @torch.no_grad()
@@ -345,6 +353,13 @@ def main() -> None:
     add("--budget", type=float, default=math.inf, help="seconds after which no more seeds are begun or would end")
     add("--style", choices=STYLES, default="pen", help="of the drawings")
     add("--steps", type=int, default=300, help="of training")
+    add(
+        "--train_classes",
+        type=int,
+        default=len(CLASSES),
+        help="LoRAs learn from the first of the things and draw the others, which are new to them",
+    )
+    add("--train_per_class", type=int, default=PER_CLASS, help="drawings of a thing that LoRAs learn from")
     add("--per_class", type=int, default=16, help="pictures of each thing, at each guidance")
     add("--num_inference_steps", nargs="+", type=int, default=[12])
     add("--pipeline", default=str(TINY_SD), help="a folder")
