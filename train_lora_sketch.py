@@ -155,14 +155,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--perceptual_weight",
         type=rate,
-        default=0.1,
+        default=0.3,
         help="how hard the perceptual loss pulls at a prediction, relative to the denoising loss; 0 disables it",
     )
     add(
         "--perceptual_loss",
         nargs="+",
         metavar="LOSS",
-        default=["attention_vgg"],
+        default=["gram"],
         help=f"{', '.join(LOSSES)}, an entry point, or module:Class; several, NAME=WEIGHT, are averaged",
     )
     add("--backbone", help="network of the loss: folder, Hub id, .safetensors of VGG-16; default: the loss's own")
@@ -180,8 +180,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--perceptual_min_snr",
         type=rate,
-        default=1.0,
-        help="score only samples with at least this signal-to-noise ratio; 0 scores all",
+        default=0.0,
+        help="score only samples with at least this signal-to-noise ratio; 1: a third of them",
     )
     add(
         "--perceptual_max_timestep",

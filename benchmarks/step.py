@@ -83,6 +83,7 @@ def main() -> None:
     no_cache = ["--no-cache_latents", "--no-cache_prompts"]
     side = str(args.resolution)
     whole = ["--perceptual_crop", side]
+    gated = ["--perceptual_min_snr", "1"]
     naive = [*whole, "--perceptual_min_snr", "0", "--perceptual_resolution", side]
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
@@ -91,8 +92,9 @@ def main() -> None:
             "plain": ["--perceptual_weight", "0", *no_cache],
             "plain, cached": ["--perceptual_weight", "0", *cache],
             "naive": [*naive, *no_cache],
-            "gated, whole": [*whole, *no_cache],
-            "gated, whole, cached": [*whole, *cache],
+            "gated, whole": [*whole, *gated, *no_cache],
+            "gated, whole, cached": [*whole, *gated, *cache],
+            "gated": [*gated, *cache],
             "defaults": cache,
             "AutoencoderTiny": [*cache, "--perceptual_decoder", str(root / "tiny-decoder")],
         }

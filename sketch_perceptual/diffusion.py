@@ -1,7 +1,7 @@
 """The perceptual term of a latent diffusion run (Seo 2025, section 4.1): predicted x0, decoded, scored.
 
     perceptual_term = PerceptualTerm(perceptual_loss, vae, noise_scheduler)
-    loss = perceptual_term.add(loss, model_pred, noisy_latents, timesteps, images, weight=0.1)
+    loss = perceptual_term.add(loss, model_pred, noisy_latents, timesteps, images, weight=0.3)
 
 Latents here are already multiplied by the VAE's scaling factor; only `sample_latents` and `decode` know it.
 """
@@ -161,7 +161,7 @@ class PerceptualTerm:
         vae,
         noise_scheduler,
         *,
-        min_snr: float = 1.0,
+        min_snr: float = 0.0,
         max_timestep: int | None = None,
         start_step: int = 0,
         every: int = 1,
@@ -268,7 +268,7 @@ class PerceptualTerm:
         noisy_latents: Tensor,
         timesteps: Tensor,
         images: Tensor,
-        weight: float = 0.1,
+        weight: float = 0.3,
         step: int | None = None,
         generator: torch.Generator | None = None,
         masks: Tensor | None = None,

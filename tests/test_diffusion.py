@@ -119,13 +119,13 @@ def test_min_snr_weights_are_the_official_scripts_but_finite(prediction_type):
     assert torch.isfinite(zero).all()
 
 
-def test_the_default_gate_is_snr_one_which_is_timestep_353_on_sd15(vae):
-    term = PerceptualTerm(PixelLoss(), vae, scheduler())
+def test_the_gate_is_open_unless_told_and_snr_one_is_timestep_353_on_sd15(vae):
+    assert PerceptualTerm(PixelLoss(), vae, scheduler()).open.all()
+    term = PerceptualTerm(PixelLoss(), vae, scheduler(), min_snr=1)
     assert term.open.nonzero().max() == 353
     assert term.open.sum() == 354
     by_timestep = PerceptualTerm(PixelLoss(), vae, scheduler(), max_timestep=100)
     assert by_timestep.open.nonzero().max() == 100
-    assert PerceptualTerm(PixelLoss(), vae, scheduler(), min_snr=0).open.all()
 
 
 def test_start_step_and_every_choose_the_steps(vae):
@@ -137,7 +137,7 @@ def test_start_step_and_every_choose_the_steps(vae):
 
 
 def test_rows_outside_the_gate_are_zero_and_are_not_decoded(vae):
-    term = PerceptualTerm(PixelLoss(), vae, scheduler())
+    term = PerceptualTerm(PixelLoss(), vae, scheduler(), min_snr=1)
     decoded = []
     vae.decoder.register_forward_pre_hook(lambda _, inputs: decoded.append(len(inputs[0])))
     latents, noise, images = batch()
@@ -231,7 +231,7 @@ def test_a_crop_scores_the_same_square_of_both(vae):
 
     timesteps = torch.tensor([0, 999, 0, 0])
     latents, noise, images = batch(size=48)
-    term = PerceptualTerm(Loss(), vae, scheduler(), crop=16)
+    term = PerceptualTerm(Loss(), vae, scheduler(), min_snr=1, crop=16)
     value = term(noise, latents, timesteps, images, generator=torch.Generator().manual_seed(1))
     assert (value > 0).tolist() == [True, False, True, True]
     assert torch.equal(value, term(noise, latents, timesteps, images, generator=torch.Generator().manual_seed(1)))
@@ -329,7 +329,7 @@ def test_other_schedules_are_refused(vae):
         with pytest.raises(InputError, match=r"does not add noise as DDPMScheduler .* DDPMScheduler.from_config"):
             PerceptualTerm(PixelLoss(), vae, solver)
     for same in (DDIMScheduler(**SD15), PNDMScheduler(**SD15)):
-        assert PerceptualTerm(PixelLoss(), vae, same).open.sum() == 354
+        assert PerceptualTerm(PixelLoss(), vae, same, min_snr=1).open.sum() == 354
 
 
 def test_other_vaes_are_refused(vae):
@@ -430,7 +430,7 @@ def test_a_gradient_scaler_scales_the_term_as_it_does_the_loss():
 
 def predicted(vae, timesteps):
     """A term, weights in the model's place, what they predict, and what that is computed from and scored with."""
-    term = PerceptualTerm(PixelLoss(), vae, scheduler())
+    term = PerceptualTerm(PixelLoss(), vae, scheduler(), min_snr=1)
     latents, noise, images = batch()
     noisy_latents = term.noise_scheduler.add_noise(latents, noise, timesteps)
     weights = torch.ones(4, 1, 1, 1, requires_grad=True)

@@ -364,7 +364,7 @@ def test_attention_vgg_scores_a_run(train, backbone):
         assert len(tenths) in (1, 2)
         assert min(tenths.values()) <= log["denoising_loss"] <= max(tenths.values())
         assert log["denoising_loss"] < log["train_loss"] <= log["denoising_loss"] + log["perceptual_loss"]
-        assert 0 < log["gradient_ratio"] <= 0.1001
+        assert 0 < log["gradient_ratio"] <= 0.3001
         assert -1 <= log["gradient_cosine"] <= 1
     card = (run.folder / "README.md").read_text()
     scorer = load_backbone(backbone).truncate("relu4_3")
@@ -740,7 +740,7 @@ def test_a_new_run_leaves_an_older_one_alone(train):
         (("--rank", 8), r"checkpoint-4 belongs to another run: rank was 4, is 8"),
         (("--lora_alpha", 8), "lora_alpha was 4, is 8"),
         (("--seed", 1), "seed was 0, is 1"),
-        (("--perceptual_min_snr", 2), r"perceptual_min_snr was 1\.0, is 2\.0"),
+        (("--perceptual_min_snr", 2), r"perceptual_min_snr was 0\.0, is 2\.0"),
         (("--prediction_type", "v_prediction"), "prediction_type was None, is 'v_prediction'"),
         (("--max_train_samples", 3), "data was '7 images \\w+', is '3 images"),
         (("--resume_from_checkpoint", "checkpoint-5"), "checkpoint-5 is no complete checkpoint; .* has checkpoint-4"),
