@@ -162,7 +162,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 class Embedded(NamedTuple):
-    """The gallery or the queries: features (N, F) on the CPU, classes and ids of copies (N,)."""
+    """The gallery or the queries: N drawings, their features (N, F) on the CPU, classes and ids of copies (N,)."""
 
     drawings: LabelledImages
     features: Tensor
