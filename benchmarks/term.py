@@ -258,13 +258,9 @@ class Bench:
         known = of_classes(PER_CLASS) < args.train_classes
         known &= torch.arange(PER_CLASS).repeat(len(CLASSES)) < args.train_per_class
         self.data = Data(moments[known], images[known], self.embeds[of_classes(PER_CLASS)[known]])
-        labels = of_classes(args.per_class)
-        self.labels = labels[labels >= args.train_classes % len(CLASSES)].to(self.device)
-        draws = [
-            generator(name, number)
-            for name in CLASSES[args.train_classes % len(CLASSES) :]
-            for number in range(args.per_class)
-        ]
+        drawn = CLASSES[args.train_classes :] or CLASSES
+        self.labels = of_classes(args.per_class)[-len(drawn) * args.per_class :].to(self.device)
+        draws = [generator(name, number) for name in drawn for number in range(args.per_class)]
         noise = torch.cat([torch.randn(1, 4, side, side, generator=draw) for draw in draws])
         self.noise = noise.to(self.device)
         self.judges = Judges(args.judge, true, self.device)
