@@ -3,9 +3,9 @@
     python benchmarks/make_tiny_sd.py --output_dir sketch_perceptual/assets/tiny-sd
 
 It has the parts, module names and noise schedule of SD 1.5 at 64 x 64 pixels, so that tests and the demo can train
-a LoRA in minutes without a download. The VAE sees photos and sketches, the U-Net and the text encoder only photos:
-before fine-tuning even "a sketch of a house" is a coloured scene. It takes 55 minutes on two CPU cores that know
-bfloat16; a second call with the same options goes on from the last state in --work_dir.
+a LoRA in minutes without a download. The VAE sees photos and sketches; the U-Net and the text encoder see photos,
+cartoons and crayon. So they know outlines, but no black lines on white paper: before fine-tuning even "a sketch of a
+house" is a coloured scene. A second call with the same options goes on from the last state in --work_dir.
 """
 
 import argparse
@@ -31,9 +31,9 @@ from sketch_perceptual.drawings import CLASSES, STYLES, draw
 
 SIZE = 64
 TEXT_WIDTH = 64
-# Half of the captions use the first. The other words must not matter to the base model: only the class does.
-TEMPLATES = (
-    "a photo of {}",
+SEED = 2_000  # of the drawings; data sets of LoRAs have other seeds
+# The words about photos and sketches must not matter to the base model: only the class does. Half are the first.
+PHOTOS = (
     "{}",
     "a picture of {}",
     "a sketch of {}",
@@ -46,6 +46,12 @@ TEMPLATES = (
     "line art of {}, black lines on white paper",
     "an image of {} in the style of a simple sketch",
 )
+CAPTIONS = {
+    "photo": ("a photo of {}",) * len(PHOTOS) + PHOTOS,
+    "cartoon": ("a cartoon of {}", "a cartoon with outlines of {}") * len(PHOTOS),
+    "crayon": ("a crayon of {}", "crayon lines of {} on coloured paper") * len(PHOTOS),
+}
+SHARES = (0.375, 0.25, 0.375)  # of a batch
 
 
 def caption(template, name):
@@ -54,7 +60,8 @@ def caption(template, name):
 
 def make_tokenizer():
     """CLIP's byte-pair encoding with merges for the words of the captions only; other words fall into bytes."""
-    words = sorted({word for t in TEMPLATES for n in CLASSES for word in caption(t, n).replace(",", "").split()})
+    captions = (caption(t, name) for templates in CAPTIONS.values() for t in templates for name in CLASSES)
+    words = sorted({word for text in captions for word in text.replace(",", "").split()})
     pieces = [[*word[:-1], word[-1] + "</w>"] for word in words]
     merges = []
     while pairs := [pair for piece in pieces for pair in pairwise(piece)]:
@@ -106,10 +113,25 @@ def make_models(tokenizer):
     return vae, torch.nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
 
 
+def go_on(folder, tokenizer, vae, model):
+    """Takes over the weights of a pipeline, and of its tokens those that there still are."""
+    old = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, torch_dtype=torch.float32)
+    vae.load_state_dict(old.vae.state_dict())
+    vae.register_to_config(scaling_factor=old.vae.config.scaling_factor)
+    model["unet"].load_state_dict(old.unet.state_dict())
+    weights, vocab = old.text_encoder.state_dict(), old.tokenizer.get_vocab()
+    name = next(name for name in weights if name.endswith("token_embedding.weight"))
+    embeddings = model["text_encoder"].get_input_embeddings().weight.detach().clone()
+    for token, row in tokenizer.get_vocab().items():
+        if token in vocab:
+            embeddings[row] = weights[name][vocab[token]]
+    model["text_encoder"].load_state_dict(weights | {name: embeddings})
+
+
 def render(job):
     """Every other drawing is made large and shrunk, as a folder of 256-pixel files would be: its lines are finer."""
     name, index, style = job
-    image = draw(name, index, style=style, size=SIZE if index % 2 else 4 * SIZE)
+    image = draw(name, index, SEED, style, SIZE if index % 2 else 4 * SIZE)
     return np.asarray(image.resize((SIZE, SIZE), Image.Resampling.LANCZOS))
 
 
@@ -120,6 +142,22 @@ def load_drawings(styles, per_class, cache):
         with Pool() as pool:
             np.save(cache, np.stack(pool.map(render, jobs, chunksize=16)))
     return torch.from_numpy(np.load(cache)).permute(0, 3, 1, 2)
+
+
+def cartoons(photos, sketches):
+    """Black outlines on colours: sketches of all styles over the photos of their scenes."""
+    sketches = sketches.unflatten(0, (len(CLASSES), len(STYLES), -1))
+    photos = photos.unflatten(0, (len(CLASSES), 1, -1))[:, :, : sketches.shape[2]]
+    return torch.minimum(photos, sketches).flatten(0, 2)
+
+
+def crayons(sketches):
+    """Lines of one colour on paper of another: dark on light, or the other way."""
+    light, dark = 255 * (0.55 + 0.4 * torch.rand(len(sketches), 3)), 200 * torch.rand(len(sketches), 3) ** 1.5
+    light.scatter_(1, torch.randint(3, (len(sketches), 1)), 120)  # neither is white
+    chalk = torch.rand(len(sketches), 1) < 0.5
+    paper, line = (torch.where(which, dark, light)[..., None, None] for which in (chalk, ~chalk))
+    return (line + (paper - line) * sketches / 255).byte()
 
 
 def fit(name, model, loss_of, steps, args):
@@ -138,7 +176,7 @@ def fit(name, model, loss_of, steps, args):
             parts[key].load_state_dict(values)
     for step in range(first, steps):
         torch.manual_seed(args.seed * 1_000_000 + step)  # every draw follows from (seed, step): resuming changes none
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
             loss = loss_of(model)
         optimizer.zero_grad()
         loss.backward()
@@ -181,17 +219,20 @@ def encode(vae, drawings):
     return torch.cat([m.mean for m in moments]), torch.cat([m.std for m in moments])
 
 
-def denoising_loss(model, scheduler, mean, std, tokens, batch_size):
-    """tokens: (templates + 1, classes, 77), the last template being the empty caption."""
-    rows = torch.randint(len(mean), (batch_size,))
-    latents = mean[rows] + std[rows] * torch.randn_like(mean[rows])
-    template = torch.randint(1, len(TEMPLATES), (batch_size,)) * (torch.rand(batch_size) < 0.5)
-    template[torch.rand(batch_size) < 0.1] = len(TEMPLATES)
-    text = model["text_encoder"](tokens[template, rows * len(CLASSES) // len(mean)])[0]
+def denoising_loss(model, scheduler, looks, tokens, empty, counts):
+    """looks: of each, mean and deviation of latents, and classes; tokens: (looks, captions, classes, 77)."""
+    device = tokens.device
+    latents, text = [], []
+    for (mean, std, labels), captions, count in zip(looks, tokens, counts, strict=True):
+        rows = torch.randint(len(mean), (count,), device=device)
+        latents.append(mean[rows] + std[rows] * torch.randn_like(mean[rows]))
+        text.append(captions[torch.randint(len(captions), (count,), device=device), labels[rows]])
+    latents, text = torch.cat(latents), torch.cat(text)
+    text = torch.where(torch.rand(len(text), 1, device=device) < 0.1, empty, text)
     noise = torch.randn_like(latents)
-    timesteps = torch.randint(scheduler.config.num_train_timesteps, (batch_size,))
+    timesteps = torch.randint(scheduler.config.num_train_timesteps, (len(latents),), device=device)
     noisy_latents = scheduler.add_noise(latents, noise, timesteps)
-    return F.mse_loss(model["unet"](noisy_latents, timesteps, text).sample.float(), noise)
+    return F.mse_loss(model["unet"](noisy_latents, timesteps, model["text_encoder"](text)[0]).sample, noise)
 
 
 def save_pipeline(folder, vae, model, tokenizer, scheduler):
@@ -209,11 +250,17 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--work_dir", type=Path, default=Path(tempfile.gettempdir(), "tiny-sd"), help="states")
-    parser.add_argument("--photos_per_class", type=int, default=512)
+    parser.add_argument(
+        "--start_from",
+        type=Path,
+        help="a pipeline of this script: keep its VAE and train its U-Net and text encoder on",
+    )
+    parser.add_argument("--bf16", action="store_true", help="for cores that know bfloat16; others only emulate it")
+    parser.add_argument("--photos_per_class", type=int, default=256)
     parser.add_argument("--sketches_per_class", type=int, default=96, help="of each of the three styles")
     parser.add_argument("--vae_steps", type=int, default=4500)
     parser.add_argument("--vae_batch_size", type=int, default=8)
-    parser.add_argument("--unet_steps", type=int, default=4000)
+    parser.add_argument("--unet_steps", type=int, default=6000)
     parser.add_argument("--unet_batch_size", type=int, default=32)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -228,11 +275,18 @@ def main():
     vae, model = make_models(tokenizer)
     photos = load_drawings(("photo",), args.photos_per_class, args.work_dir / "photos.npy")
     sketches = load_drawings(STYLES, args.sketches_per_class, args.work_dir / "sketches.npy")
-    drawings = torch.cat([photos, sketches])
-    vae = fit("vae", vae, lambda vae: vae_loss(vae, drawings, args.vae_batch_size), args.vae_steps, args)
-    mean, std = encode(vae, photos)
-    vae.register_to_config(scaling_factor=round(1 / math.sqrt(mean.var() + std.square().mean()), 5))
-    mean, std = (part * vae.config.scaling_factor for part in (mean, std))
+    looks = [photos, cartoons(photos, sketches), crayons(sketches)]
+    if args.start_from:
+        go_on(args.start_from, tokenizer, vae, model)
+        moments = [encode(vae, look) for look in looks]
+    else:
+        drawings = torch.cat([photos, sketches])
+        vae = fit("vae", vae, lambda vae: vae_loss(vae, drawings, args.vae_batch_size), args.vae_steps, args)
+        moments = [encode(vae, look) for look in looks]
+        mean, std = moments[0]
+        vae.register_to_config(scaling_factor=round(1 / math.sqrt(mean.var() + std.square().mean()), 5))
+    factor, classes = vae.config.scaling_factor, torch.arange(len(CLASSES))
+    moments = [(m * factor, s * factor, classes.repeat_interleave(len(m) // len(CLASSES))) for m, s in moments]
     scheduler = DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -241,10 +295,11 @@ def main():
         set_alpha_to_one=False,
         steps_offset=1,
     )
-    captions = [caption(template, name) for template in TEMPLATES for name in CLASSES] + [""] * len(CLASSES)
-    tokens = tokenizer(captions, padding="max_length", return_tensors="pt").input_ids
-    tokens = tokens.unflatten(0, (-1, len(CLASSES)))
-    batch = mean, std, tokens, args.unet_batch_size
+    captions = [caption(template, name) for look in CAPTIONS.values() for template in look for name in CLASSES]
+    *tokens, empty = tokenizer([*captions, ""], padding="max_length", return_tensors="pt").input_ids
+    tokens = torch.stack(tokens).view(len(CAPTIONS), -1, len(CLASSES), len(empty))
+    counts = [round(share * args.unet_batch_size) for share in SHARES]
+    batch = moments, tokens, empty, counts
     model = fit("unet", model, lambda model: denoising_loss(model, scheduler, *batch), args.unet_steps, args)
     save_pipeline(args.output_dir, vae, model, tokenizer, scheduler)
 

@@ -84,7 +84,7 @@ def main() -> None:
     side = str(args.resolution)
     whole = ["--perceptual_crop", side]
     gated = ["--perceptual_min_snr", "1"]
-    naive = [*whole, "--perceptual_min_snr", "0", "--perceptual_resolution", side]
+    naive = [*whole, "--perceptual_resolution", side]
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         arms = {
