@@ -102,6 +102,8 @@ ARMS = {
     "whole": Arm(crop=1),
     "SNR 0.18": Arm(min_snr=0.18),
     "no gate": Arm(min_snr=0),
+    "gram, no gate": Arm(losses=("gram",), min_snr=0),
+    "gram, no gate, 1": Arm(1, losses=("gram",), min_snr=0),
     "reconstruction": Arm(target="reconstruction"),
     "late": Arm(start=0.6),
     "every second": Arm(every=2),
