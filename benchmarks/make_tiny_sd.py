@@ -1,6 +1,6 @@
 """Train a tiny Stable Diffusion on the project's own coloured drawings and write it as a diffusers pipeline.
 
-    python benchmarks/make_tiny_sd.py --output_dir sketch_perceptual/assets/tiny-sd
+    python -m benchmarks.make_tiny_sd --output_dir sketch_perceptual/assets/tiny-sd
 
 It has the parts, module names and noise schedule of SD 1.5 at 64 x 64 pixels, so that tests and the demo can train
 a LoRA in minutes without a download. The VAE sees photos and sketches; the U-Net and the text encoder see photos,
