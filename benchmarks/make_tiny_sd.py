@@ -278,11 +278,11 @@ def main():
     looks = [photos, cartoons(photos, sketches), crayons(sketches)]
     if args.start_from:
         go_on(args.start_from, tokenizer, vae, model)
-        moments = [encode(vae, look) for look in looks]
     else:
         drawings = torch.cat([photos, sketches])
         vae = fit("vae", vae, lambda vae: vae_loss(vae, drawings, args.vae_batch_size), args.vae_steps, args)
-        moments = [encode(vae, look) for look in looks]
+    moments = [encode(vae, look) for look in looks]
+    if not args.start_from:
         mean, std = moments[0]
         vae.register_to_config(scaling_factor=round(1 / math.sqrt(mean.var() + std.square().mean()), 5))
     factor, classes = vae.config.scaling_factor, torch.arange(len(CLASSES))
