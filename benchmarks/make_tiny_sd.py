@@ -48,8 +48,8 @@ PHOTOS = (
 )
 CAPTIONS = {
     "photo": ("a photo of {}",) * len(PHOTOS) + PHOTOS,
-    "cartoon": ("a cartoon of {}", "a cartoon with outlines of {}") * len(PHOTOS),
-    "crayon": ("a crayon of {}", "crayon lines of {} on coloured paper") * len(PHOTOS),
+    "cartoon": ("a cartoon of {}", "a cartoon with outlines of {}"),
+    "crayon": ("a crayon of {}", "crayon lines of {} on coloured paper"),
 }
 SHARES = (0.375, 0.25, 0.375)  # of a batch
 
@@ -220,19 +220,19 @@ def encode(vae, drawings):
 
 
 def denoising_loss(model, scheduler, looks, tokens, empty, counts):
-    """looks: of each, mean and deviation of latents, and classes; tokens: (looks, captions, classes, 77)."""
-    device = tokens.device
+    """looks: of each, mean and deviation of latents, and classes; tokens: of each, (captions, classes, 77)."""
     latents, text = [], []
     for (mean, std, labels), captions, count in zip(looks, tokens, counts, strict=True):
-        rows = torch.randint(len(mean), (count,), device=device)
+        rows = torch.randint(len(mean), (count,))
         latents.append(mean[rows] + std[rows] * torch.randn_like(mean[rows]))
-        text.append(captions[torch.randint(len(captions), (count,), device=device), labels[rows]])
+        text.append(captions[torch.randint(len(captions), (count,)), labels[rows]])
     latents, text = torch.cat(latents), torch.cat(text)
-    text = torch.where(torch.rand(len(text), 1, device=device) < 0.1, empty, text)
+    text = torch.where(torch.rand(len(text), 1) < 0.1, empty, text)
     noise = torch.randn_like(latents)
-    timesteps = torch.randint(scheduler.config.num_train_timesteps, (len(latents),), device=device)
+    timesteps = torch.randint(scheduler.config.num_train_timesteps, (len(latents),))
     noisy_latents = scheduler.add_noise(latents, noise, timesteps)
-    return F.mse_loss(model["unet"](noisy_latents, timesteps, model["text_encoder"](text)[0]).sample, noise)
+    context = model["text_encoder"](text)[0]
+    return F.mse_loss(model["unet"](noisy_latents, timesteps, context).sample.float(), noise)
 
 
 def save_pipeline(folder, vae, model, tokenizer, scheduler):
@@ -295,9 +295,11 @@ def main():
         set_alpha_to_one=False,
         steps_offset=1,
     )
-    captions = [caption(template, name) for look in CAPTIONS.values() for template in look for name in CLASSES]
-    *tokens, empty = tokenizer([*captions, ""], padding="max_length", return_tensors="pt").input_ids
-    tokens = torch.stack(tokens).view(len(CAPTIONS), -1, len(CLASSES), len(empty))
+    captions = [[caption(template, name) for template in look for name in CLASSES] for look in CAPTIONS.values()]
+    *tokens, empty = (
+        tokenizer(texts, padding="max_length", return_tensors="pt").input_ids for texts in (*captions, "")
+    )
+    tokens = [ids.unflatten(0, (-1, len(CLASSES))) for ids in tokens]
     counts = [round(share * args.unet_batch_size) for share in SHARES]
     batch = moments, tokens, empty, counts
     model = fit("unet", model, lambda model: denoising_loss(model, scheduler, *batch), args.unet_steps, args)
