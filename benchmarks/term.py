@@ -379,7 +379,7 @@ def main() -> None:
     add("--seeds", nargs="+", type=int, default=[1, 2, 3, 4])
     add("--seeds_at_once", type=int, default=12, help="as many as fit, with all arms")
     add("--budget", type=float, default=math.inf, help="seconds after which no more seeds are begun or would end")
-    add("--style", choices=STYLES, default="pen", help="of the drawings")
+    add("--style", choices=STYLES, default="pen", help="of embedded drawings")
     add("--steps", type=int, default=300, help="of training")
     add(
         "--train_classes",
@@ -390,7 +390,7 @@ def main() -> None:
     add("--train_per_class", type=int, default=PER_CLASS, help="drawings of a thing that LoRAs learn from")
     add("--per_class", type=int, default=16, help="pictures of each thing, at each guidance")
     add("--num_inference_steps", nargs="+", type=int, default=[12])
-    add("--pipeline", default=str(TINY_SD), help="a folder")
+    add("--pipeline", default=str(TINY_SD), help="a folder; that of benchmarks.icons has its own drawings")
     add("--backbone", default=str(BUNDLED), help="of the losses")
     add(
         "--trunk",
