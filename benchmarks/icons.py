@@ -17,7 +17,7 @@ import datasets
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderTiny, StableDiffusionPipeline
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torchvision.transforms import v2
@@ -25,7 +25,6 @@ from torchvision.transforms import v2
 from benchmarks import judge as judging
 from benchmarks.make_tiny_sd import CAPTIONS, caption, crayons, denoising_loss, fit, images_of
 from benchmarks.tiny_decoder import TINY_SD
-from sketch_perceptual import to_tensor
 
 NAMES = (
     *("sun", "flag", "lock", "eye", "calendar", "trash", "user", "briefcase"),
@@ -46,9 +45,9 @@ def read(dataset: str) -> dict[str, dict[bool, list[Tensor]]]:
     side = SIZE - 2 * MARGIN
     for row in rows:
         if names[row["label"]] in NAMES:
-            image = to_tensor(row["image"].convert("RGB").resize((side, side), Image.Resampling.LANCZOS))
-            page = F.pad(image, (MARGIN,) * 4, value=1)
-            found[names[row["label"]]][row["set"] in kept].append(((page + 1) * 127.5).round().byte())
+            image = row["image"].convert("RGB").resize((side, side), Image.Resampling.LANCZOS)
+            page = ImageOps.expand(image, MARGIN, "white")
+            found[names[row["label"]]][row["set"] in kept].append(v2.functional.pil_to_tensor(page))
     return found
 
 
@@ -63,13 +62,14 @@ def coloured(drawings: list[list[Tensor]]) -> tuple[Tensor, Tensor]:
 def train_base(args: argparse.Namespace, drawings: list[list[Tensor]]) -> StableDiffusionPipeline:
     pipeline = StableDiffusionPipeline.from_pretrained(TINY_SD, safety_checker=None, torch_dtype=torch.float32)
     vae = pipeline.vae = AutoencoderTiny.from_pretrained(args.taesd, torch_dtype=torch.float32).eval()
-    images, labels = coloured(drawings)
     cache = args.output_dir / "latents.safetensors"
     if not cache.exists():
+        images, labels = coloured(drawings)
         with torch.no_grad():
             parts = [vae.encode(images_of(part)).latents for part in images.split(32)]
-        save_file({"latents": torch.cat(parts)}, cache)
-    latents = load_file(cache)["latents"]
+        save_file({"latents": torch.cat(parts), "labels": labels}, cache)
+    cached = load_file(cache)
+    latents, labels = cached["latents"], cached["labels"]
     captions = list(dict.fromkeys(text for look in CAPTIONS.values() for text in look))
     texts = [caption(template, name) for template in captions for name in NAMES]
     ids = pipeline.tokenizer([*texts, ""], padding="max_length", return_tensors="pt").input_ids
@@ -93,12 +93,9 @@ def small(drawings: list[list[Tensor]]) -> tuple[Tensor, Tensor]:
 
 
 def train_judge(path: Path, drawings: list[list[Tensor]], unseen: list[list[Tensor]]) -> None:
-    judge = judging.Judge()
-    judging.train(judge, *small(drawings), epochs=20)
-    save_file({name: weight.contiguous() for name, weight in judge.state_dict().items()}, path)
+    judge = judging.train(path, *small(drawings), epochs=20)
     images, labels = small(unseen)
-    with torch.no_grad():
-        right = judge.eval()(images).argmax(1) == labels
+    right = judge(images).argmax(1) == labels
     print(f"{right.float().mean():.1%} of {len(right)} drawings by other hands named", flush=True)
 
 

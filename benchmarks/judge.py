@@ -58,7 +58,9 @@ def drawings(per_class: int, seed: int, styles: tuple[str, ...] = STYLES) -> tup
     return torch.stack(images), torch.arange(len(CLASSES)).repeat_interleave(per_class)
 
 
-def train(judge: Judge, images: Tensor, labels: Tensor, epochs: int) -> None:
+def train(path: str | Path, images: Tensor, labels: Tensor, epochs: int) -> Judge:
+    """Writes a judge of these drawings, (N, 3, 64, 64), to a .safetensors file."""
+    judge = Judge()
     augment = v2.Compose(
         [
             v2.RandomAffine(15, (0.1, 0.1), (0.8, 1.15), 5, v2.InterpolationMode.BILINEAR, fill=1),
@@ -80,6 +82,8 @@ def train(judge: Judge, images: Tensor, labels: Tensor, epochs: int) -> None:
             optimizer.step()
             schedule.step()
         print(f"loss {loss.item():.3f}", flush=True)
+    save_file({name: weight.contiguous() for name, weight in judge.state_dict().items()}, path)
+    return load_judge(path)
 
 
 def main() -> None:
@@ -89,10 +93,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=6)
     args = parser.parse_args()
     torch.manual_seed(0)
-    judge = Judge()
-    train(judge, *drawings(args.per_class, SEED), args.epochs)
-    save_file({name: weight.contiguous() for name, weight in judge.state_dict().items()}, args.output)
-    judge = load_judge(args.output)
+    judge = train(args.output, *drawings(args.per_class, SEED), args.epochs)
     for style in STYLES:
         images, labels = drawings(20, SEED + 1, (style,))
         right = judge(images).argmax(1) == labels

