@@ -510,7 +510,8 @@ def open_data(args, seed: int) -> CaptionedImages:
     data.scan_folder = scan_folder(args.feature_dir)
     if Path(args.pretrained_model_name_or_path, "vae").is_dir():  # SD-1.x on the Hub has 8
         vae = AutoencoderKL.load_config(args.pretrained_model_name_or_path, subfolder="vae")
-        data.multiple = 2 ** (len(vae["block_out_channels"]) - 1)
+        blocks = vae.get("block_out_channels") or vae["decoder_block_out_channels"]  # AutoencoderTiny
+        data.multiple = 2 ** (len(blocks) - 1)
     return data
 
 

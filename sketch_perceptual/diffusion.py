@@ -20,21 +20,26 @@ MIN_SIGNAL = 1e-4
 MAX_FACTOR = 1.0
 # What counts of a square, at the least: a few pixels of it are not to count as much as a whole.
 MIN_SHARE = 1 / 64
+# What diffusers clamps a posterior's log variance to; the least is none.
+LOG_VARIANCE = (-30.0, 20.0)
 
 
 def encode_moments(vae, images: Tensor) -> Tensor:
     """(B, 3, H, W) in [-1, 1] -> mean and log variance (B, 8, H/8, W/8) of the posterior, not scaled.
 
-    In the encoder's dtype; what `sample_latents` takes.
+    In the encoder's dtype; what `sample_latents` takes. An `AutoencoderTiny` encodes without a variance.
     """
-    return vae.encode(images.to(_dtype(vae.encoder))).latent_dist.parameters
+    encoded = vae.encode(images.to(_dtype(vae.encoder)))
+    if hasattr(encoded, "latent_dist"):
+        return encoded.latent_dist.parameters
+    return torch.cat([encoded.latents, torch.full_like(encoded.latents, LOG_VARIANCE[0])], 1)
 
 
 def sample_latents(vae, moments: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Mean and log variance (B, 8, h, w) -> scaled latents (B, 4, h, w), drawn with a `generator` of the CPU."""
     mean, log_variance = moments.chunk(2, dim=1)
     noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype).to(mean.device)
-    return (mean + (0.5 * log_variance.clamp(-30, 20)).exp() * noise) * vae.config.scaling_factor
+    return (mean + (0.5 * log_variance.clamp(*LOG_VARIANCE)).exp() * noise) * vae.config.scaling_factor
 
 
 def decode(vae, latents: Tensor) -> Tensor:
@@ -139,7 +144,7 @@ class PerceptualTerm:
 
     Args:
         loss: any callable `(images, target) -> (B,)` on RGB in [-1, 1], e.g. `PerceptualLoss`.
-        vae: the pipeline's `AutoencoderKL`; it is frozen and its decoder cast to `dtype`.
+        vae: the pipeline's `AutoencoderKL` or `AutoencoderTiny`; it is frozen and its decoder cast to `dtype`.
         noise_scheduler: the training scheduler, which adds noise as `DDPMScheduler` does; gives alphas_cumprod and
             the prediction type.
         min_snr: the gate: rows with SNR = alpha_bar / (1 - alpha_bar) at or above this; 1 is t <= 353 on SD-1.5,

@@ -284,6 +284,8 @@ def test_a_tiny_autoencoder_decodes_the_same_scaled_latents(vae):
     torch.testing.assert_close(value, PixelLoss()(tiny.decoder(x0), images))
     before = tiny_decoder().encode(images).latents
     torch.testing.assert_close(tiny.encode(images).latents, before)
+    own = PerceptualTerm(PixelLoss(), tiny, scheduler())
+    torch.testing.assert_close(own(noise, latents, timesteps, images), value)
 
 
 def test_latents_are_those_of_diffusers(vae):
@@ -291,6 +293,8 @@ def test_latents_are_those_of_diffusers(vae):
     theirs = vae.encode(images).latent_dist.sample(torch.Generator().manual_seed(1)) * vae.config.scaling_factor
     ours = sample_latents(vae, encode_moments(vae, images), torch.Generator().manual_seed(1))
     assert torch.equal(ours, theirs)
+    tiny = tiny_decoder()
+    torch.testing.assert_close(sample_latents(tiny, encode_moments(tiny, images)), tiny.encode(images).latents)
 
 
 def test_an_encoder_in_half_precision_stands_beside_a_decoder_in_full(vae):

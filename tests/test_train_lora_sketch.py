@@ -11,7 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import reset_accelerate, torchrun
-from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderTiny, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.loaders import lora_base
 from hub_server import Repo
 from huggingface_hub import ModelCard
@@ -216,6 +216,22 @@ def test_caches_change_nothing(train, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(script, "encode_moments", None)
     assert train(*WHOLE, steps=16, output="again") == plain
     assert "have latents in" not in caplog.text
+
+
+def test_a_tiny_autoencoder_may_be_the_vae(train, tiny_sd, tmp_path):
+    folder = tmp_path / "tiny-vae"
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd, safety_checker=None)
+    blocks = {"encoder_block_out_channels": [8, 8, 8], "decoder_block_out_channels": [8, 8, 8]}
+    pipeline.vae = AutoencoderTiny(**blocks, num_encoder_blocks=[1, 1, 1], num_decoder_blocks=[1, 1, 1])
+    pipeline.save_pretrained(folder)
+    config = json.loads((folder / "vae/config.json").read_text())
+    del config["block_out_channels"]  # as on the Hub
+    (folder / "vae/config.json").write_text(json.dumps(config))
+    options = ("--pretrained_model_name_or_path", folder, "--perceptual_target", "reconstruction", *WHOLE)
+    plain = train("--no-cache_latents", *options, output="plain")
+    assert plain == train("--cache_latents", *options)
+    assert plain.logs[0]["perceptual_loss"] > 0
+    assert (draw(folder) - draw(folder, plain.folder)).abs().max() > 1e-3
 
 
 @pytest.fixture
