@@ -23,8 +23,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from benchmarks import judge as judging
-from benchmarks.make_tiny_sd import CAPTIONS, caption, crayons, denoising_loss, fit, images_of
-from benchmarks.tiny_decoder import TINY_SD
+from benchmarks.make_tiny_sd import CAPTIONS, TINY_SD, caption, crayons, denoising_loss, encode, fit, images_of
 
 NAMES = (
     *("sun", "flag", "lock", "eye", "calendar", "trash", "user", "briefcase"),
@@ -65,9 +64,7 @@ def train_base(args: argparse.Namespace, drawings: list[list[Tensor]]) -> Stable
     cache = args.output_dir / "latents.safetensors"
     if not cache.exists():
         images, labels = coloured(drawings)
-        with torch.no_grad():
-            parts = [vae.encode(images_of(part)).latents for part in images.split(32)]
-        save_file({"latents": torch.cat(parts), "labels": labels}, cache)
+        save_file({"latents": encode(vae, images), "labels": labels}, cache)
     cached = load_file(cache)
     latents, labels = cached["latents"], cached["labels"]
     captions = list(dict.fromkeys(text for look in CAPTIONS.values() for text in look))
@@ -75,7 +72,7 @@ def train_base(args: argparse.Namespace, drawings: list[list[Tensor]]) -> Stable
     ids = pipeline.tokenizer([*texts, ""], padding="max_length", return_tensors="pt").input_ids
     tokens, empty = ids[:-1].view(len(captions), len(NAMES), -1), ids[-1]
     models = torch.nn.ModuleDict({"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}).float().train()
-    looks = [(latents, torch.zeros_like(latents), labels)]
+    looks = [(latents, labels)]
 
     def loss(models):
         return denoising_loss(models, pipeline.scheduler, looks, tokens[None], empty, (args.batch_size,))

@@ -10,19 +10,35 @@ a share of noise or of another drawing, the cosine between the way that a loss p
 import argparse
 
 import datasets
+import numpy as np
 import torch
 from diffusers import AutoencoderTiny
+from PIL import Image, ImageDraw
 from torch import Tensor
 
-from benchmarks.tiny_decoder import WIDTHS, strokes
+from benchmarks.make_tiny_sd import images_of
 from sketch_perceptual import PerceptualLoss, to_tensor
 from sketch_perceptual.diffusion import decode
 from sketch_perceptual.drawings import CLASSES, draw
 from sketch_perceptual.losses import PixelLoss, StyleLoss
 from sketch_perceptual.seeds import generator
 
+WIDTHS = (0.5, 1, 1.5, 2, 3, 4)
 COUNT, CROP = 16, 256
 ERRORS = {"noise": (0.1, 0.3, 1.0), "another drawing": (0.1, 0.3)}
+
+
+def strokes(width: float, count: int, side: int) -> Tensor:
+    """(count, 3, side, side) in [-1, 1]: black lines of that many pixels on white, in all directions."""
+    images, scale, draws = [], 8, np.random.default_rng(0)
+    for angle in np.linspace(0, np.pi, count, endpoint=False):
+        x, y = (side / 2 + draws.uniform(-side / 8, side / 8, 2)) * scale
+        along = np.array([np.cos(angle), np.sin(angle)]) * side / 3.2 * scale
+        paper = Image.new("L", (side * scale, side * scale), "white")
+        ends = (x - along[0], y - along[1], x + along[0], y + along[1])
+        ImageDraw.Draw(paper).line(ends, "black", round(width * scale))
+        images.append(np.asarray(paper.resize((side, side), Image.Resampling.BOX)))
+    return images_of(torch.from_numpy(np.stack(images))[:, None].expand(-1, 3, -1, -1))
 
 
 def drawings(size: int) -> Tensor:

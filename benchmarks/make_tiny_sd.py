@@ -1,15 +1,15 @@
 """Train a tiny Stable Diffusion on the project's own coloured drawings and write it as a diffusers pipeline.
 
-    python -m benchmarks.make_tiny_sd --output_dir sketch_perceptual/assets/tiny-sd
+    python -m benchmarks.make_tiny_sd --taesd madebyollin/taesd --output_dir sketch_perceptual/assets/tiny-sd
 
-It has the parts, module names and noise schedule of SD 1.5 at 64 x 64 pixels, so that tests and the demo can train
-a LoRA in minutes without a download. The VAE sees photos and sketches; the U-Net and the text encoder see photos,
-cartoons and crayon. So they know outlines, but no black lines on white paper: before fine-tuning even "a sketch of a
-house" is a coloured scene. A second call with the same options goes on from the last state in --work_dir.
+It has the parts, module names, latents and noise schedule of SD 1.5 at 128 x 128 pixels, so that tests and the demo
+can train a LoRA in minutes without a download. Its VAE is TAESD, which encodes to the latents of SD 1.5 and decodes
+them. The U-Net and the text encoder see photos, cartoons and crayon. So they know outlines, but no black lines on
+white paper: before fine-tuning even "a sketch of a house" is a coloured scene. A second call with the same options
+goes on from the last state in --work_dir.
 """
 
 import argparse
-import math
 import tempfile
 import time
 from itertools import pairwise
@@ -19,17 +19,19 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers.pre_tokenizers import ByteLevel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from sketch_perceptual.drawings import CLASSES, STYLES, draw
+from sketch_perceptual.networks.backbone import BUNDLED
 
-SIZE = 64
+TINY_SD = BUNDLED.parent / "tiny-sd"
+SIZE = 128
 TEXT_WIDTH = 64
 SEED = 2_000  # of the drawings; data sets of LoRAs have other seeds
 # The words about photos and sketches must not matter to the base model: only the class does. Half are the first.
@@ -79,19 +81,11 @@ def make_tokenizer():
 
 
 def make_models(tokenizer):
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(32, 64, 64),
-        norm_num_groups=8,
-        latent_channels=4,
-        sample_size=SIZE,
-    )
     unet = UNet2DConditionModel(
-        sample_size=SIZE // 4,
+        sample_size=SIZE // 8,
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-        block_out_channels=(48, 96, 160),
+        block_out_channels=(48, 96, 120),
         layers_per_block=1,
         norm_num_groups=8,
         attention_head_dim=2,  # the number of heads, as SD 1.5 has it
@@ -110,15 +104,15 @@ def make_models(tokenizer):
             pad_token_id=tokenizer.pad_token_id,
         )
     )
-    return vae, torch.nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
+    return torch.nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
 
 
-def go_on(folder, tokenizer, vae, model):
-    """Takes over the weights of a pipeline, and of its tokens those that there still are."""
+def go_on(folder, tokenizer, model):
+    """Takes over the weights of such a pipeline, cut to size, and of its tokens those that there still are."""
     old = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, torch_dtype=torch.float32)
-    vae.load_state_dict(old.vae.state_dict())
-    vae.register_to_config(scaling_factor=old.vae.config.scaling_factor)
-    model["unet"].load_state_dict(old.unet.state_dict())
+    unet = old.unet.state_dict()
+    cut = {name: unet[name][tuple(map(slice, own.shape))] for name, own in model["unet"].state_dict().items()}
+    model["unet"].load_state_dict(cut)
     weights, vocab = old.text_encoder.state_dict(), old.tokenizer.get_vocab()
     name = next(name for name in weights if name.endswith("token_embedding.weight"))
     embeddings = model["text_encoder"].get_input_embeddings().weight.detach().clone()
@@ -131,17 +125,16 @@ def go_on(folder, tokenizer, vae, model):
 def render(job):
     """Every other drawing is made large and shrunk, as a folder of 256-pixel files would be: its lines are finer."""
     name, index, style = job
-    image = draw(name, index, SEED, style, SIZE if index % 2 else 4 * SIZE)
+    image = draw(name, index, SEED, style, SIZE if index % 2 else 2 * SIZE)
     return np.asarray(image.resize((SIZE, SIZE), Image.Resampling.LANCZOS))
 
 
-def load_drawings(styles, per_class, cache):
-    """(N, 3, 64, 64) uint8 drawings, class after class."""
-    if not cache.exists():
-        jobs = [(name, index, style) for name in CLASSES for style in styles for index in range(per_class)]
-        with Pool() as pool:
-            np.save(cache, np.stack(pool.map(render, jobs, chunksize=16)))
-    return torch.from_numpy(np.load(cache)).permute(0, 3, 1, 2)
+def load_drawings(styles, per_class):
+    """(N, 3, 128, 128) uint8 drawings, class after class."""
+    jobs = [(name, index, style) for name in CLASSES for style in styles for index in range(per_class)]
+    with Pool() as pool:
+        drawings = np.stack(pool.map(render, jobs, chunksize=16))
+    return torch.from_numpy(drawings).permute(0, 3, 1, 2)
 
 
 def cartoons(photos, sketches):
@@ -197,34 +190,31 @@ def images_of(drawings):
     return drawings.float() / 127.5 - 1
 
 
-def vae_loss(vae, drawings, batch_size):
-    images = images_of(drawings[torch.randint(len(drawings), (batch_size,))])
-    posterior = vae.encode(images.contiguous(memory_format=torch.channels_last)).latent_dist
-    error = vae.decode(posterior.sample()).sample.float() - images
-    divergence = posterior.kl().float().mean() / posterior.mean[0].numel()
-    return picture_loss(error) + 5e-4 * divergence
-
-
-def picture_loss(error):
-    # Differences between neighbours keep a one-pixel line sharp where a plain mean lets it fade.
-    edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
-    colours = F.avg_pool2d(error, 8).abs().mean()  # a plain mean leaves flat colours muted
-    return error.abs().mean() + 0.5 * edges + colours
-
-
 @torch.no_grad()
 def encode(vae, drawings):
-    """Mean and standard deviation of the latents of all drawings, each (N, 4, 16, 16); not scaled yet."""
-    moments = [vae.encode(images_of(part)).latent_dist for part in drawings.split(64)]
-    return torch.cat([m.mean for m in moments]), torch.cat([m.std for m in moments])
+    """(N, 3, H, W) uint8 -> (N, 4, H/8, W/8) latents."""
+    vae.to(memory_format=torch.channels_last)
+    return torch.cat([vae.encode(images_of(part)).latents for part in drawings.split(32)]).contiguous()
+
+
+def load_latents(args):
+    """Of all looks, class after class, (N, 4, 16, 16)."""
+    cache = args.work_dir / "latents.safetensors"
+    if not cache.exists():
+        taesd = AutoencoderTiny.from_pretrained(args.taesd, torch_dtype=torch.float32)
+        photos = load_drawings(("photo",), args.photos_per_class)
+        sketches = load_drawings(STYLES, args.sketches_per_class)
+        looks = {"photo": photos, "cartoon": cartoons(photos, sketches), "crayon": crayons(sketches)}
+        save_file({look: encode(taesd, drawings) for look, drawings in looks.items()}, cache)
+    return load_file(cache)
 
 
 def denoising_loss(model, scheduler, looks, tokens, empty, counts):
-    """looks: of each, mean and deviation of latents, and classes; tokens: of each, (captions, classes, 77)."""
+    """looks: of each, latents and their classes; tokens: of each, (captions, classes, 77)."""
     latents, text = [], []
-    for (mean, std, labels), captions, count in zip(looks, tokens, counts, strict=True):
-        rows = torch.randint(len(mean), (count,))
-        latents.append(mean[rows] + std[rows] * torch.randn_like(mean[rows]))
+    for (own, labels), captions, count in zip(looks, tokens, counts, strict=True):
+        rows = torch.randint(len(own), (count,))
+        latents.append(own[rows])
         text.append(captions[torch.randint(len(captions), (count,)), labels[rows]])
     latents, text = torch.cat(latents), torch.cat(text)
     text = torch.where(torch.rand(len(text), 1) < 0.1, empty, text)
@@ -235,10 +225,12 @@ def denoising_loss(model, scheduler, looks, tokens, empty, counts):
     return F.mse_loss(model["unet"](noisy_latents, timesteps, context).sample.float(), noise)
 
 
-def save_pipeline(folder, vae, model, tokenizer, scheduler):
+def save_pipeline(folder, taesd, model, tokenizer, scheduler):
+    vae = AutoencoderTiny.from_pretrained(taesd, torch_dtype=torch.float16)
+    vae.register_to_config(_name_or_path="")  # a folder of this machine
     parts = vae, model["text_encoder"], tokenizer, model["unet"], scheduler
     # Not the text encoder: transformers would load it back in float16, and the U-Net beside it in float32.
-    vae.half(), model["unet"].half()
+    model["unet"].half()
     StableDiffusionPipeline(*parts, None, None, requires_safety_checker=False).save_pretrained(folder)
     # transformers 4 needs what 5 leaves out: a prefix of the text encoder's weights, vocab.json and merges.txt.
     weights = {f"text_model.{key}": value for key, value in model["text_encoder"].state_dict().items()}
@@ -248,20 +240,17 @@ def save_pipeline(folder, vae, model, tokenizer, scheduler):
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--taesd", required=True, help="an AutoencoderTiny of SD 1.5: folder or Hub id")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--work_dir", type=Path, default=Path(tempfile.gettempdir(), "tiny-sd"), help="states")
     parser.add_argument(
-        "--start_from",
-        type=Path,
-        help="a pipeline of this script: keep its VAE and train its U-Net and text encoder on",
+        "--start_from", type=Path, help="a pipeline of this script, whose U-Net and text encoder to train on"
     )
     parser.add_argument("--bf16", action="store_true", help="for cores that know bfloat16; others only emulate it")
-    parser.add_argument("--photos_per_class", type=int, default=256)
-    parser.add_argument("--sketches_per_class", type=int, default=96, help="of each of the three styles")
-    parser.add_argument("--vae_steps", type=int, default=4500)
-    parser.add_argument("--vae_batch_size", type=int, default=8)
-    parser.add_argument("--unet_steps", type=int, default=6000)
-    parser.add_argument("--unet_batch_size", type=int, default=32)
+    parser.add_argument("--photos_per_class", type=int, default=128)
+    parser.add_argument("--sketches_per_class", type=int, default=48, help="of each of the three styles")
+    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
@@ -272,21 +261,12 @@ def main():
     args.work_dir.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
     tokenizer = make_tokenizer()
-    vae, model = make_models(tokenizer)
-    photos = load_drawings(("photo",), args.photos_per_class, args.work_dir / "photos.npy")
-    sketches = load_drawings(STYLES, args.sketches_per_class, args.work_dir / "sketches.npy")
-    looks = [photos, cartoons(photos, sketches), crayons(sketches)]
+    model = make_models(tokenizer)
     if args.start_from:
-        go_on(args.start_from, tokenizer, vae, model)
-    else:
-        drawings = torch.cat([photos, sketches])
-        vae = fit("vae", vae, lambda vae: vae_loss(vae, drawings, args.vae_batch_size), args.vae_steps, args)
-    moments = [encode(vae, look) for look in looks]
-    if not args.start_from:
-        mean, std = moments[0]
-        vae.register_to_config(scaling_factor=round(1 / math.sqrt(mean.var() + std.square().mean()), 5))
-    factor, classes = vae.config.scaling_factor, torch.arange(len(CLASSES))
-    moments = [(m * factor, s * factor, classes.repeat_interleave(len(m) // len(CLASSES))) for m, s in moments]
+        go_on(args.start_from, tokenizer, model)
+    latents = load_latents(args)
+    classes = torch.arange(len(CLASSES))
+    looks = [(latents[look], classes.repeat_interleave(len(latents[look]) // len(CLASSES))) for look in CAPTIONS]
     scheduler = DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -300,10 +280,10 @@ def main():
         tokenizer(texts, padding="max_length", return_tensors="pt").input_ids for texts in (*captions, "")
     )
     tokens = [ids.unflatten(0, (-1, len(CLASSES))) for ids in tokens]
-    counts = [round(share * args.unet_batch_size) for share in SHARES]
-    batch = moments, tokens, empty, counts
-    model = fit("unet", model, lambda model: denoising_loss(model, scheduler, *batch), args.unet_steps, args)
-    save_pipeline(args.output_dir, vae, model, tokenizer, scheduler)
+    counts = [round(share * args.batch_size) for share in SHARES]
+    batch = looks, tokens, empty, counts
+    model = fit("unet", model, lambda model: denoising_loss(model, scheduler, *batch), args.steps, args)
+    save_pipeline(args.output_dir, args.taesd, model, tokenizer, scheduler)
 
 
 if __name__ == "__main__":

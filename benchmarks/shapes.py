@@ -24,15 +24,15 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from benchmarks.judge import SEED, SIZE, load_judge
+from benchmarks.make_tiny_sd import TINY_SD
 from benchmarks.term import COMMON, prompt
-from benchmarks.tiny_decoder import TINY_SD
 from sketch_perceptual import to_pil, to_tensor
 from sketch_perceptual.drawings import CLASSES, draw
 from sketch_perceptual.figures import image_grid
 from sketch_perceptual.seeds import generator
 
 PAGES, DRAWN = 24, 4  # of each thing
-SHAPES = {"crop": (64, 64), "pad": (64, 64), "bucket": (80, 40)}  # width, height of what each is trained at
+SHAPES = {"crop": (128, 128), "pad": (128, 128), "bucket": (160, 80)}  # width, height of what each is trained at
 
 
 def page(name: str, number: int, seed: int = 0) -> Image.Image:
@@ -68,7 +68,7 @@ def on_page(fit: str, images: Tensor) -> Tensor:
 def train(fit: str, data: Path, output: Path, steps: str, seed: str) -> float:
     """Seconds of the processor that a whole training takes."""
     command = f"""train_lora_sketch.py --pretrained_model_name_or_path {TINY_SD} {COMMON} --train_data_dir {data}
-        --fit {fit} --resolution 64 --output_dir {output} --seed {seed} --lr_warmup_steps 0 --report_to none
+        --fit {fit} --resolution 128 --output_dir {output} --seed {seed} --lr_warmup_steps 0 --report_to none
         --snr_gamma 1 --feature_dir {output.parent}/features --max_train_steps {steps}""".split()
     start = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     subprocess.run([sys.executable, *command], check=True)

@@ -1,7 +1,7 @@
 """A step of train_lora_sketch.py beside one of diffusers' train_text_to_image_lora.py, in turns in one run.
 
     git clone https://github.com/huggingface/diffusers
-    python -m benchmarks.step --official diffusers/examples/text_to_image/train_text_to_image_lora.py --resolution 64
+    python -m benchmarks.step --official diffusers/examples/text_to_image/train_text_to_image_lora.py --resolution 128
     python -m benchmarks.step --official ... --sd15 --resolution 128 --batch_size 1
 
 On the tiny pipeline of the demo or, with --sd15, on one of SD-1.5's published size with random weights (4 GB on disk
@@ -21,7 +21,7 @@ from pathlib import Path
 from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from benchmarks.tiny_decoder import TINY_SD, make_decoder
+from benchmarks.make_tiny_sd import TINY_SD
 from sketch_perceptual.drawings import write_folder
 
 ROOT = Path(__file__).parent.parent
@@ -71,7 +71,7 @@ def main() -> None:
     )
     parser.add_argument("--official", required=True, help="train_text_to_image_lora.py")
     parser.add_argument("--sd15", action="store_true", help="the size of SD-1.5 in place of the tiny pipeline")
-    parser.add_argument("--resolution", type=int, default=64)
+    parser.add_argument("--resolution", type=int, default=128)
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3, help="turns of each")
     parser.add_argument("--steps", type=int, default=20, help="measured steps of a turn")
@@ -101,7 +101,7 @@ def main() -> None:
         chosen = {name: arms[name] for name in ["official", *(args.arms or list(arms)[1:])]}
         write_folder(root / "data", per_class=2, size=args.resolution)
         model = make_sd15(root / "sd15") if args.sd15 else TINY_SD
-        (AutoencoderTiny() if args.sd15 else make_decoder()).save_pretrained(root / "tiny-decoder")
+        AutoencoderTiny().save_pretrained(root / "tiny-decoder")
         common = f"""--pretrained_model_name_or_path {model} --train_data_dir {root}/data --output_dir {root}/out
             --resolution {args.resolution} --train_batch_size {args.batch_size}
             --checkpointing_steps 100000 --dataloader_num_workers 1 --mixed_precision {args.mixed_precision}""".split()

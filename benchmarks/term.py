@@ -31,7 +31,6 @@ import torch
 import torch.nn.functional as F
 from diffusers import (
     AutoencoderKL,
-    AutoencoderTiny,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     StableDiffusionPipeline,
@@ -47,7 +46,7 @@ from torch import Tensor
 import train_lora_sketch
 from benchmarks.icons import DRAWINGS, NAMES
 from benchmarks.judge import SEED, SIZE, load_judge
-from benchmarks.make_tiny_sd import caption, images_of
+from benchmarks.make_tiny_sd import TINY_SD, caption, images_of
 from benchmarks.stacked import (
     Data,
     InkLoss,
@@ -59,7 +58,6 @@ from benchmarks.stacked import (
     draw_latents,
     train,
 )
-from benchmarks.tiny_decoder import TINY_SD
 from sketch_perceptual import load_embedder, to_pil, to_tensor
 from sketch_perceptual.diffusion import decode, encode_moments
 from sketch_perceptual.drawings import CLASSES, STYLES, draw
@@ -277,7 +275,7 @@ class Bench:
             empty, *embeds = pipeline.text_encoder(tokens)[0].to(self.device).split(1)
             self.empty, self.embeds = empty, torch.cat(embeds)
             images, labels = world.learned.to(self.device), world.labels(world.learned)
-            moments = torch.cat([self.encode(part) for part in images.split(32)]).cpu()
+            moments = torch.cat([encode_moments(self.vae, part) for part in images.split(32)]).cpu()
         known = labels < args.train_classes
         known &= torch.arange(len(labels)) % (len(labels) // len(world.names)) < args.train_per_class
         self.data = Data(moments[known], images[known], self.embeds[labels[known]])
@@ -312,12 +310,6 @@ class Bench:
         for cell, setting, job in jobs:
             cell |= {f"{name} {setting}": value for name, value in job.result().items()}
         return cells
-
-    def encode(self, images: Tensor) -> Tensor:
-        if isinstance(self.vae, AutoencoderTiny):
-            latents = self.vae.encode(images).latents
-            return torch.cat([latents, torch.full_like(latents, -math.inf)], 1)  # no deviation
-        return encode_moments(self.vae, images)
 
     def cell(self, arm: str, seed: int) -> dict:
         args = self.args

@@ -18,7 +18,7 @@ def test_the_tiny_pipeline_loads_plainly_and_draws_in_colour():
     assert {pipeline.unet.dtype, pipeline.vae.dtype, pipeline.text_encoder.dtype} == {torch.float32}
     draw = torch.Generator().manual_seed(0)
     boat, tree = pipeline(["a photo of a boat", "a photo of a tree"], num_inference_steps=10, generator=draw).images
-    assert boat.size == (64, 64)
+    assert boat.size == (128, 128)
     for image in (boat, tree):
         saturation = image.convert("HSV").getchannel("S").resize((1, 1)).getpixel((0, 0))
         assert saturation > 40
