@@ -58,8 +58,8 @@ demo: $(INSTALLED)
 	rm -rf demo/lora demo/generated
 	$(BIN)/python -m sketch_perceptual.drawings --output_dir demo/drawings --per_class 12 --size 128
 	HF_HUB_OFFLINE=1 $(BIN)/python train_lora_sketch.py --pretrained_model_name_or_path $(TINY_SD) \
-	  --train_data_dir demo/drawings --resolution 128 --noise_offset 0.3 \
-	  --rank 32 --learning_rate 2e-3 --train_batch_size 4 --max_train_steps 120 --seed 42 \
+	  --train_data_dir demo/drawings --resolution 128 --noise_offset 0.3 --rank 32 \
+	  --learning_rate 2e-3 --train_batch_size 4 --max_train_steps 120 --seed 42 \
 	  --validation_prompt $(DEMO_PROMPTS) --num_validation_images 2 --validation_epochs 100 --output_dir demo/lora
 	HF_HUB_OFFLINE=1 $(BIN)/python -m sketch_perceptual.evaluation generation --train_data_dir demo/drawings \
 	  --pretrained_model_name_or_path $(TINY_SD) --resolution 128 --models before=none after=demo/lora \

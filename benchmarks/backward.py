@@ -14,7 +14,7 @@ import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 
 import train_lora_sketch
-from benchmarks.make_tiny_sd import TINY_SD
+from benchmarks.make_tiny_sd import SIZE, TINY_SD
 from sketch_perceptual import PerceptualLoss, PerceptualTerm
 from sketch_perceptual.diffusion import balance
 
@@ -32,8 +32,8 @@ def main() -> None:
     unet = pipeline.unet.requires_grad_(False).to(memory_format=torch.channels_last)
     pipeline.vae.to(memory_format=torch.channels_last)
     train_lora_sketch.add_lora(args, unet, seed=0)
-    term = PerceptualTerm(PerceptualLoss(resolution=64), pipeline.vae, noise_scheduler, crop=64)
-    images, latents = torch.rand(ROWS, 3, 128, 128) * 2 - 1, torch.randn(ROWS, 4, 16, 16)
+    term = PerceptualTerm(PerceptualLoss(resolution=64), pipeline.vae, noise_scheduler, crop=SIZE // 2)
+    images, latents = torch.rand(ROWS, 3, SIZE, SIZE) * 2 - 1, torch.randn(ROWS, 4, SIZE // 8, SIZE // 8)
     prompt_embeds = torch.randn(ROWS, 77, unet.config.cross_attention_dim)
     timesteps = torch.tensor([10, 100, 200, 300])
 

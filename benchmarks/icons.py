@@ -23,14 +23,14 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from benchmarks import judge as judging
-from benchmarks.make_tiny_sd import CAPTIONS, TINY_SD, caption, crayons, denoising_loss, encode, fit, images_of
+from benchmarks.make_tiny_sd import CAPTIONS, SIZE, TINY_SD, caption, crayons, denoising_loss, encode, fit, images_of
 
 NAMES = (
     *("sun", "flag", "lock", "eye", "calendar", "trash", "user", "briefcase"),
     *("shopping-cart", "fire", "megaphone", "thermometer", "bank", "palette", "tag", "database"),
 )
 DRAWINGS, JUDGE = "drawings.safetensors", "judge.safetensors"  # in the folder
-SIZE, MARGIN = 128, 8  # the latter of white, which icons leave out
+MARGIN = 8  # of white, which icons leave out
 LEARNED, TRUE = 10, 20  # drawings of a thing that LoRAs learn from, and that their pictures are compared with
 COLOURS = 3  # in which the base model sees each drawing
 
@@ -77,7 +77,7 @@ def train_base(args: argparse.Namespace, drawings: list[list[Tensor]]) -> Stable
     def loss(models):
         return denoising_loss(models, pipeline.scheduler, looks, tokens[None], empty, (args.batch_size,))
 
-    models = fit("unet", models, loss, args.steps, args)
+    models = fit(models, loss, args)
     pipeline.unet, pipeline.text_encoder = models["unet"], models["text_encoder"]
     return pipeline
 

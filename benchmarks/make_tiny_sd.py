@@ -153,21 +153,21 @@ def crayons(sketches):
     return (line + (paper - line) * sketches / 255).byte()
 
 
-def fit(name, model, loss_of, steps, args):
+def fit(model, loss_of, args):
     """Trains with AdamW and a cosine decay; returns the moving average of the weights."""
     model = model.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), args.learning_rate, weight_decay=0.01, fused=True)
-    schedule = get_cosine_schedule_with_warmup(optimizer, 100, steps)
+    schedule = get_cosine_schedule_with_warmup(optimizer, 100, args.steps)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.998))
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "average": average}
-    state_file = args.work_dir / f"{name}.pt"
+    state_file = args.work_dir / "unet.pt"
     first, losses, start = 0, [], time.time()
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)
         first = state.pop("step")
         for key, values in state.items():
             parts[key].load_state_dict(values)
-    for step in range(first, steps):
+    for step in range(first, args.steps):
         torch.manual_seed(args.seed * 1_000_000 + step)  # every draw follows from (seed, step): resuming changes none
         with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
             loss = loss_of(model)
@@ -178,9 +178,9 @@ def fit(name, model, loss_of, steps, args):
         schedule.step()
         average.update_parameters(model)
         losses.append(loss.item())
-        if (step + 1) % 100 == 0 or step + 1 == steps:
+        if (step + 1) % 100 == 0 or step + 1 == args.steps:
             pace = (step + 1 - first) / (time.time() - start)
-            print(f"{name} step {step + 1}/{steps} loss {np.mean(losses):.4f} {pace:.2f} steps/s", flush=True)
+            print(f"step {step + 1}/{args.steps} loss {np.mean(losses):.4f} {pace:.2f} steps/s", flush=True)
             losses.clear()
             torch.save({"step": step + 1} | {key: part.state_dict() for key, part in parts.items()}, state_file)
     return average.module.eval()
@@ -282,7 +282,7 @@ def main():
     tokens = [ids.unflatten(0, (-1, len(CLASSES))) for ids in tokens]
     counts = [round(share * args.batch_size) for share in SHARES]
     batch = looks, tokens, empty, counts
-    model = fit("unet", model, lambda model: denoising_loss(model, scheduler, *batch), args.steps, args)
+    model = fit(model, lambda model: denoising_loss(model, scheduler, *batch), args)
     save_pipeline(args.output_dir, args.taesd, model, tokenizer, scheduler)
 
 

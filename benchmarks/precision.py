@@ -12,7 +12,7 @@ import torch
 from diffusers import AutoencoderTiny, DDPMScheduler
 from torch import Tensor
 
-from benchmarks.make_tiny_sd import TINY_SD
+from benchmarks.make_tiny_sd import SIZE, TINY_SD
 from sketch_perceptual import PerceptualLoss
 from sketch_perceptual.data.images import to_tensor
 from sketch_perceptual.diffusion import cast_decoder, decode, encode_moments, predict_x0, sample_latents
@@ -23,7 +23,7 @@ def main() -> None:
     torch.manual_seed(0)
     scheduler = DDPMScheduler.from_pretrained(TINY_SD, subfolder="scheduler")
     vae = AutoencoderTiny.from_pretrained(TINY_SD, subfolder="vae", torch_dtype=torch.float32)
-    drawings = [draw(name, 10_000, style=STYLES[n % 3], size=128) for n, name in enumerate(CLASSES)]
+    drawings = [draw(name, 10_000, style=STYLES[n % 3], size=SIZE) for n, name in enumerate(CLASSES)]
     target = torch.stack(list(map(to_tensor, drawings)))
     with torch.no_grad():
         latents = sample_latents(vae, encode_moments(vae, target))

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 
-from benchmarks.make_tiny_sd import TINY_SD
+from benchmarks.make_tiny_sd import SIZE, TINY_SD
 from sketch_perceptual import PerceptualLoss, PerceptualTerm, to_tensor
 from sketch_perceptual.diffusion import encode_moments, sample_latents
 from sketch_perceptual.drawings import CLASSES, draw
@@ -28,11 +28,11 @@ LOSSES: dict[str, Callable] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--crop", type=int, default=64, help="side of the square that is scored, of 128")
+    parser.add_argument("--crop", type=int, default=SIZE // 2, help="side of the square that is scored")
     args = parser.parse_args()
     pipeline = StableDiffusionPipeline.from_pretrained(TINY_SD, safety_checker=None)
     scheduler = DDPMScheduler.from_pretrained(TINY_SD, subfolder="scheduler")
-    images = torch.stack([to_tensor(draw(name, 0, size=128)) for name in CLASSES])
+    images = torch.stack([to_tensor(draw(name, 0, size=SIZE)) for name in CLASSES])
     with torch.no_grad():
         embeds = pipeline.encode_prompt([f"a sketch of a {name}" for name in CLASSES], "cpu", 1, False)[0]
         latents = sample_latents(pipeline.vae, encode_moments(pipeline.vae, images))

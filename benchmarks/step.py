@@ -1,7 +1,7 @@
 """A step of train_lora_sketch.py beside one of diffusers' train_text_to_image_lora.py, in turns in one run.
 
     git clone https://github.com/huggingface/diffusers
-    python -m benchmarks.step --official diffusers/examples/text_to_image/train_text_to_image_lora.py --resolution 128
+    python -m benchmarks.step --official diffusers/examples/text_to_image/train_text_to_image_lora.py
     python -m benchmarks.step --official ... --sd15 --resolution 128 --batch_size 1
 
 On the tiny pipeline of the demo or, with --sd15, on one of SD-1.5's published size with random weights (4 GB on disk
@@ -21,7 +21,7 @@ from pathlib import Path
 from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from benchmarks.make_tiny_sd import TINY_SD
+from benchmarks.make_tiny_sd import SIZE, TINY_SD
 from sketch_perceptual.drawings import write_folder
 
 ROOT = Path(__file__).parent.parent
@@ -71,7 +71,7 @@ def main() -> None:
     )
     parser.add_argument("--official", required=True, help="train_text_to_image_lora.py")
     parser.add_argument("--sd15", action="store_true", help="the size of SD-1.5 in place of the tiny pipeline")
-    parser.add_argument("--resolution", type=int, default=128)
+    parser.add_argument("--resolution", type=int, default=SIZE)
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3, help="turns of each")
     parser.add_argument("--steps", type=int, default=20, help="measured steps of a turn")
