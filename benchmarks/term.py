@@ -106,6 +106,8 @@ ARMS = {
     "no gate": Arm(min_snr=0),
     "gram, no gate": Arm(losses=("gram",), min_snr=0),
     "gram, no gate, 1": Arm(1, losses=("gram",), min_snr=0),
+    "lpips, no gate": Arm(losses=("lpips",), min_snr=0),
+    "vgg, no gate": Arm(losses=("vgg",), min_snr=0),
     "reconstruction": Arm(target="reconstruction"),
     "late": Arm(start=0.6),
     "every second": Arm(every=2),
