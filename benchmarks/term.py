@@ -29,8 +29,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from datasets import load_dataset
 from diffusers import (
-    AutoencoderKL,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     StableDiffusionPipeline,
@@ -131,6 +131,16 @@ ARMS = {
     "min-SNR 1, vgg, no gate": Arm(losses=("vgg",), snr_gamma=1, min_snr=0),
 }
 ON_TRUNK = ("lpips", "vgg")
+OPENMOJI = {  # lines of the first things
+    "boat": ("person rowing boat", "man rowing boat", "woman rowing boat"),
+    "butterfly": ("butterfly",) * 3,
+    "car": ("automobile", "taxi", "racing car"),
+    "cat": ("cat", "black cat", "cat face"),
+    "fish": ("fish", "tropical fish", "blowfish"),
+    "flower": ("tulip", "rose", "sunflower"),
+    "house": ("house", "house with garden", "derelict house"),
+    "lighthouse": ("lighthouse of alexandria",) * 3,
+}
 
 
 def prompt(name: str) -> str:
@@ -144,23 +154,27 @@ class World:
     names: Sequence[str]
     learned: Tensor
     true: Tensor
+    taught: int = len(CLASSES)  # things that `learned` shows, the first of the names
 
-    def labels(self, images: Tensor) -> Tensor:
-        return torch.arange(len(self.names)).repeat_interleave(len(images) // len(self.names))
+    def labels(self, images: Tensor, things: int) -> Tensor:
+        return torch.arange(things).repeat_interleave(len(images) // things)
 
 
 def drawing(size: int, style: str, place: tuple[str, int, int]) -> Image.Image:
     return draw(*place, style, size)
 
 
+def pixels(pipeline: str) -> int:
+    return 8 * UNet2DConditionModel.load_config(pipeline, subfolder="unet")["sample_size"]
+
+
 def embedded(pipeline: str, style: str) -> World:
-    side = UNet2DConditionModel.load_config(pipeline, subfolder="unet")["sample_size"]
-    blocks = AutoencoderKL.load_config(pipeline, subfolder="vae")["block_out_channels"]
-    size = side * 2 ** (len(blocks) - 1)
+    size = pixels(pipeline)
     places = [(name, index, seed) for seed in (0, SEED + 2) for name in CLASSES for index in range(PER_CLASS)]
     with ProcessPoolExecutor(WORKERS, mp_context=get_context("fork")) as pool:
         images = list(pool.map(functools.partial(drawing, size, style), places, chunksize=8))
-    return World(CLASSES, *torch.stack(list(map(to_tensor, images))).chunk(2))
+    learned, true = torch.stack(list(map(to_tensor, images))).chunk(2)
+    return World(CLASSES, learned, true)
 
 
 def icons(pipeline: str) -> World | None:
@@ -170,6 +184,22 @@ def icons(pipeline: str) -> World | None:
         return None
     parts = load_file(path)
     return World(NAMES, images_of(parts["learned"]), images_of(parts["true"]))
+
+
+def openmoji(pipeline: str, folder: str) -> World:
+    """Lines of one hand: eight of the embedded things to learn from, others of anything to compare with."""
+    size = pixels(pipeline)
+    data = load_dataset(folder, split="train")
+    texts = data["text"][:]
+    learned = [texts.index(text) for of_thing in OPENMOJI.values() for text in of_thing]
+    others = [index for index in range(len(texts)) if index not in learned]
+    true = others[:: len(others) // (PER_CLASS * len(CLASSES))][: PER_CLASS * len(CLASSES)]
+
+    def lines(rows: list[int]) -> Tensor:
+        images = (line.convert("RGB") for line in data.select(rows)["line"])
+        return torch.stack([to_tensor(image.resize((size, size), Image.Resampling.LANCZOS)) for image in images])
+
+    return World(CLASSES, lines(learned), lines(true), len(OPENMOJI))
 
 
 class Judges:
@@ -182,7 +212,7 @@ class Judges:
         )
         self.lite = lite.eval().requires_grad_(False).to(device)
         self.vgg = load_embedder().to(device).to(memory_format=torch.channels_last)
-        self.labels = world.labels(world.true).to(device)
+        self.labels = world.labels(world.true, len(world.names)).to(device)
         self.true = self.features(world.true.to(device))
         same = torch.isin(self.labels, labels)
         self.true_on_cpu = {name: features[same].cpu() for name, features in self.true.items()}
@@ -261,7 +291,12 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace, arms: list[str]):
         self.args, self.device, self.began = args, torch.device(args.device), time.monotonic()
-        world = icons(args.pipeline) or embedded(args.pipeline, args.style)  # before CUDA, which forks do not survive
+        # before CUDA, which forks do not survive
+        world = (
+            openmoji(args.pipeline, args.openmoji)
+            if args.openmoji
+            else icons(args.pipeline) or embedded(args.pipeline, args.style)
+        )
         self.size = world.learned.shape[-1]
         pipeline = StableDiffusionPipeline.from_pretrained(args.pipeline, safety_checker=None)
         self.unet = pipeline.unet.requires_grad_(False)
@@ -276,10 +311,10 @@ class Bench:
             tokens = train_lora_sketch.tokenize(pipeline.tokenizer, ["", *map(prompt, world.names)])
             empty, *embeds = pipeline.text_encoder(tokens)[0].to(self.device).split(1)
             self.empty, self.embeds = empty, torch.cat(embeds)
-            images, labels = world.learned.to(self.device), world.labels(world.learned)
+            images, labels = world.learned.to(self.device), world.labels(world.learned, world.taught)
             moments = torch.cat([encode_moments(self.vae, part) for part in images.split(32)]).cpu()
         known = labels < args.train_classes
-        known &= torch.arange(len(labels)) % (len(labels) // len(world.names)) < args.train_per_class
+        known &= torch.arange(len(labels)) % (len(labels) // world.taught) < args.train_per_class
         self.data = Data(moments[known], images[known], self.embeds[labels[known]])
         drawn = world.names[args.train_classes :] or world.names
         self.labels = torch.arange(len(world.names))[-len(drawn) :].repeat_interleave(args.per_class).to(self.device)
@@ -315,7 +350,7 @@ class Bench:
 
     def cell(self, arm: str, seed: int) -> dict:
         args = self.args
-        about = {"style": args.style, "steps": args.steps, "size": self.size}
+        about = {"style": "openmoji" if args.openmoji else args.style, "steps": args.steps, "size": self.size}
         about |= {"pictures": len(self.labels), "drawings": len(self.data.moments)}
         return {"arm": arm, "seed": seed} | about
 
@@ -372,6 +407,7 @@ def main() -> None:
     add("--seeds_at_once", type=int, default=12, help="as many as fit, with all arms")
     add("--budget", type=float, default=math.inf, help="seconds after which no more seeds are begun or would end")
     add("--style", choices=STYLES, default="pen", help="of embedded drawings")
+    add("--openmoji", help="learn from its lines instead: a folder; with --train_classes 8 --train_per_class 3")
     add("--steps", type=int, default=300, help="of training")
     add(
         "--train_classes",
