@@ -43,7 +43,7 @@ from sketch_perceptual.figures import learning_curve
 from sketch_perceptual.losses import calibrate
 from sketch_perceptual.networks.backbone import BUNDLED, AttentionVGG16, is_vgg16_weights, load_backbone
 from sketch_perceptual.networks.hub_model import fingerprint
-from sketch_perceptual.running import cards, hub, startup
+from sketch_perceptual.running import cards, entry, hub
 from sketch_perceptual.running.feature_cache import scan_folder
 from sketch_perceptual.running.files import replacing
 from sketch_perceptual.running.identity import digest
@@ -543,4 +543,4 @@ print(PerceptualLoss(network)(images, target))"""
 
 
 if __name__ == "__main__":
-    startup.run(main, parse_args())
+    entry.run(main, parse_args())

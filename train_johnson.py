@@ -46,7 +46,7 @@ from sketch_perceptual.losses import DEFAULT_LAYERS, StyleLoss, gram_matrix, tot
 from sketch_perceptual.networks.backbone import BUNDLED, AttentionVGG16, load_backbone
 from sketch_perceptual.networks.hub_model import fingerprint
 from sketch_perceptual.networks.johnson import NORMS, UPSAMPLING, JohnsonNet, load_johnson
-from sketch_perceptual.running import cards, hub, startup
+from sketch_perceptual.running import cards, entry, hub
 from sketch_perceptual.running.feature_cache import scan_folder
 from sketch_perceptual.running.files import replacing
 from sketch_perceptual.running.identity import digest
@@ -468,4 +468,4 @@ stylize(network, [photo])[0].save("sketch.png")"""
 
 
 if __name__ == "__main__":
-    startup.run(main, parse_args())
+    entry.run(main, parse_args())

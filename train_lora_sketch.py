@@ -61,7 +61,7 @@ from sketch_perceptual.figures import image_grid
 from sketch_perceptual.losses import LOSSES, build_losses
 from sketch_perceptual.networks.backbone import BUNDLED, AttentionVGG16, tuned_resolution
 from sketch_perceptual.networks.hub_model import fingerprint
-from sketch_perceptual.running import cards, hub, startup
+from sketch_perceptual.running import cards, entry, hub
 from sketch_perceptual.running.feature_cache import FeatureCache, cache_folder, fill_cache, scan_folder
 from sketch_perceptual.running.files import replacing
 from sketch_perceptual.running.identity import digest
@@ -1062,4 +1062,4 @@ def backbone_of(args) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    startup.run(main, parse_args())
+    entry.run(main, parse_args())

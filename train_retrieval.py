@@ -48,7 +48,7 @@ from sketch_perceptual.measures.ranking import Ranking, rank
 from sketch_perceptual.networks.backbone import BUNDLED, load_backbone
 from sketch_perceptual.networks.embedder import SketchEmbedder
 from sketch_perceptual.networks.hub_model import fingerprint
-from sketch_perceptual.running import cards, hub, startup
+from sketch_perceptual.running import cards, entry, hub
 from sketch_perceptual.running.feature_cache import extract_features, scan_folder
 from sketch_perceptual.running.files import replacing
 from sketch_perceptual.running.identity import digest
@@ -421,4 +421,4 @@ print(vectors @ vectors.T)  # cosine similarities"""
 
 
 if __name__ == "__main__":
-    startup.run(main, parse_args())
+    entry.run(main, parse_args())

@@ -50,10 +50,10 @@ DRIVER = """if __name__ == "__main__":
     import multiprocessing
 
     import {name} as script
-    from sketch_perceptual.running import startup
+    from sketch_perceptual.running import entry
 
     multiprocessing.set_start_method("spawn")
-    startup.run(script.main, script.parse_args())
+    entry.run(script.main, script.parse_args())
 """
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageOps
 
-from sketch_perceptual.running import startup
+from sketch_perceptual.running import entry
 
 from .kill import TRAINERS, equal, make_data, options, weights
 
@@ -86,7 +86,7 @@ def train(name: str, folder: Path, arguments: list[str]) -> None:
     torch.set_num_threads(1)
     sys.argv = [f"{name}.py", *arguments]
     script = importlib.import_module(name)
-    startup.run(script.main, script.parse_args(arguments))
+    entry.run(script.main, script.parse_args(arguments))
 
 
 def run(name: str, folder: Path, arguments: str) -> int | None:

@@ -22,6 +22,8 @@ ANSWERS = {
     412: "somebody else changes it at the same time: try again",
     429: "these are too many requests: try again in some minutes",
 }
+# C0 and C1 controls except tab and newline, and what turns the direction of writing around
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 class InputError(ValueError):
@@ -32,7 +34,11 @@ class InputError(ValueError):
 
 
 class TooLittleMemory(InputError):
-    """Which says nothing about the image that was to be read."""
+    """Out of memory while reading an image; the image itself may be fine."""
+
+
+class TrainingError(Exception):
+    """A training that led nowhere: nothing was learned, or the file written is not the model that was trained."""
 
 
 def program() -> str:
@@ -44,6 +50,11 @@ def program() -> str:
 def in_options(message: str, args: argparse.Namespace) -> str:
     """The message of a library function, whose arguments stand in backticks, in the words of the command line."""
     return re.sub(r"`(\w+)`", lambda name: f"--{name[1]}" if name[1] in args else name[0], message)
+
+
+def printable(text: str) -> str:
+    """`text` with control characters escaped, as names of files may hold them; lines and tabs stay."""
+    return CONTROL.sub(lambda character: ascii(character[0])[1:-1], text)
 
 
 def first_line(error: BaseException) -> str:

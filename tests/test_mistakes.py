@@ -23,7 +23,7 @@ from sketch_perceptual.evaluation import __main__ as evaluate
 from sketch_perceptual.evaluation import search
 from sketch_perceptual.networks.backbone import AttentionVGG16
 from sketch_perceptual.networks.johnson import JohnsonNet
-from sketch_perceptual.running import startup
+from sketch_perceptual.running import entry
 
 SMALL = "--output_dir out --train_batch_size 2 --seed 0 --report_to none --mixed_precision no"
 MEASURED = "--feature_dir features --mixed_precision no"
@@ -336,7 +336,7 @@ def run(name, options, workplace, monkeypatch):
         if name in ("johnson", "search"):
             script.main(arguments)
         else:
-            startup.run(script.main, script.parse_args(arguments))
+            entry.run(script.main, script.parse_args(arguments))
     return exit.value.code
 
 

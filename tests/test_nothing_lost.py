@@ -36,7 +36,7 @@ def weights(folder):
 FULL = """
 import resource, sys
 import train_lora_sketch as script
-from sketch_perceptual.running import startup
+from sketch_perceptual.running import entry
 
 save, files = script.save_adapter, []
 def full(unet, folder):
@@ -51,7 +51,7 @@ if sys.argv[1] == "export":
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
         return finish(*args)
     script.finish = full_finish
-startup.run(script.main, script.parse_args(sys.argv[2:]))
+entry.run(script.main, script.parse_args(sys.argv[2:]))
 """
 
 

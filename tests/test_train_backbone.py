@@ -518,7 +518,7 @@ def spy(self, *args):
         os.kill(os.getpid(), signal.SIGKILL)
     add(self, *args)
 script.Meter.add = spy
-script.startup.run(script.main, script.parse_args(sys.argv[3:]))
+script.entry.run(script.main, script.parse_args(sys.argv[3:]))
 torch.save(networks[0][0].state_dict(), f"{{sys.argv[1]}}/network-{{os.environ.get('RANK', 0)}}.pt")
 """
 

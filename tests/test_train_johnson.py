@@ -275,7 +275,7 @@ def spy(*args):
         os.kill(os.getpid(), signal.SIGKILL)
     return losses(*args)
 script.transfer_losses = spy
-script.startup.run(script.main, script.parse_args(sys.argv[3:]))
+script.entry.run(script.main, script.parse_args(sys.argv[3:]))
 torch.save(networks[0].state_dict(), f"{{sys.argv[1]}}/network-{{os.environ.get('RANK', 0)}}.pt")
 """
 

@@ -328,7 +328,7 @@ def spy(*args):
         os.kill(os.getpid(), signal.SIGKILL)
     return loss(*args)
 script.triplet_loss = spy
-script.startup.run(script.main, script.parse_args(sys.argv[3:]))
+script.entry.run(script.main, script.parse_args(sys.argv[3:]))
 torch.save(heads[-1].state_dict(), f"{{sys.argv[1]}}/head-{{os.environ.get('RANK', 0)}}.pt")
 """
 

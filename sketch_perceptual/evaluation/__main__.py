@@ -42,10 +42,11 @@ from ..errors import InputError
 from ..measures.image_quality import check_installed
 from ..networks.backbone import BUNDLED
 from ..running.cards import hub_id, set_section
+from ..running.entry import run
 from ..running.feature_cache import scan_folder
 from ..running.options import add_feature_options
 from ..running.processes import on_main
-from ..running.startup import check_writable, run, versions
+from ..running.startup import check_writable, versions
 from .commands import add_embedder_options, add_precision, add_workers, begin, embedder, extractor
 from .distance import measure_distances
 from .drawing import draw_models

@@ -26,9 +26,9 @@ from ..figures import image_grid
 from ..measures.ranking import search
 from ..networks.backbone import BUNDLED
 from ..networks.embedder import SketchEmbedder, load_embedder
+from ..running.entry import run
 from ..running.feature_cache import FeatureCache, feature_folder
 from ..running.processes import on_main
-from ..running.startup import run
 from .commands import add_embedder_options, begin, embedder, extractor
 from .embedding import Extract, embed_cached
 from .report import SHEET_SIZE, pad, write_figure

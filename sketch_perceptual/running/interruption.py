@@ -7,8 +7,6 @@ import threading
 import time
 from collections.abc import Iterator
 
-import psutil
-
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 LAUNCHERS = ("accelerate", "torchrun", "torch.distributed")
 
@@ -62,6 +60,10 @@ def interruptible() -> Iterator[None]:
 def launcher() -> int | None:
     """The process id of the accelerate or torchrun that started this script."""
     parent = os.getppid()
+    try:
+        import psutil
+    except ImportError:  # which whoever has accelerate has
+        return None
     try:
         words = psutil.Process(parent).cmdline()
     except psutil.Error:

@@ -1,18 +1,13 @@
-"""How a script starts and ends."""
+"""Start of a trainer: checks, accelerator, logging, the run in its folder."""
 
 import argparse
-import errno
 import importlib.metadata
 import importlib.util
 import logging
-import os
 import platform
 import shutil
-import signal
 import sys
 import tempfile
-import warnings
-from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
@@ -21,12 +16,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration, set_seed
-from PIL import Image
-from safetensors import SafetensorError
 
-from ..errors import InputError, first_line, in_options, program
+from ..errors import InputError, in_options, printable
 from . import interruption
-from .console import protect_console
 from .identity import identity_of
 from .run import Run
 from .trackers import check_trackers
@@ -34,36 +26,6 @@ from .trackers import check_trackers
 logger = get_logger(__name__, log_level="INFO")
 
 PATIENCE = timedelta(hours=2)  # the other processes wait while the main one draws or exports
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.ENAMETOOLONG, errno.EMFILE)
-LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "gloo")
-
-
-def run(main: Callable, args: argparse.Namespace) -> None:
-    """Call `main(args)`. What ends a script early ends it with a sentence and an exit code of its own.
-
-    2: a user's mistake or a full disk; 3: a loss or weights that are not finite; 128 + n: signal n.
-    """
-    protect_console()
-    interruption.install()
-    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the report on the data says it
-    try:
-        if getattr(args, "hub_token", None) and (launcher := interruption.launcher()):
-            _refuse_token(args, launcher)
-        main(args)
-    except InputError as error:
-        _end(2, f"error: {in_options(str(error), args)}")
-    except FloatingPointError as error:
-        _end(3, f"training stopped: {in_options(str(error), args)}")
-    except interruption.Interrupted as stop:
-        _end(128 + stop.number, f"interrupted by {signal.Signals(stop.number).name}")
-    except (OSError, SafetensorError) as error:
-        if not any(os.strerror(number) in str(error) for number in NO_ROOM):
-            raise
-        _end(2, f"error: {first_line(error)}")
-    except RuntimeError as error:
-        if not (torch.distributed.is_initialized() and any(sign in str(error) for sign in LOST)):
-            raise
-        _end(1, "error: another process of this run has ended, which tells why or was killed")
 
 
 def start(args: argparse.Namespace) -> Run:
@@ -122,7 +84,7 @@ class _InOptions(logging.Formatter):
         self.args = args
 
     def format(self, record: logging.LogRecord) -> str:
-        return in_options(super().format(record), self.args)
+        return printable(in_options(super().format(record), self.args))
 
 
 def start_logging(accelerator: Accelerator, args: argparse.Namespace) -> None:
@@ -193,18 +155,3 @@ def versions() -> dict[str, str]:
     own = {"python": platform.python_version(), "sketch-perceptual": sys.modules["sketch_perceptual"].__version__}
     names = ("torch", "torchvision", "Pillow", "accelerate", "datasets", "diffusers", "transformers", "peft")
     return own | {name: importlib.metadata.version(name) for name in names}
-
-
-def _end(code: int, message: str) -> None:
-    print(f"{program()}: {message}", file=sys.stderr)
-    sys.exit(code)
-
-
-def _refuse_token(args: argparse.Namespace, launcher: int) -> None:
-    """A launcher prints the command line of a script that fails, so it has to go first."""
-    message = (
-        "`hub_token` would be printed by the launcher of this script; use `hf auth login` or the variable HF_TOKEN"
-    )
-    print(f"{program()}: error: {in_options(message, args)}", file=sys.stderr, flush=True)
-    os.kill(launcher, signal.SIGTERM)
-    os._exit(2)

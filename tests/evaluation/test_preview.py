@@ -18,7 +18,7 @@ from sketch_perceptual.errors import InputError
 from sketch_perceptual.evaluation.preview import fitted, sheet_rows
 from sketch_perceptual.networks.backbone import BUNDLED, load_backbone
 from sketch_perceptual.networks.embedder import make_embedder
-from sketch_perceptual.running import startup
+from sketch_perceptual.running import entry
 
 TRAINERS = {
     train_lora_sketch: "--pretrained_model_name_or_path nowhere",
@@ -84,7 +84,7 @@ def test_a_dry_run_ends_as_the_training_would(call, workplace, capsys):
     (workplace / "drawings/cat/9.png").write_bytes(b"damaged")
     args = train_backbone.parse_args("--train_data_dir drawings --dry_run".split())
     with pytest.raises(SystemExit) as ended:
-        startup.run(train_backbone.main, args)
+        entry.run(train_backbone.main, args)
     assert ended.value.code == 2
     assert "1 of 7 images cannot be read" in capsys.readouterr().err
 

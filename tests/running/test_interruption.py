@@ -103,11 +103,11 @@ LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_pr
 TRAINING = """
 import multiprocessing
 import train_lora_sketch as script
-from sketch_perceptual.running import startup
+from sketch_perceptual.running import entry
 
 if __name__ == "__main__":
     multiprocessing.set_start_method("spawn")
-    startup.run(script.main, script.parse_args())
+    entry.run(script.main, script.parse_args())
 """
 
 

@@ -8,10 +8,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT
 
-from sketch_perceptual.errors import InputError
-from sketch_perceptual.running import startup
+from sketch_perceptual.errors import InputError, TrainingError
+from sketch_perceptual.running import entry, startup
 from sketch_perceptual.running.console import protect_console
 from sketch_perceptual.running.options import add_training_options
 
@@ -23,7 +24,7 @@ def ends(error):
         raise error
 
     with pytest.raises(SystemExit) as exit:
-        startup.run(main, ARGS)
+        entry.run(main, ARGS)
     return exit.value.code
 
 
@@ -34,6 +35,16 @@ def ends(error):
         (FloatingPointError("lower `learning_rate`"), 3, "training stopped: lower --learning_rate"),
         (OSError(28, "No space left on device", "x.png"), 2, "error: [Errno 28] No space left on device: 'x.png'"),
         (OSError(36, "File name too long", "y" * 999), 2, "error: [Errno 36] File name too long"),
+        (OSError(5, "Input/output error", "x.png"), 2, "Input/output error: 'x.png'"),
+        (TrainingError("nothing was learned"), 3, "training stopped: nothing was learned"),
+        (InputError("x\x1b[2J\u202e.png"), 2, "error: x\\x1b[2J\\u202e.png"),
+        (MemoryError(), 2, "error: out of memory (MemoryError)"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), 2, "Tried to allocate 2 GiB"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"),
+            2,
+            "out of memory",
+        ),
     ],
 )
 def test_what_ends_a_script_is_a_sentence_and_a_code(error, code, says, signals, capsys):
@@ -49,16 +60,33 @@ def test_a_signal_anywhere_is_a_sentence_and_its_code(name, signals, capsys):
         os.kill(os.getpid(), getattr(signal, name))
 
     with pytest.raises(SystemExit) as exit:
-        startup.run(main, ARGS)
+        entry.run(main, ARGS)
     assert exit.value.code == 128 + getattr(signal, name)
     assert f"interrupted by {name}" in capsys.readouterr().err
 
 
+def test_out_of_memory_names_the_options_that_help():
+    args = argparse.Namespace(train_batch_size=4, gradient_checkpointing=False, perceptual_crop=256, resolution=512)
+    advice = entry.memory_advice(MemoryError(), args)
+    assert all(f"`{name}`" in advice for name in vars(args))
+    args.train_batch_size, args.gradient_checkpointing = 1, True
+    advice = entry.memory_advice(MemoryError(), args)
+    assert "batch" not in advice
+    assert "checkpointing" not in advice
+
+
+def test_arguments_that_are_not_utf8_are_refused(signals, capsys):
+    with pytest.raises(SystemExit) as exit:
+        entry.run(lambda args: None, argparse.Namespace(trigger_word="caf\udce9"))
+    assert exit.value.code == 2
+    assert "--trigger_word 'caf\\udce9'" in capsys.readouterr().err
+
+
 def test_bugs_keep_their_traceback(signals):
     with pytest.raises(OSError, match="odd"):
-        startup.run(lambda args: (_ for _ in ()).throw(OSError("odd")), ARGS)
+        entry.run(lambda args: (_ for _ in ()).throw(OSError("odd")), ARGS)
     with pytest.raises(RuntimeError, match="gloo"):  # of one process alone this is no lost connection
-        startup.run(lambda args: (_ for _ in ()).throw(RuntimeError("gloo")), ARGS)
+        entry.run(lambda args: (_ for _ in ()).throw(RuntimeError("gloo")), ARGS)
 
 
 def test_letters_that_the_console_lacks_are_escaped(monkeypatch):
@@ -114,9 +142,9 @@ def test_an_empty_token_is_none():
 
 LAUNCHED = """
 import sys
-from sketch_perceptual.running import startup
+from sketch_perceptual.running import entry
 import argparse
-startup.run(lambda args: print("trains"), argparse.Namespace(hub_token="hf_secret"))
+entry.run(lambda args: print("trains"), argparse.Namespace(hub_token="hf_secret"))
 """
 
 

@@ -1,0 +1,102 @@
+"""Entry point of every program: run `main`, and end with a sentence and an exit code."""
+
+import argparse
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable
+from typing import NoReturn
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+
+from ..errors import InputError, TrainingError, first_line, in_options, printable, program
+from . import interruption
+from .console import protect_console
+
+LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "gloo")
+NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "bad alloc", "ALLOC_FAILED")
+# Options that decide how much memory is needed.
+BATCHES = ("train_batch_size", "batch_size", "generation_batch_size", "extraction_batch_size")
+SAVERS = ("gradient_checkpointing", "pool_after_attention")
+SIZES = ("perceptual_crop", "resolution")
+
+
+def run(main: Callable, args: argparse.Namespace, name: str | None = None) -> None:
+    """Call `main(args)`. Errors of the user and of the machine end the program with a sentence, not a traceback.
+
+    Exit codes: 2, a mistake in the input, a file that cannot be read or written, or too little memory; 3, a training
+    that led nowhere, such as a loss or weights that are not finite; 128 + n, signal n.
+
+    Args:
+        name: of the program in its messages; the script's by default.
+    """
+    protect_console()
+    interruption.install()
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the report on the data says it
+
+    def end(code: int, message: str) -> NoReturn:
+        print(f"{name or program()}: {printable(in_options(message, args))}", file=sys.stderr)
+        sys.exit(code)
+
+    try:
+        _check_text(args)
+        if getattr(args, "hub_token", None) and (launcher := interruption.launcher()):
+            _refuse_token(args, launcher)
+        main(args)
+    except InputError as error:
+        end(2, f"error: {error}")
+    except (FloatingPointError, TrainingError) as error:
+        end(3, f"training stopped: {error}")
+    except interruption.Interrupted as stop:
+        end(128 + stop.number, f"interrupted by {signal.Signals(stop.number).name}")
+    except Exception as error:
+        if is_out_of_memory(error):
+            end(2, f"error: {memory_advice(error, args)}")
+        if (isinstance(error, OSError) and error.errno) or (
+            isinstance(error, SafetensorError) and "os error" in str(error)
+        ):
+            end(2, f"error: {first_line(error)}")
+        if torch.distributed.is_initialized() and any(sign in str(error) for sign in LOST):
+            end(1, "error: another process of this run has ended, which tells why or was killed")
+        raise
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device, the CPU's allocator or Python had too little memory, however the library words it."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(sign in str(error) for sign in NO_MEMORY)
+    )
+
+
+def memory_advice(error: BaseException, args: argparse.Namespace) -> str:
+    """The error in one line, and the options of this program that would need less memory."""
+    values = vars(args)
+    advice = [f"`{name}` 1" for name in BATCHES if values.get(name, 1) > 1]
+    advice += [f"`{name}`" for name in SAVERS if values.get(name, True) in (False, None)]
+    if torch.cuda.is_available() and values.get("mixed_precision", "bf16") in (None, "no"):
+        advice.append("`mixed_precision` bf16")
+    advice += [f"a smaller `{name}`" for name in SIZES if values.get(name)]
+    return f"out of memory ({first_line(error)[:200]})" + (f". Use {', or '.join(advice)}" if advice else "")
+
+
+def _check_text(args: argparse.Namespace) -> None:
+    """InputError for an argument with bytes that are not UTF-8, which no log, card or JSON could hold."""
+    for name, value in vars(args).items():
+        for text in value if isinstance(value, list) else [value]:
+            try:
+                str(text).encode()
+            except UnicodeEncodeError:
+                raise InputError(f"`{name}` {str(text)!a} is not UTF-8: rename it, or use a UTF-8 locale") from None
+
+
+def _refuse_token(args: argparse.Namespace, launcher: int) -> None:
+    """A launcher prints the command line of a script that fails, so it has to go first."""
+    message = (
+        "`hub_token` would be printed by the launcher of this script; use `hf auth login` or the variable HF_TOKEN"
+    )
+    print(f"{program()}: error: {in_options(message, args)}", file=sys.stderr, flush=True)
+    os.kill(launcher, signal.SIGTERM)
+    os._exit(2)
