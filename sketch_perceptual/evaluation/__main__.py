@@ -208,8 +208,8 @@ def write_scores(args: argparse.Namespace, report: Report) -> None:
         f" {'the bundled backbone' if args.backbone == str(BUNDLED) else hub_id(args.backbone) or 'another backbone'}."
     )
     for _, source in expand_models(args.models, SEEDS):
-        if set_section(source, "Scores", report.cells(), about):
-            print(Path(source, "README.md"))
+        if card := set_section(source, "Scores", report.cells(), about):
+            print(card)
 
 
 def distance(args: argparse.Namespace, accelerator: Accelerator) -> Report | None:

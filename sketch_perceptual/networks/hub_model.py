@@ -17,6 +17,7 @@ from .settings import Rules, check_json
 CARD = """---
 {metadata}
 ---
+<!-- written by sketch-perceptual -->
 
 # {noun}, saved by sketch-perceptual
 

@@ -1,14 +1,20 @@
 """Cards of what was trained."""
 
+import logging
+import os
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from .files import replacing
+from .files import CARD as README
+from .files import MARK, OTHER_CARD, card_path
 
-CARD = """---
+logger = logging.getLogger(__name__)
+
+TEMPLATE = """---
 {metadata}
 ---
+{mark}
 
 # {title}
 
@@ -45,8 +51,15 @@ def write_card(
     pictures=(),
     install: str = OWN_PACKAGE,
 ) -> None:
-    """Write `folder/README.md`: what it is, how to use it, and the options that made it; checks its metadata."""
-    text = CARD.format(
+    """Write the model card of `folder`: description, use, and the options that made it; checks its metadata.
+
+    It is the README.md, or stands beside one that this program did not write, which is kept.
+    """
+    path = card_path(folder)
+    if path.name == OTHER_CARD:
+        logger.warning(f"{path.with_name(README)} was not written by this program and is kept: the card is {path}")
+    text = TEMPLATE.format(
+        mark=MARK,
         metadata=data.to_yaml(),
         title=title,
         description=description,
@@ -55,26 +68,36 @@ def write_card(
         pictures="\n".join(f"![{Path(p).stem}](./{p})" for p in pictures),
         options="\n".join(f"| {name} | {_one_line(value)} |" for name, value in options.items()),
     )
-    ModelCard(text, ignore_metadata_errors=False).save(Path(folder, "README.md"))
+    ModelCard(text, ignore_metadata_errors=False).save(path)
 
 
-def set_section(folder: str | Path, title: str, lines: list[list[str]], about: str) -> bool:
-    """Put a table, its head first, into the card of `folder`, in place of one of this title; False: there is none."""
-    path = Path(folder, "README.md")
-    if not path.is_file() or TRAINING not in (text := path.read_text(encoding="utf-8")):
-        return False
+def set_section(folder: str | Path, title: str, lines: list[list[str]], about: str) -> Path | None:
+    """Put a table, its head first, into the card of `folder`, in place of one of this title.
+
+    Returns the card's path; None where there is no card with a section on training.
+    """
+    path = next((path for name in (OTHER_CARD, README) if (path := Path(folder, name)).is_file()), None)
+    if path is None or TRAINING not in (text := path.read_text(encoding="utf-8")):
+        return None
     start, _, rest = text.partition(TRAINING)
     start = start.partition(f"\n## {title}\n")[0]
     text = f"{start}\n## {title}\n\n{markdown_table(lines)}\n\n{about}\n{TRAINING}{rest}"
-    with replacing(folder) as aside:
-        (aside / path.name).write_text(text, encoding="utf-8")
-    return True
+    partial = path.with_suffix(".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+    return path
 
 
 def markdown_table(lines: list[list[str]]) -> str:
     """Cells by line, the head first."""
     head, *rows = lines
     return "\n".join(f"| {' | '.join(map(_one_line, line))} |" for line in (head, ["---"] * len(head), *rows))
+
+
+def listing(folder: str | Path, files: dict[str, str]) -> str:
+    """Return what was made, for the end of a program: each file of `folder` and its use, a line each."""
+    width = max(map(len, files))
+    return "\n".join([str(folder), *(f"  {name:<{width}}  {use}" for name, use in files.items())])
 
 
 def model_name(model_id: str | None, output_dir: str | Path) -> str:

@@ -12,6 +12,7 @@ from huggingface_hub import HfApi
 
 from ..errors import HUB_ERRORS, InputError, hub_reason
 from .cards import model_name
+from .files import CARD, card_path
 
 logger = get_logger(__name__, log_level="INFO")
 
@@ -46,6 +47,7 @@ def push(args: argparse.Namespace, folder: str | Path, made: list[str], at_times
     """
     if not args.push_to_hub:
         return
+    made = [card_path(folder).name if name == CARD else name for name in made]
     what = {"repo_id": args.hub_model_id, "folder_path": str(folder), "allow_patterns": list(map(glob.escape, made))}
     if at_times:
         what["delete_patterns"] = list(map(glob.escape, at_times))
