@@ -156,45 +156,49 @@ def main(args: argparse.Namespace) -> None:
     lr_scheduler = make_lr_scheduler(args, run, optimizer, steps)
     meter = Meter(accelerator)
     logger.info(run_summary(args, run, steps, network, len(train_data), len(validation_data)))
-    run.state = {"history": [], "epoch_sums": [0, 0, 0]} | run.state
+    run.state = {"history": []} | run.state
     score_untouched(run, untouched, validation_loader, data.classes)
     del untouched
     checkpoint = Checkpoint(accelerator, network, Path(args.output_dir, "best"))
     run.begin(steps, meter, optimizer, checkpoint.save, checkpoint.load, lr_scheduler)
 
+    if steps.at_epoch_end and steps.done > last_scored(run.state):  # the run ended before it was scored
+        end_epoch(args, run, model, validation_loader, split_record)
     model.train()
     clock = Clock(steps)
-    for batch in steps:
-        with accelerator.accumulate(model):
-            torch.manual_seed(steps.draw("dropout").initial_seed())
-            logits = model(batch["pixel_values"]).float()
-            losses = F.cross_entropy(logits, batch["label"], reduction="none")
-            accelerator.backward(losses.mean())
-            meter.add(batch["name"], {"loss": losses, "hits": logits.argmax(1) == batch["label"]})
-            if not accelerator.sync_gradients:
-                continue
-            grad_norm = accelerator.clip_grad_norm_(trainable, args.max_grad_norm or math.inf)
-            vars(optimizer)["found_inf"] = (~grad_norm.isfinite()).float()  # a fused optimizer then skips by itself
-            meter.close(steps.done, grad_norm)
-            prepared_optimizer.step()
-            lr_scheduler.step()
-            prepared_optimizer.zero_grad()
+    with run.training():
+        for batch in steps:
+            with accelerator.accumulate(model):
+                torch.manual_seed(steps.draw("dropout").initial_seed())
+                logits = model(batch["pixel_values"]).float()
+                losses = F.cross_entropy(logits, batch["label"], reduction="none")
+                accelerator.backward(losses.mean())
+                meter.add(batch["name"], {"loss": losses, "hits": logits.argmax(1) == batch["label"]})
+                if not accelerator.sync_gradients:
+                    continue
+                grad_norm = accelerator.clip_grad_norm_(trainable, args.max_grad_norm or math.inf)
+                vars(optimizer)["found_inf"] = (
+                    ~grad_norm.isfinite()
+                ).float()  # a fused optimizer then skips by itself
+                meter.close(steps.done, grad_norm)
+                prepared_optimizer.step()
+                lr_scheduler.step()
+                prepared_optimizer.zero_grad()
 
-        steps.advance()
-        stopped = run.stopped()
-        is_due = steps.due(args.checkpointing_steps) or (steps.at_epoch_end and args.checkpointing_steps is None)
-        if steps.due(args.logging_steps) or steps.at_epoch_end or is_due or stopped or clock.is_early():
-            run.log(read_meter(run, lr_scheduler, clock))  # at no other step anybody waits for a number
-        if clock.is_over():
-            logger.info(cost_forecast(args, network, steps, clock, len(train_data), len(validation_data)))
-        if steps.at_epoch_end:
-            end_epoch(args, run, model, validation_loader, split_record)
-        run.end_step(is_due, stopped)
-        if is_due or steps.at_epoch_end:
-            clock.restart()
+            steps.advance()
+            stopped = run.stopped()
+            is_due = steps.due(args.checkpointing_steps) or (steps.at_epoch_end and args.checkpointing_steps is None)
+            if steps.due(args.logging_steps) or steps.at_epoch_end or is_due or stopped or clock.is_early():
+                run.log(read_meter(run, lr_scheduler, clock))  # at no other step anybody waits for a number
+            if clock.is_over():
+                logger.info(cost_forecast(args, network, steps, clock, len(train_data), len(validation_data)))
+            if steps.at_epoch_end:
+                end_epoch(args, run, model, validation_loader, split_record)
+            run.end_step(is_due, stopped)
+            if is_due or steps.at_epoch_end:
+                clock.restart()
 
     with run.finishing():
-        run.check_weights()
         if accelerator.is_main_process:
             finish(args, run, accelerator.unwrap_model(model))
     run.close()
@@ -346,10 +350,8 @@ def score_untouched(run: Run, untouched: AttentionVGG16 | None, loader, classes:
 
 
 def read_meter(run: Run, lr_scheduler, clock: Clock) -> dict[str, float]:
-    """What is to be logged of the steps since the last reading, which are added to the epoch's sums."""
+    """Return the logs of the steps since the last reading."""
     totals = run.meter.read()
-    sums = [totals[name] for name in ("loss", "hits", "rows")]
-    run.state["epoch_sums"] = [old + new for old, new in zip(run.state["epoch_sums"], sums, strict=True)]
     logs = {"grad_norm": totals["grad_norm"], "lr": lr_scheduler.get_last_lr()[0]}
     logs["images_per_second"] = clock.read(totals["rows"])
     if totals["rows"]:
@@ -361,13 +363,15 @@ def end_epoch(args, run: Run, model, validation_loader, split_record: dict) -> N
     """Score the network and keep it if it is the best so far."""
     network = run.accelerator.unwrap_model(model)
     results = evaluate(run.accelerator, model, validation_loader, network.classes)
-    loss, hits, images = run.state["epoch_sums"]
-    epoch, step = run.steps.epoch + 1, run.steps.done
-    record = {"epoch": epoch, "step": step}
-    if images:  # of an epoch without a finite loss there is nothing to tell
-        record |= {"train_loss": loss / images, "train_top1": hits / images}
+    sums = run.meter.start_epoch()
+    images, epoch = sums["rows"], run.steps.epoch + 1
+    record = {
+        "epoch": epoch,
+        "step": run.steps.done,
+        "train_loss": sums["loss"] / images if images else None,  # None: no step of the epoch was finite
+        "train_top1": sums["hits"] / images if images else None,
+    }
     run.state["history"].append(record | results)
-    run.state["epoch_sums"] = [0, 0, 0]
     run.log({"epoch": epoch} | {f"validation_{name}": results[name] for name in ("loss", "top1", "top5")})
     train_loss = f"train loss {record['train_loss']:.3f}, " if images else ""
     logger.info(f"epoch {epoch}: {train_loss}validation {accuracies(results)}")
@@ -481,6 +485,11 @@ def worst_table(classes: list[dict]) -> str:
     return cards.markdown_table([list(names), *rows])
 
 
+def last_scored(state: dict) -> int:
+    """Return the step after which the network was last scored, 0 if never."""
+    return state["history"][-1]["step"] if state["history"] else 0
+
+
 def best_epoch(state: dict) -> dict:
     """The first of those with the highest validation accuracy (Algorithm 1)."""
     return max(state["history"], key=lambda record: record["top1"])
@@ -505,7 +514,13 @@ def finish(args, run: Run, network: AttentionVGG16) -> None:
     if run.meter.skipped:
         logger.warning(f"{run.meter.skipped} steps were skipped: their loss or gradient was not finite")
     logger.info(f"best epoch {best['epoch']}: {accuracies(best)}")
-    print(Path(args.output_dir, "best"))
+    folder = Path(args.output_dir, "best")
+    uses = {
+        "model.safetensors": f"for PerceptualLoss({str(folder)!r}), or --backbone {folder}",
+        "metrics.json": "accuracies of all epochs, worst classes and settings",
+        "curve.png": "loss and accuracy by epoch",
+    }
+    print(cards.listing(folder, uses))
 
 
 def write_card(args, folder: Path, network: AttentionVGG16, run: Run, split_record: dict) -> None:

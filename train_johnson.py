@@ -39,7 +39,7 @@ from sketch_perceptual.data.look import BLANK
 from sketch_perceptual.data.options import add_data_options, choose_samples
 from sketch_perceptual.data.paired import find_pairs
 from sketch_perceptual.data.rows import image_column_of, load_rows
-from sketch_perceptual.errors import InputError, first_line
+from sketch_perceptual.errors import InputError, TrainingError, first_line
 from sketch_perceptual.evaluation.preview import dry_run, fitted, sheet_rows, write_sheet
 from sketch_perceptual.figures import image_grid
 from sketch_perceptual.losses import DEFAULT_LAYERS, StyleLoss, gram_matrix, total_variation
@@ -64,10 +64,6 @@ logger = get_logger(__name__, log_level="INFO")
 
 PROBES = 8  # content pictures on which the losses of the untrained network are measured
 FILES = ["config.json", "model.safetensors", "README.md", "metrics.json", "validation.png"]
-
-
-class ExportError(Exception):
-    """What was written is not what was trained."""
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -171,34 +167,34 @@ def main(args: argparse.Namespace) -> None:
     photos = [content.image(index) for index in spaced(len(content), args.num_validation_images)]
 
     model.train()
-    for batch in steps:
-        with accelerator.accumulate(model):
-            images = batch["pixel_values"]
-            losses = transfer_losses(args, style_loss, model(images), images, draw_style(steps.done))
-            total = weigh(args, losses, run.state["scales"])
-            accelerator.backward(total.mean())
-            meter.add(batch["name"], {"train_loss": total} | losses)
-            if not accelerator.sync_gradients:
-                continue
-            grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-            meter.close(steps.done, grad_norm)
-            logs = step_logs(meter.read(), lr_scheduler, meter)  # before the step, which no NaN must take
-            if meter.may_step():
-                prepared_optimizer.step()
-            lr_scheduler.step()
-            prepared_optimizer.zero_grad()
+    with run.training():
+        for batch in steps:
+            with accelerator.accumulate(model):
+                images = batch["pixel_values"]
+                losses = transfer_losses(args, style_loss, model(images), images, draw_style(steps.done))
+                total = weigh(args, losses, run.state["scales"])
+                accelerator.backward(total.mean())
+                meter.add(batch["name"], {"train_loss": total} | losses)
+                if not accelerator.sync_gradients:
+                    continue
+                grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+                meter.close(steps.done, grad_norm)
+                logs = step_logs(meter.read(), lr_scheduler, meter)  # before the step, which no NaN must take
+                if meter.may_step():
+                    prepared_optimizer.step()
+                lr_scheduler.step()
+                prepared_optimizer.zero_grad()
 
-        steps.advance()
-        run.log(logs)
-        if steps.due(args.validation_steps) or steps.at_end:
-            run.state["history"].append({"step": steps.done} | logs)
-            with interruptible():  # nobody waits for pictures to stop a run
-                if accelerator.is_main_process:
-                    validate(args, accelerator, network, photos, steps.done)
-        run.end_step(save=steps.due(args.checkpointing_steps))
+            steps.advance()
+            run.log(logs)
+            if steps.due(args.validation_steps) or steps.at_end:
+                run.state["history"].append({"step": steps.done} | logs)
+                with interruptible():  # nobody waits for pictures to stop a run
+                    if accelerator.is_main_process:
+                        validate(args, accelerator, network, photos, steps.done)
+            run.end_step(save=steps.due(args.checkpointing_steps))
 
     with run.finishing():
-        run.check_weights()
         if accelerator.is_main_process:
             accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # takes accelerate's autocast off the network
             finish(args, run, network, photos, describe(backbone, len(content), len(style), steps.total))
@@ -418,7 +414,7 @@ def finish(args, run: Run, network: JohnsonNet, photos: list[Image.Image], descr
         network.save_pretrained(partial_folder)
     rows, again = (draw(args, drawer, photos) for drawer in (network.float().cpu(), load_johnson(folder)))
     if any(one.tobytes() != other.tobytes() for one, other in zip(rows["sketch"], again["sketch"], strict=True)):
-        raise ExportError(f"{folder} does not load as it was trained")
+        raise TrainingError(f"{folder} does not load as it was trained")
     if flat := sum(len(set(picture.convert("L").tobytes())) < 8 for picture in rows["sketch"]):
         logger.warning(f"{flat} of {len(photos)} validation pictures are of nearly one colour; see validation.png")
     if run.meter.skipped:
@@ -429,7 +425,11 @@ def finish(args, run: Run, network: JohnsonNet, photos: list[Image.Image], descr
         image_grid(rows).save(partial_folder / "validation.png")
         (partial_folder / "metrics.json").write_text(json.dumps(metrics, indent=2), encoding="utf-8")
     write_card(args, run, description)
-    print(folder / "validation.png")
+    uses = {
+        "validation.png": "validation photos, and what the network makes of them",
+        "model.safetensors": f"for sketch-perceptual stylize --model {folder} --input PHOTOS --output SKETCHES",
+    }
+    print(cards.listing(folder, uses))
 
 
 def describe(backbone: AttentionVGG16, photos: int, drawings: int, steps: int) -> str:

@@ -33,6 +33,7 @@ from huggingface_hub import ModelCardData
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from PIL import Image
+from tqdm.auto import tqdm
 
 from sketch_perceptual import lora_files
 from sketch_perceptual.arguments import above, at_least, fraction, size
@@ -54,11 +55,12 @@ from sketch_perceptual.diffusion import (
     sample_latents,
 )
 from sketch_perceptual.diffusion_checks import PREDICTION_TYPES
-from sketch_perceptual.errors import InputError, first_line, first_names, from_hub
+from sketch_perceptual.errors import InputError, TrainingError, first_line, first_names, from_hub
 from sketch_perceptual.evaluation.pipelines import add_pipeline_options, load_pipeline
 from sketch_perceptual.evaluation.preview import dry_run, read_data
 from sketch_perceptual.figures import image_grid
 from sketch_perceptual.losses import LOSSES, build_losses
+from sketch_perceptual.measures.ink import chroma, ink
 from sketch_perceptual.networks.backbone import BUNDLED, AttentionVGG16, tuned_resolution
 from sketch_perceptual.networks.hub_model import fingerprint
 from sketch_perceptual.running import cards, entry, hub
@@ -84,14 +86,12 @@ ADAPTER = "default"
 WEIGHTS = "pytorch_lora_weights.safetensors"
 BEFORE_AFTER = "before_after.png"
 FEW_PROMPTS = 1000
+FEW_DRAWINGS = 32
+DRAWING_STEPS = 30
 HELD_OUT_TIMESTEPS = 4  # of each image, in quarters of the schedule
 NEW_CAPTIONS = "--shuffle_tags makes new captions all the time"
 NEW_ENCODER = "--train_text_encoder changes what captions mean"
 RANDOM_CROPS = "images that are not square are cropped at random: add --fit pad or --center_crop"
-
-
-class ExportError(Exception):
-    """What was written is not what was trained."""
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -112,7 +112,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--text_encoder_lr", type=above(0), help="its learning rate; default: --learning_rate")
     add("--prediction_type", choices=PREDICTION_TYPES, help="default: the scheduler's own")
     add("--noise_offset", type=rate, default=0.0, help="scale of an extra noise that is constant within each channel")
-    add("--snr_gamma", type=rate, help="Min-SNR weighting of the denoising loss; 5.0 is recommended")
+    add("--snr_gamma", type=above(0), help="Min-SNR weighting of the denoising loss; 5.0 is recommended")
     add("--enable_xformers_memory_efficient_attention", action="store_true")
 
     add = add_caption_options(parser)
@@ -274,43 +274,43 @@ def main(args: argparse.Namespace) -> None:
 
     held_out.measure(run)
     unet.train()
-    for batch in steps:
-        with accelerator.accumulate(*models):
-            losses, model_pred, timesteps = compute_losses(
-                args, pipeline.vae, unet, embed, noise_scheduler, perceptual_term, batch, steps
-            )
-            denoising, perceptual = losses["denoising"], losses["perceptual"]
-            loss, pull = balance(denoising.mean(), perceptual, model_pred, args.perceptual_weight)
-            accelerator.backward(loss)
-            losses |= {"train": denoising + pull["factor"] * perceptual} | pull
-            total = noise_scheduler.config.num_train_timesteps
-            meter.add(batch["name"], losses | by_decile(denoising, timesteps, total), timesteps)
-            if not accelerator.sync_gradients:
-                continue
-            grad_norm = accelerator.clip_grad_norm_(lora_parameters, args.max_grad_norm)
-            meter.close(steps.done, grad_norm)
-            totals = meter.read()  # before the step, which a loss that is not finite must not take
-            if meter.may_step():
-                prepared_optimizer.step()
-            lr_scheduler.step()
-            prepared_optimizer.zero_grad()
+    with run.training():
+        for batch in steps:
+            with accelerator.accumulate(*models):
+                losses, model_pred, timesteps = compute_losses(
+                    args, pipeline.vae, unet, embed, noise_scheduler, perceptual_term, batch, steps
+                )
+                denoising, perceptual = losses["denoising"], losses["perceptual"]
+                loss, pull = balance(denoising.mean(), perceptual, model_pred, args.perceptual_weight)
+                accelerator.backward(loss)
+                losses |= {"train": denoising + pull["factor"] * perceptual} | pull
+                total = noise_scheduler.config.num_train_timesteps
+                meter.add(batch["name"], losses | by_decile(denoising, timesteps, total), timesteps)
+                if not accelerator.sync_gradients:
+                    continue
+                grad_norm = accelerator.clip_grad_norm_(lora_parameters, args.max_grad_norm)
+                meter.close(steps.done, grad_norm)
+                totals = meter.read()  # before the step, which a loss that is not finite must not take
+                if meter.may_step():
+                    prepared_optimizer.step()
+                lr_scheduler.step()
+                prepared_optimizer.zero_grad()
 
-        steps.advance()
-        run.log(step_logs(args, totals, lr_scheduler, meter))
-        if steps.at_epoch_end:
-            held_out.measure(run)
-        if args.validation_prompt and steps.at_epoch_end and steps.epoch % args.validation_epochs == 0:
-            with interruptible():  # nobody waits for pictures to stop a run
-                if accelerator.is_main_process:
-                    validate(args, accelerator, pipeline, embed, seed, steps.done)
-        run.end_step(save=steps.due(args.checkpointing_steps))
+            steps.advance()
+            run.log(step_logs(args, totals, lr_scheduler, meter))
+            if steps.at_epoch_end:
+                held_out.measure(run)
+            if args.validation_prompt and steps.at_epoch_end and steps.epoch % args.validation_epochs == 0:
+                with interruptible():  # nobody waits for pictures to stop a run
+                    if accelerator.is_main_process:
+                        validate(args, accelerator, pipeline, embed, seed, steps.done)
+            run.end_step(save=steps.due(args.checkpointing_steps))
 
     with run.finishing():
-        run.check_weights()
         if accelerator.is_main_process:
             for model in models:  # takes accelerate's autocast off the pipeline's
                 accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-            files = finish(args, run, pipeline, embed)
+            files = finish(args, run, pipeline, embed, data)
     run.close()
     if accelerator.is_main_process:
         hub.push(args, args.output_dir, files, at_times=(BEFORE_AFTER,))
@@ -427,10 +427,10 @@ class HeldOut:
             )
         unet.train(was_training)
         denoising, perceptual, gated = accelerator.reduce(sums, "sum").tolist()
-        losses = {"denoising_loss": denoising / (HELD_OUT_TIMESTEPS * len(self.data))}
-        losses |= {"perceptual_loss": perceptual / gated} if gated else {}
+        losses: dict[str, float | None] = {"denoising_loss": denoising / (HELD_OUT_TIMESTEPS * len(self.data))}
+        losses["perceptual_loss"] = perceptual / gated if gated else None
         history.append({"step": run.steps.done} | losses)
-        run.log({f"held_out_{name}": value for name, value in losses.items()})
+        run.log({f"held_out_{name}": value for name, value in losses.items() if value is not None})
 
     def sums(self, unet, data: CaptionedImages, index: int) -> torch.Tensor:
         """Of one image, over HELD_OUT_TIMESTEPS rows: denoising loss, perceptual loss, and how many were scored."""
@@ -862,7 +862,24 @@ def run_summary(args, run: Run, steps: Steps, perceptual_term, lora_parameters) 
             f"perceptual term: {args.perceptual_weight:g} x {' + '.join(args.perceptual_loss)}; open at"
             f" {open_timesteps.float().mean():.0%} of the timesteps, up to {int(open_timesteps.nonzero().max())}"
         )
+    if pictures := picture_summary(args, run, steps):
+        lines.append(pictures)
     return "\n".join(lines)
+
+
+def picture_summary(args, run: Run, steps: Steps) -> str | None:
+    """How many pictures the run will draw, and their share of its passes through the U-Net; None without pictures."""
+    prompts = len(args.validation_prompt or []) * args.num_validation_images
+    if not prompts:
+        return None
+    during, at_end = prompts * (steps.epochs // args.validation_epochs), 2 * prompts
+    drawing = (during + at_end) * DRAWING_STEPS * 2  # with guidance
+    training = 3 * steps.total * args.train_batch_size * args.gradient_accumulation_steps  # backward counts twice
+    advice = "; a larger --validation_epochs makes it less" if drawing > training else ""
+    return (
+        f"pictures: {during} during the run and {at_end} at its end, about {drawing / (drawing + training):.0%} of the"
+        f" work{advice}"
+    )
 
 
 def step_logs(args, totals: dict[str, float], lr_scheduler, meter: Meter) -> dict[str, float]:
@@ -887,19 +904,23 @@ def generate(args, accelerator: Accelerator, pipeline, embed, seed: int) -> dict
     """`num_validation_images` of each validation prompt; leaves modes and random state as they were."""
     unet, was_training = pipeline.unet, pipeline.unet.training
     unet.eval()
+    wanted = (args.validation_prompt or []) if args.num_validation_images else []
     width, height = args.validation_size or (args.resolution, args.resolution)
     size = {"height": height, "width": width}
     images = {}
     try:
-        with torch.random.fork_rng(), accelerator.autocast():
-            for prompt in (args.validation_prompt or []) if args.num_validation_images else []:
+        bar = tqdm(desc="Pictures", total=len(wanted) * args.num_validation_images, leave=False, disable=None)
+        with torch.random.fork_rng(), accelerator.autocast(), bar:
+            for prompt in wanted:
                 prompts = {"prompt_embeds": embed([prompt]), "negative_prompt_embeds": embed([""])}
                 draws = [torch.Generator().manual_seed(seed + n) for n in range(args.num_validation_images)]
-                latents = [
-                    pipeline(**prompts, num_inference_steps=30, generator=draw, output_type="latent", **size).images
-                    for draw in draws
-                ]
-                images[prompt] = [to_pil(decode(pipeline.vae, latent)[0]) for latent in latents]
+                images[prompt] = []
+                for draw in draws:
+                    latents = pipeline(
+                        **prompts, num_inference_steps=DRAWING_STEPS, generator=draw, output_type="latent", **size
+                    ).images
+                    images[prompt].append(to_pil(decode(pipeline.vae, latents)[0]))
+                    bar.update()
     finally:
         unet.train(was_training)
     return images
@@ -927,7 +948,7 @@ def validate(args, accelerator: Accelerator, pipeline, embed, seed: int, step: i
             track_images(accelerator, "validation", images, step)
 
 
-def finish(args, run: Run, pipeline, embed) -> list[str]:
+def finish(args, run: Run, pipeline, embed, data: CaptionedImages) -> list[str]:
     """Export the adapter, reload and check it, draw before and after, write the card; the names of these files."""
     for model in adapted(pipeline).values():
         model.to(torch.float32)
@@ -936,19 +957,51 @@ def finish(args, run: Run, pipeline, embed) -> list[str]:
     with optional("check of the adapter and pictures"):
         verify_export(args, pipeline)
         logger.info(f"adapter: {Path(args.output_dir, WEIGHTS)}, reloaded and checked")
-        is_drawn = draw_before_after(args, run, pipeline, embed)
+        after = draw_before_after(args, run, pipeline, embed)
+        is_drawn = bool(after)
+        compare_tones(data, after)
     if is_drawn:
         files.append(BEFORE_AFTER)
     write_card(args, run, [BEFORE_AFTER] if is_drawn else [])
     if run.meter.skipped:
         logger.warning(f"{run.meter.skipped} steps were skipped: their loss or gradient was not finite")
-    if is_drawn:
-        print(Path(args.output_dir, BEFORE_AFTER))
+    print(cards.listing(args.output_dir, uses(args, is_drawn)))
     return files
 
 
-def draw_before_after(args, run: Run, pipeline, embed) -> bool:
-    """Write the validation prompts as the pipeline draws them without and with the adapter; False: there are none."""
+def uses(args, is_drawn: bool) -> dict[str, str]:
+    """The files that a run leaves, and what each is for."""
+    kohya_weights = kohya_name(args)
+    pictures = {BEFORE_AFTER: "the validation prompts without and with the LoRA"} if is_drawn else {}
+    return pictures | {
+        WEIGHTS: f"for diffusers: pipeline.load_lora_weights({str(args.output_dir)!r}, weight_name={WEIGHTS!r})",
+        kohya_weights: "for ComfyUI (models/loras), AUTOMATIC1111 and Forge (models/Lora):"
+        f" <lora:{Path(kohya_weights).stem}:1> in a prompt",
+    }
+
+
+def compare_tones(data: CaptionedImages, pictures: list[Image.Image]) -> None:
+    """Log ink and colour of the LoRA's pictures beside those of its drawings; warn where they differ widely."""
+    if not pictures:
+        return
+    drawings = [data.image(index) for index in range(0, len(data), -(-len(data) // FEW_DRAWINGS))]
+    (drawn_ink, ink_now), (drawn_chroma, chroma_now) = (
+        [sum(map(tone, images)) / len(images) for images in (drawings, pictures)] for tone in (ink, chroma)
+    )
+    logger.info(
+        f"ink: {drawn_ink:.1%} of your drawings, {ink_now:.1%} of the LoRA's pictures; colour: {drawn_chroma:.3f},"
+        f" {chroma_now:.3f}"
+    )
+    if ink_now < drawn_ink / 3:
+        logger.warning("the LoRA's pictures are nearly blank: train longer, or raise `learning_rate`")
+    elif ink_now > 3 * drawn_ink:
+        logger.warning("the LoRA's pictures are far darker than the drawings: train longer, or lower `learning_rate`")
+    if chroma_now > drawn_chroma + 0.1:
+        logger.warning("the LoRA's pictures have more colour than the drawings: train longer, or raise `noise_offset`")
+
+
+def draw_before_after(args, run: Run, pipeline, embed) -> list[Image.Image]:
+    """Write the validation prompts as the pipeline draws them without and with the adapter; returns the latter."""
     after = generate(args, run.accelerator, pipeline, embed, run.seed)
     pipeline.disable_lora()
     before = generate(args, run.accelerator, pipeline, embed, run.seed)
@@ -959,7 +1012,7 @@ def draw_before_after(args, run: Run, pipeline, embed) -> bool:
         with replacing(args.output_dir) as folder:
             image_grid(rows, columns).save(folder / BEFORE_AFTER)
         track_images(run.accelerator, "test", after, run.steps.done)
-    return bool(after)
+    return [picture for row in after.values() for picture in row]
 
 
 @torch.no_grad()
@@ -990,13 +1043,17 @@ def verify_export(args, pipeline) -> None:
     pipeline.load_lora_weights(args.output_dir, weight_name=WEIGHTS, adapter_name=ADAPTER)
     path = Path(args.output_dir, WEIGHTS)
     if all(map(torch.equal, trained, base)):
-        raise ExportError(f"{path} changes nothing: the adapter was not trained")
+        raise TrainingError(
+            f"{path} changes nothing: the learning rate or the weights of the losses are too small to train it"
+        )
     if modules() != count:
-        raise ExportError(f"{path} does not load as it was trained: {modules()} of {count} modules came back")
+        raise TrainingError(f"{path} does not load as it was trained: {modules()} of {count} modules came back")
     for expected, reloaded in zip(trained, predict(), strict=True):
         if not torch.allclose(reloaded, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max())):
             difference = float((reloaded - expected).abs().max())
-            raise ExportError(f"{path} loads but predicts otherwise than the trained model, by up to {difference:.3g}")
+            raise TrainingError(
+                f"{path} loads but predicts otherwise than the trained model, by up to {difference:.3g}"
+            )
 
 
 def held_out_words(history: list[dict]) -> str:
@@ -1007,8 +1064,8 @@ def held_out_words(history: list[dict]) -> str:
     lowest = min(history, key=lambda record: record["denoising_loss"])
     words = [
         f"{name.replace('_', ' ')} {first[name]:.4g} at first, {last[name]:.4g} at last"
-        for name in last
-        if name != "step"
+        for name in ("denoising_loss", "perceptual_loss")
+        if None not in (first[name], last[name])
     ]
     return (
         f" On held-out images: {'; '.join(words)}. The denoising loss was lowest after step {lowest['step']},"

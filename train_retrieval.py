@@ -63,7 +63,7 @@ from sketch_perceptual.seeds import generator
 logger = get_logger(__name__, log_level="INFO")
 
 FILES = ["config.json", "model.safetensors", "README.md", "metrics.json", "split.json"]
-QUANTITIES = ("cross_entropy", "triplet_loss", "active_triplets", "embedding_std", "rows")
+QUANTITIES = ("cross_entropy", "triplet_loss", "active_triplets", "embedding_std")
 COLLAPSED = 0.1  # deviation of embeddings of length 1: 0 if all are one, nearly 1 if they point everywhere
 
 
@@ -118,40 +118,42 @@ def main(args: argparse.Namespace) -> None:
     steps = Steps(accelerator, batches, batches.lengths, seed=run.seed)
     meter = Meter(accelerator)
     logger.info(run_summary(args, run, embedder, head, gallery, queries))
-    run.state = {"sums": [0.0] * len(QUANTITIES), "runs": []} | run.state
+    run.state = {"runs": []} | run.state
     keep_finished_seeds(args, run)
     run.begin(steps, meter, optimizer, partial(save_head, embedder, head), partial(load_head, embedder, head))
 
+    if accelerator.is_main_process and seed_is_over(args, run):  # the run ended before it was scored
+        end_seed(args, run, embedder, head, gallery, queries, record, batches.seed(steps.epoch))
     model.train()
-    for labels, features in steps:
-        epoch, seed = steps.epoch % args.num_train_epochs, batches.seed(steps.epoch)
-        if epoch == steps.number == 0:
-            head.reset(seed)
-            optimizer.state.clear()
-        for group in optimizer.param_groups:
-            group["lr"] = args.learning_rate * args.lr_gamma ** (epoch // args.lr_step_size)  # StepLR
-        draw = generator(seed, "dropout", epoch, steps.number, accelerator.process_index)
-        torch.manual_seed(draw.initial_seed())
-        embeddings, logits = model(features)
-        cross_entropy = F.cross_entropy(logits.float(), labels)
-        triplet, active = triplet_loss(embeddings, labels, args.triplet_margin, args.mining)
-        accelerator.backward(cross_entropy + args.triplet_weight * triplet)
-        spread = (1 - embeddings.detach().mean(0).square().sum()).clamp(min=0).sqrt()
-        values = (cross_entropy, triplet, triplet.new_tensor(active), spread)
-        meter.add([], {name: value[None] for name, value in zip(QUANTITIES, values, strict=False)})
-        meter.close(steps.done, accelerator.clip_grad_norm_(model.parameters(), float("inf")))
-        totals = meter.read()  # before the step, which no NaN must take
-        if meter.may_step():
-            prepared_optimizer.step()
-        prepared_optimizer.zero_grad()
+    with run.training():
+        for labels, features in steps:
+            epoch, seed = steps.epoch % args.num_train_epochs, batches.seed(steps.epoch)
+            if epoch == steps.number == 0:
+                head.reset(seed)
+                optimizer.state.clear()
+            for group in optimizer.param_groups:
+                group["lr"] = args.learning_rate * args.lr_gamma ** (epoch // args.lr_step_size)  # StepLR
+            draw = generator(seed, "dropout", epoch, steps.number, accelerator.process_index)
+            torch.manual_seed(draw.initial_seed())
+            embeddings, logits = model(features)
+            cross_entropy = F.cross_entropy(logits.float(), labels)
+            triplet, active = triplet_loss(embeddings, labels, args.triplet_margin, args.mining)
+            accelerator.backward(cross_entropy + args.triplet_weight * triplet)
+            spread = (1 - embeddings.detach().mean(0).square().sum()).clamp(min=0).sqrt()
+            values = (cross_entropy, triplet, triplet.new_tensor(active), spread)
+            meter.add([], {name: value[None] for name, value in zip(QUANTITIES, values, strict=True)})
+            meter.close(steps.done, accelerator.clip_grad_norm_(model.parameters(), float("inf")))
+            meter.read()  # before the step, which no NaN must take
+            if meter.may_step():
+                prepared_optimizer.step()
+            prepared_optimizer.zero_grad()
 
-        steps.advance()
-        run.state["sums"] = [old + totals[name] for old, name in zip(run.state["sums"], QUANTITIES, strict=True)]
-        if steps.at_epoch_end:
-            end_epoch(run, seed, epoch + 1)
-        if steps.at_epoch_end and epoch + 1 == args.num_train_epochs and accelerator.is_main_process:
-            end_seed(args, run, embedder, head, gallery, queries, record, seed)
-        run.end_step(save=steps.at_epoch_end)
+            steps.advance()
+            if steps.at_epoch_end:
+                end_epoch(run, seed, epoch + 1)
+            if accelerator.is_main_process and seed_is_over(args, run):
+                end_seed(args, run, embedder, head, gallery, queries, record, seed)
+            run.end_step(save=steps.at_epoch_end)
 
     with run.finishing():
         if accelerator.is_main_process:
@@ -326,11 +328,11 @@ def evaluate(model: Head, gallery: Embedded, queries: Embedded, device: torch.de
 
 def end_epoch(run: Run, seed: int, epoch: int) -> None:
     """Log the means of an epoch."""
-    *sums, count = run.state["sums"]
-    run.state["sums"] = [0] * len(QUANTITIES)
+    sums = run.meter.start_epoch()
+    count = sums.pop("rows")
     if not count:
         return  # no step was finite, which has been said
-    means = run.state["last"] = {name: value / count for name, value in zip(QUANTITIES, sums, strict=False)}
+    means = run.state["last"] = {name: value / count for name, value in sums.items()}
     run.log({f"seed-{seed}/{name}": value for name, value in means.items()})
     if means["embedding_std"] < COLLAPSED:
         logger.warning(
@@ -339,24 +341,32 @@ def end_epoch(run: Run, seed: int, epoch: int) -> None:
         )
 
 
+def seed_is_over(args, run: Run) -> bool:
+    """Whether the last epoch of a seed that has no scores yet is over."""
+    steps, seed = run.steps, run.seed + run.steps.epoch // args.num_train_epochs
+    is_last = steps.at_epoch_end and (steps.epoch + 1) % args.num_train_epochs == 0
+    return is_last and all(scores["seed"] != seed for scores in run.state["runs"])
+
+
 def end_seed(args, run: Run, embedder, head: Head, gallery: Embedded, queries: Embedded, record: dict, seed) -> None:
     """Score the head of a seed; write its embedder and all that is to be told of it."""
     run.check_weights()
     ranking = evaluate(head.eval(), gallery, queries, run.accelerator.device)
     scores = ranking.scores
     head.train()
-    run.state["runs"].append({"seed": seed} | scores | run.state.get("last", {}))
+    result = {"seed": seed} | scores | run.state.get("last", {})
     run.log({f"seed-{seed}/{name}": scores[name] for name in ("top1", "top5", "map")})
     logger.info(f"seed {seed}: Top-1 {scores['top1']:.1%}, Top-5 {scores['top5']:.1%}, mAP {scores['map']:.3f}")
-    metrics = run.state["runs"][-1] | {"settings": run.identity, "changes": run.changes}
+    metrics = result | {"settings": run.identity, "changes": run.changes}
     sheet = draw_nearest(gallery, queries, ranking.nearest, seed)
     with replacing(Path(args.output_dir, f"seed-{seed}")) as folder:
         embedder.save_pretrained(folder)
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=2), encoding="utf-8")
         (folder / "split.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
-        write_card(args, folder, run, record)
+        write_card(args, folder, run, record, result)
         if sheet is not None:
             sheet.save(folder / "nearest.png")  # of the user's own drawings: not for the Hub
+    run.state["runs"].append(result)
     if sheet is not None:
         track_images(run.accelerator, "nearest", {f"seed {seed}": [sheet]}, run.steps.done)
 
@@ -385,11 +395,16 @@ def finish(args, run: Run) -> None:
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=2), encoding="utf-8")
     if run.meter.skipped:
         logger.warning(f"{run.meter.skipped} steps were skipped: their loss or gradient was not finite")
-    print(Path(args.output_dir, f"seed-{run.seed}"))
+    folder = Path(args.output_dir, f"seed-{run.seed}")
+    uses = {
+        "model.safetensors": f"for sketch-perceptual search --model {folder} --query PICTURE --gallery FOLDER",
+        "nearest.png": "queries and the drawings that they find",
+        "../metrics.json": "scores of all seeds",
+    }
+    print(cards.listing(folder, uses))
 
 
-def write_card(args, folder: Path, run: Run, record: dict) -> None:
-    scores = run.state["runs"][-1]
+def write_card(args, folder: Path, run: Run, record: dict, scores: dict) -> None:
     is_pushed = args.hub_model_id and scores["seed"] == run.seed  # the first of the seeds alone
     where = args.hub_model_id if is_pushed else "path/to/this/folder"
     on_hub = cards.hub_id(args.dataset_name)

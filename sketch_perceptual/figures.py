@@ -82,7 +82,8 @@ def learning_curve(history: list[dict]) -> "Figure":
         (accuracies, "accuracy", {"train_top1": "training, top-1", "top1": "validation, top-1", "top5": "top-5"}),
     ):
         for name, label in curves.items():
-            axes.plot(epochs, [record[name] for record in history], ".-", label=label)
+            values = [float("nan") if record[name] is None else record[name] for record in history]
+            axes.plot(epochs, values, ".-", label=label)
         axes.set(title=title, xlabel="epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend()

@@ -72,7 +72,7 @@ def add(names, *cases):
 add(
     TRAINERS,
     ("--output_dir /proc/nothing", "--output_dir /proc/nothing cannot be written to"),
-    ("--resume_from_checkpoint checkpoint-9", "checkpoint-9 is no complete checkpoint; out has none"),
+    ("--resume_from_checkpoint checkpoint-9", "checkpoint-9 is not a complete checkpoint; out has none"),
     ("--background nocolour", "'nocolour' is not a colour"),
     ("--report_to nobody", "accelerate refuses .*report_to"),
     ("--report_to wandb --hub_token hf_x", "use `hf auth login`"),

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 import train_lora_sketch as script
 from sketch_perceptual import lora_files
 from sketch_perceptual.data.image_sets import CaptionedImages
-from sketch_perceptual.errors import InputError
+from sketch_perceptual.errors import InputError, TrainingError
 from sketch_perceptual.losses import PixelLoss
 from sketch_perceptual.networks.backbone import load_backbone
 from sketch_perceptual.networks.hub_model import fingerprint
@@ -745,7 +745,7 @@ def test_checkpoints_are_adapters_and_old_ones_go(train, tiny_sd):
 def test_a_new_run_leaves_an_older_one_alone(train):
     run = train("--checkpointing_steps", 3, steps=6)
     before = run.adapter
-    with pytest.raises(InputError, match="holds checkpoint-6 of another training"):
+    with pytest.raises(InputError, match="contains checkpoint-6 of a previous run"):
         train("--checkpointing_steps", 2, steps=2)
     assert all(torch.equal(run.adapter[name], weight) for name, weight in before.items())
 
@@ -759,7 +759,10 @@ def test_a_new_run_leaves_an_older_one_alone(train):
         (("--perceptual_min_snr", 2), r"perceptual_min_snr was 0\.0, is 2\.0"),
         (("--prediction_type", "v_prediction"), "prediction_type was None, is 'v_prediction'"),
         (("--max_train_samples", 3), "data was '7 images \\w+', is '3 images"),
-        (("--resume_from_checkpoint", "checkpoint-5"), "checkpoint-5 is no complete checkpoint; .* has checkpoint-4"),
+        (
+            ("--resume_from_checkpoint", "checkpoint-5"),
+            "checkpoint-5 is not a complete .* has checkpoint-4",
+        ),
     ],
 )
 def test_a_resume_that_would_be_another_run_is_refused(train, options, message):
@@ -806,12 +809,12 @@ def test_a_signal_ends_the_step_saves_and_exits_with_its_own_code(train, monkeyp
 def test_an_export_that_does_not_load_as_trained_fails_the_run(train, monkeypatch, damage, message):
     to_tensors = lora_files.to_tensors
     monkeypatch.setattr(lora_files, "to_tensors", lambda layers: damage(to_tensors(layers)))
-    with pytest.raises(script.ExportError, match=message):
+    with pytest.raises(TrainingError, match=message):
         train()
 
 
 def test_an_adapter_that_was_not_trained_is_not_exported_as_one(train):
-    with pytest.raises(script.ExportError, match="changes nothing"):
+    with pytest.raises(TrainingError, match="changes nothing"):
         train("--learning_rate", 1e-30)
 
 
@@ -1091,3 +1094,54 @@ def test_two_processes_draw_apart_and_agree(tiny_sd, drawings, tmp_path):
     names = [name for rank in steps for step in rank[:4] for name in step[2]]
     assert len(set(names)) == 7
     assert checkpoints.read_checkpoint(tmp_path / "out" / "checkpoint-12")["step"] == 12
+
+
+def test_the_weight_of_the_term_may_change_on_a_resume_with_held_out_images(train):
+    options = ("--validation_share", 0.3, "--checkpointing_steps", 2)
+    train(*options, "--perceptual_weight", 0, steps=2)
+    resume = ("--resume_from_checkpoint", "latest", "--resume_with", "perceptual_weight", "perceptual_resolution")
+    run = train(*options, "--perceptual_weight", 0.3, *resume, "--validation_size", "64x32")
+    assert "On held-out images: denoising loss" in (run.folder / "README.md").read_text()
+
+
+def test_an_error_in_the_loop_keeps_the_steps_before_it(train, monkeypatch):
+    straight = train(output="straight")
+    losses, calls = script.compute_losses, []
+
+    def fail(*args):
+        calls.append(args)
+        if len(calls) == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return losses(*args)
+
+    monkeypatch.setattr(script, "compute_losses", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        train()
+    monkeypatch.setattr(script, "compute_losses", losses)
+    assert train("--resume_from_checkpoint", "latest") == straight
+
+
+def test_the_start_says_how_many_pictures_and_the_end_what_was_made(train, caplog, capsys):
+    caplog.set_level("INFO")
+    run = train("--validation_prompt", "a house", "--num_validation_images", 2, "--validation_epochs", 1, steps=8)
+    assert "pictures: 4 during the run and 4 at its end, about 91% of the work" in caplog.text
+    listing = capsys.readouterr().out
+    for name in ("before_after.png", script.WEIGHTS, "out.safetensors"):
+        assert name in listing
+        assert (run.folder / name).is_file()
+    assert "<lora:out:1>" in listing
+
+
+@pytest.mark.parametrize(
+    ("colour", "says"), [("white", "nearly blank"), ("black", "far darker"), ("pink", "more colour"), (None, None)]
+)
+def test_pictures_unlike_the_drawings_are_warned_of(colour, says, drawings, caplog):
+    paths = sorted(drawings.rglob("*.png"))
+    data = CaptionedImages(paths, list(map(str, paths)), ["a"] * len(paths))
+    pictures = [Image.open(path) if colour is None else Image.new("RGB", (32, 32), colour) for path in paths]
+    caplog.set_level("INFO")
+    Accelerator(cpu=True)  # which the log needs
+    script.compare_tones(data, [picture.convert("RGB") for picture in pictures])
+    assert "ink: " in caplog.text
+    warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert any(says in warning for warning in warnings) if says else warnings == []

@@ -18,7 +18,8 @@ logger = get_logger(__name__, log_level="INFO")
 
 STATE_FILE = "training_state.json"  # written last: a checkpoint without it is not complete
 OPTIMIZER_FILE = "optimizer.safetensors"
-VERSION = 1  # of the layout of a checkpoint
+CHECKPOINT = re.compile(r"checkpoint-(\d+)(\.replaced)?")
+VERSION = 2  # of the layout of a checkpoint
 
 
 def write_checkpoint(final: Path, write_weights: Callable[[Path], None], state: dict) -> None:
@@ -47,7 +48,7 @@ def find_checkpoints(output_dir: str | Path) -> list[Path]:
     """The complete checkpoints of a folder, oldest first."""
     found = {}
     for path in sorted(Path(output_dir).glob("checkpoint-*"), reverse=True):  # .replaced first
-        name = re.fullmatch(r"checkpoint-(\d+)(\.replaced)?", path.name)
+        name = CHECKPOINT.fullmatch(path.name)
         if name and (path / STATE_FILE).is_file():
             found[int(name[1])] = path
     return [found[step] for step in sorted(found)]
@@ -106,6 +107,7 @@ def unflatten(tensors: dict[str, torch.Tensor], numbers: dict) -> dict:
 def choose(folder: Path, resume_from: str | None) -> tuple[Path | None, dict | None]:
     """The checkpoint to resume from and its state; None for a run from the beginning, which has to be one."""
     complete = find_checkpoints(folder)
+    _refuse_foreign(folder)
     if resume_from is None:
         _check_unused(folder, complete)
         return None, None
@@ -125,15 +127,26 @@ def choose(folder: Path, resume_from: str | None) -> tuple[Path | None, dict | N
                 _check_unused(folder, complete)
             return path, read_checkpoint(path)
     names = ", ".join(path.name for path in complete) or "none"
-    raise InputError(f"`resume_from_checkpoint` {resume_from} is no complete checkpoint; {folder} has {names}")
+    raise InputError(f"`resume_from_checkpoint` {resume_from} is not a complete checkpoint; {folder} has {names}")
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """InputError for a checkpoint-N of another program, which a checkpoint of this run could replace."""
+    for path in sorted(folder.glob("checkpoint-*")):
+        is_ours = any((path / name).exists() for name in (STATE_FILE, OPTIMIZER_FILE))
+        if CHECKPOINT.fullmatch(path.name) and not is_ours:
+            raise InputError(
+                f"{path} was not written by this program and cannot be resumed: move it away, or choose another"
+                " `output_dir`. To start from its LoRA, fuse that into the pipeline first"
+            )
 
 
 def _check_unused(folder: Path, complete: list[Path]) -> None:
     if complete:
         raise InputError(
-            f"`output_dir` {folder} holds {complete[-1].name} of another training: go on with it by"
+            f"`output_dir` {folder} contains {complete[-1].name} of a previous run: continue it with"
             " `resume_from_checkpoint` latest, or choose another folder"
         )
     results = [path.relative_to(folder) for path in folder.rglob("*.safetensors")]
     if names := sorted(str(path) for path in results if not path.parts[0].startswith(".")):
-        logger.warning(f"{folder} holds {names[0]} of another training, which this one will replace")
+        logger.warning(f"{folder} contains {names[0]} of a previous run; it will be overwritten")

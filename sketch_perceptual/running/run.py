@@ -4,8 +4,8 @@ import json
 import secrets
 import shutil
 import sys
-from collections.abc import Callable
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from ..errors import InputError, first_line
 from . import interruption
 from .checkpoints import OPTIMIZER_FILE, choose, find_checkpoints, flatten, place, unflatten, write_checkpoint
+from .identity import SHAPES
 from .lock import lock_folder
 from .processes import on_main
 from .steps import Meter, Steps
@@ -59,10 +60,13 @@ class Run:
         self.resume_with, self.identity, self.state, self.changes = resume_with or [], {}, {}, []
         if resume_with and resume_from is None:
             raise InputError("`resume_with` is for a resumed run: add `resume_from_checkpoint`")
+        if fixed := sorted(set(self.resume_with) & SHAPES):
+            raise InputError(f"`resume_with`: {', '.join(fixed)} must be as it was, or the saved weights do not fit")
         self.checkpoint, self.saved = on_main(accelerator, self._open, resume_from)
         if self.saved:
             self.state = self.saved["state"]
         self._last_saved: int | None = None
+        self._stepping: int | None = None  # the step whose update of the weights has begun
         seed = options.get("seed")
         if seed is None:
             seed = self.saved["identity"].get("seed") if self.saved else secrets.randbelow(2**31)
@@ -81,10 +85,10 @@ class Run:
         refused = {name: values for name, values in different.items() if name not in self.resume_with}
         if refused:
             lines = [f"{name} was {old!r}, is {now!r}" for name, (old, now) in refused.items()]
-            raise InputError(
-                f"{self.checkpoint} belongs to another run: {'; '.join(lines)}. To go on all the same with the new"
-                f" values: `resume_with` {' '.join(refused)}"
-            )
+            advice = f"To continue with the new values: `resume_with` {' '.join(refused)}"
+            if fixed := [name for name in refused if name in SHAPES]:
+                advice = f"{', '.join(fixed)} must stay: the saved weights have another shape or number"
+            raise InputError(f"{self.checkpoint} belongs to another run: {'; '.join(lines)}. {advice}")
         for name, (old, now) in different.items():
             logger.warning(f"resumed with {name}={now!r}, which was {old!r}")
             self.changes.append({"step": self.saved["step"], "name": name, "from": old, "to": now})
@@ -104,19 +108,28 @@ class Run:
         """
         if unknown := sorted(set(self.resume_with) - set(self.identity)):
             raise InputError(
-                f"`resume_with`: {', '.join(unknown)} is nothing that a run must share; that are"
-                f" {', '.join(sorted(self.identity))}"
+                f"`resume_with` {' '.join(unknown)}: not compared on resume, so there is nothing to override. Choose"
+                f" from {', '.join(sorted(set(self.identity) - SHAPES))}"
             )
         self.steps, self.meter, self.optimizer = steps, meter, optimizer
         self.save_model = save_model
+        optimizer.register_step_pre_hook(self._note_update)
         if self.saved:
             if self.saved["step"] > steps.total:
                 raise InputError(
                     f"{self.checkpoint} is past the end: this run has {steps.total} steps; see `max_train_steps`"
                 )
-            load_model(self.checkpoint)
-            self._load_optimizer()
-            steps.done, meter.skipped = self.saved["step"], self.saved["skipped_steps"]
+            try:
+                load_model(self.checkpoint)
+                self._load_optimizer()
+            except (RuntimeError, ValueError, KeyError, IndexError) as error:
+                raise InputError(
+                    f"{self.checkpoint} does not fit the model of this run ({first_line(error)}): options that change"
+                    " the shape or the number of weights must be as they were"
+                ) from error
+            steps.go_to(self.saved["step"])
+            meter.skipped = self.saved["skipped_steps"]
+            meter.epoch = self.saved["epoch"]
             self.changes = self.saved["changes"] + self.changes
             if lr_scheduler is not None:
                 place(lr_scheduler, steps.done)
@@ -154,24 +167,56 @@ class Run:
             self._exit(stopped)
 
     @contextmanager
-    def finishing(self):
+    def training(self) -> Iterator[None]:
+        """For the loop: whatever error ends it, the last whole step is saved."""
+        try:
+            yield
+        except Exception:
+            self._rescue()
+            raise
+
+    @contextmanager
+    def finishing(self) -> Iterator[None]:
         """For what follows the last step: whatever goes wrong there, the training is saved."""
         interruption.defer(False)
         try:
+            self.check_weights()
             yield
         except BaseException as error:
             interruption.defer()
-            if self._last_saved != self.steps.done and not isinstance(error, FloatingPointError):
-                try:
-                    self.save()
-                except Exception as lost:  # the first error is the one to tell
-                    logger.warning(f"no checkpoint of step {self.steps.done}: {first_line(lost)}")
+            self._rescue()
             if isinstance(error, interruption.Interrupted):
                 self._exit(error.number, alone=True)
             raise
 
+    def _rescue(self) -> None:
+        """Save the last whole step, if it is not saved yet; what prevents that is a warning."""
+        step = self.steps.done
+        if self._last_saved == step:
+            return
+        if self._stepping == step:
+            logger.warning(f"the update of the weights in step {step + 1} was not finished, and is not saved")
+            return
+        try:
+            if self.meter.steps:
+                with suppress(FloatingPointError):
+                    self.meter.read()
+            self.save()
+        except FloatingPointError:  # the weights are not finite, which is said elsewhere
+            pass
+        except Exception as error:  # the first error is the one to tell
+            logger.warning(f"no checkpoint of step {step}: {first_line(error)}")
+
+    def _note_update(self, *_) -> None:
+        self._stepping = self.steps.done
+
     def check_weights(self) -> None:
-        """FloatingPointError where a weight that is trained is not finite."""
+        """FloatingPointError where a trained weight is not finite, or where all steps of the run were skipped."""
+        if self.steps.at_end and self.meter.skipped >= self.steps.total:
+            raise FloatingPointError(
+                f"all {self.steps.total} steps were skipped, since their loss or gradient was not finite: nothing was"
+                " trained. Lower `learning_rate` or a weight of the loss, or use `mixed_precision` bf16"
+            )
         weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
         if torch.stack([weight.detach().isfinite().all() for weight in weights]).all():
             return
@@ -217,6 +262,7 @@ class Run:
             "identity": self.identity,
             "changes": self.changes,
             "state": self.state,
+            "epoch": self.meter.epoch,
             "optimizer": numbers,
             "scaler": None if scaler is None else scaler.state_dict(),
         }

@@ -16,6 +16,10 @@ from .interruption import held_back
 
 logger = get_logger(__name__, log_level="INFO")
 
+# What fits on a line of 80 columns.
+BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+SHOWN = {"train_loss": "loss", "perceptual_loss": "term", "lr": "rate", "skipped_steps": "skipped"}
+
 
 class Steps:
     """The batches of a run from step `done` on; everything about the place in the run follows from that number.
@@ -51,7 +55,8 @@ class Steps:
         self.progress = tqdm(disable=True)  # until the first step
 
     def __iter__(self) -> Iterator:
-        self.progress = tqdm(total=self.total, initial=self.done, desc="Steps", disable=not self.shows)
+        disable = None if self.shows else True  # a log file gets lines instead of a bar
+        self.progress = tqdm(total=self.total, initial=self.done, bar_format=BAR, disable=disable)
         while self.done < self.total:
             self.epoch = bisect.bisect(self.ends, self.done)
             start = self.ends[self.epoch - 1] if self.epoch else 0
@@ -63,6 +68,10 @@ class Steps:
                     break
         self.progress.close()
 
+    def go_to(self, step: int) -> None:
+        """Go on after `step`, which belongs to the epoch that it ends."""
+        self.done, self.epoch = step, bisect.bisect_left(self.ends, step)
+
     def draw(self, name: str, *more: int) -> torch.Generator:
         """The random numbers of this batch and process, whatever came before it."""
         return generator(self.seed, name, *more, self.epoch, self.number, self.rank)
@@ -73,9 +82,12 @@ class Steps:
         self.progress.update()
 
     def show(self, logs: dict[str, float]) -> None:
-        """On the progress bar, but for parts of a number, which have a slash in their names."""
-        shown = {name: f"{value:.3g}" for name, value in logs.items() if "/" not in name}
+        """Show the most telling metrics on the progress bar; without a terminal, in ten lines of the log."""
+        shown = {short: f"{logs[name]:.3g}" for name, short in SHOWN.items() if name in logs}
         self.progress.set_postfix(shown, refresh=False)
+        if self.shows and self.progress.disable and self.done * 10 // self.total > (self.done - 1) * 10 // self.total:
+            metrics = ", ".join(f"{name} {value}" for name, value in shown.items())
+            logger.info(f"step {self.done} of {self.total}: {metrics}")
 
     def due(self, every: int | None) -> bool:
         return every is not None and self.done % every == 0
@@ -116,6 +128,7 @@ class Meter:
         self.limit = 25 if self.scaled else 5
         self.skipped = self.in_a_row = 0
         self.was_finite = True
+        self.epoch: dict[str, float] = {}  # sums since `start_epoch`, saved with each checkpoint
         self.step_sums: Tensor | int = 0  # of the step that is not complete yet
         self.batches: list[tuple] = []
         self.steps: list[tuple] = []
@@ -152,9 +165,15 @@ class Meter:
                 totals = {name: total + more for (name, total), more in zip(totals.items(), numbers, strict=False)}
             else:
                 self._blame(step, batches)
+        self.epoch = {name: self.epoch.get(name, 0.0) + total for name, total in totals.items()}
         totals["grad_norm"] = numbers[-1]
         self.steps = []
         return totals
+
+    def start_epoch(self) -> dict[str, float]:
+        """The sums of the epoch that is over; those of the next begin."""
+        sums, self.epoch = self.epoch, {}
+        return sums
 
     def may_step(self) -> bool:
         """Whether the optimizer may take the step that was read last: a gradient scaler decides that by itself."""

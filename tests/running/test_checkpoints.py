@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -35,7 +36,17 @@ class Numbers(torch.utils.data.Dataset):
 def train(tmp_path, signals):
     """Trains two weights on eleven rows, four epochs of six batches; returns them and the run."""
 
-    def train(total=None, accumulation=1, save_every=3, folder="out", data="d", at_step=None, limit=None, **options):
+    def train(
+        total=None,
+        accumulation=1,
+        save_every=3,
+        folder="out",
+        data="d",
+        at_step=None,
+        limit=None,
+        fail=None,
+        **options,
+    ):
         reset_accelerate()
         accelerator = Accelerator(gradient_accumulation_steps=accumulation, cpu=True)
         resume = {name: options.pop(name) for name in ("resume_from", "resume_with") if name in options}
@@ -64,22 +75,27 @@ def train(tmp_path, signals):
 
             run.begin(steps, meter, optimizer, save, load, lr_scheduler)
             run.state.setdefault("losses", [])
-            for batch in steps:
-                with accelerator.accumulate(model):
-                    loss = (model(batch / 10) + torch.rand(1, generator=steps.draw("noise"))).square().squeeze(1)
-                    accelerator.backward(loss.mean())
-                    meter.add([str(row) for row in batch[:, 0]], {"loss": loss})
-                    if not accelerator.sync_gradients:
-                        continue
-                    meter.close(steps.done, accelerator.clip_grad_norm_(model.parameters(), 1.0))
-                    run.state["losses"].append(meter.read()["loss"])
-                    prepared.step()
-                    lr_scheduler.step()
-                    prepared.zero_grad()
-                steps.advance()
-                if at_step:
-                    at_step(steps.done, model)
-                run.end_step(save=steps.done % save_every == 0)
+            with run.training():
+                for batch in steps:
+                    with accelerator.accumulate(model):
+                        if fail == ("forward", steps.done):
+                            raise RuntimeError("forward fails")
+                        if fail == ("update", steps.done):
+                            optimizer.register_step_post_hook(update_fails)
+                        loss = (model(batch / 10) + torch.rand(1, generator=steps.draw("noise"))).square().squeeze(1)
+                        accelerator.backward(loss.mean())
+                        meter.add([str(row) for row in batch[:, 0]], {"loss": loss})
+                        if not accelerator.sync_gradients:
+                            continue
+                        meter.close(steps.done, accelerator.clip_grad_norm_(model.parameters(), 1.0))
+                        run.state["losses"].append(meter.read()["loss"])
+                        prepared.step()
+                        lr_scheduler.step()
+                        prepared.zero_grad()
+                    steps.advance()
+                    if at_step:
+                        at_step(steps.done, model)
+                    run.end_step(save=steps.done % save_every == 0)
             with run.finishing():
                 if at_step:
                     at_step("finish", model)
@@ -89,6 +105,10 @@ def train(tmp_path, signals):
             unlock_folder(tmp_path / folder)
 
     return train
+
+
+def update_fails(*_):
+    raise RuntimeError("update fails")
 
 
 def same(one, other):
@@ -101,6 +121,58 @@ def test_a_longer_run_continues_exactly(train, stop, accumulation):
     straight = train(12, accumulation, folder="straight")
     train(stop, accumulation, save_every=1)
     assert same(train(12, accumulation, resume_from="latest"), straight)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_any_error_in_the_loop_saves_the_last_whole_step(train, accumulation):
+    straight = train(8, accumulation, folder="straight")
+    with pytest.raises(RuntimeError, match="forward fails"):
+        train(8, accumulation, save_every=99, fail=("forward", 5))
+    assert same(train(8, accumulation, resume_from="latest"), straight)
+    assert straight[1].meter.epoch == train(8, accumulation, folder="straight", resume_from="latest")[1].meter.epoch
+
+
+def test_half_an_update_is_not_saved(train, tmp_path, caplog):
+    with pytest.raises(RuntimeError, match="update fails"):
+        train(8, save_every=4, fail=("update", 5))
+    assert [path.name for path in find_checkpoints(tmp_path / "out")] == ["checkpoint-4"]
+    assert "step 6 was not finished" in caplog.text
+
+
+def test_an_error_after_a_step_saves_that_step(train, tmp_path):
+    def fail(step, model):
+        if step == 5:
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        train(8, save_every=99, at_step=fail)
+    assert [path.name for path in find_checkpoints(tmp_path / "out")] == ["checkpoint-5"]
+
+
+@pytest.mark.parametrize("resume", [{}, {"resume_from": "latest"}])
+def test_checkpoints_of_other_programs_are_left_alone(train, tmp_path, resume):
+    theirs = tmp_path / "out" / "checkpoint-3" / "optimizer.bin"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_bytes(b"x")
+    with pytest.raises(InputError, match=r"checkpoint-3 was not written by this program .*`output_dir`"):
+        train(6, **resume)
+    assert theirs.read_bytes() == b"x"
+
+
+def test_options_that_change_shapes_are_never_offered(train):
+    train(3, rank=4)
+    with pytest.raises(InputError, match=r"rank was 4, is 8.*rank must stay") as refused:
+        train(6, resume_from="latest", rank=8)
+    assert "resume_with" not in str(refused.value)
+    with pytest.raises(InputError, match="`resume_with`: rank must be as it was"):
+        train(6, resume_from="latest", rank=8, resume_with=["rank"])
+
+
+def test_a_run_whose_steps_were_all_skipped_is_no_success():
+    run = Run.__new__(Run)
+    run.steps, run.meter = SimpleNamespace(at_end=True, total=3), SimpleNamespace(skipped=3)
+    with pytest.raises(FloatingPointError, match="all 3 steps were skipped"):
+        run.check_weights()
 
 
 def test_a_run_of_another_length_than_epochs_ends_where_it_should(train):
@@ -149,7 +221,7 @@ def test_what_is_allowed_takes_effect_and_is_recorded(train):
 
 def test_a_name_that_is_nothing_a_run_shares_is_refused(train):
     train(3)
-    with pytest.raises(InputError, match=r"`resume_with`: rate is nothing .* betas, data, learning_rate, seed"):
+    with pytest.raises(InputError, match=r"`resume_with` rate: .* betas, data, learning_rate, seed"):
         train(6, resume_from="latest", resume_with=["rate"])
 
 
@@ -162,7 +234,7 @@ def test_a_shorter_run_is_refused(train):
 def test_an_older_runs_checkpoints_are_not_touched(train):
     run = train(3)[1]
     before = checkpoints.read_checkpoint(run.folder / "checkpoint-3")
-    with pytest.raises(InputError, match="holds checkpoint-3 of another training"):
+    with pytest.raises(InputError, match="contains checkpoint-3 of a previous run"):
         train(6)
     assert checkpoints.read_checkpoint(run.folder / "checkpoint-3") == before
 
@@ -171,7 +243,7 @@ def test_a_checkpoint_from_elsewhere_goes_on_in_an_unused_folder(train):
     straight = train(6, folder="straight")
     checkpoint = train(3)[1].folder / "checkpoint-3"
     assert same(train(6, folder="elsewhere", resume_from=checkpoint), straight)
-    with pytest.raises(InputError, match="straight holds checkpoint-6 of another training"):
+    with pytest.raises(InputError, match="straight contains checkpoint-6 of a previous run"):
         train(6, folder="straight", resume_from=checkpoint)
 
 
@@ -179,7 +251,7 @@ def test_results_that_will_be_replaced_are_named(train, tmp_path, caplog):
     (tmp_path / "out").mkdir()
     save_file({}, tmp_path / "out" / "adapter.safetensors")
     train(3)
-    assert "holds adapter.safetensors of another training, which this one will replace" in caplog.text
+    assert "contains adapter.safetensors of a previous run" in caplog.text
 
 
 def damage_cut(path):
