@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Tune (attention-)VGG-16 to classify drawings: the backbone of the perceptual loss (Seo 2025, section 3).
 
-    accelerate launch --mixed_precision bf16 train_backbone.py \\
+    python train_backbone.py --mixed_precision bf16 \\
       --train_data_dir ImageNet-Sketch/sketch --dataloader_num_workers 8 --seed 42 --output_dir attention-vgg16
 
 Defaults are Algorithm 1 of the paper: ImageNet weights, the first two max-pools replaced by attention, 90/10, random

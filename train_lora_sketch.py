@@ -1,13 +1,13 @@
 #!/usr/bin/env python
 """Fine-tune Stable Diffusion 1.5 on drawings with LoRA and a perceptual term (Seo 2025, section 4.1).
 
-    accelerate launch train_lora_sketch.py \\
+    python train_lora_sketch.py \\
       --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \\
       --train_data_dir drawings --train_batch_size 1 --seed 42 \\
       --validation_prompt "a sketch of a fox" --output_dir sketch-lora
 
 Takes every option of diffusers' train_text_to_image_lora.py. The prediction's clean latents are decoded and compared
-with the drawing by a network that knows drawings; --perceptual_weight 0 is the plain script. The adapter loads with
+with the drawing by a network that knows drawings; --perceptual_weight 0 turns that off. The adapter loads with
 `pipeline.load_lora_weights(output_dir)`.
 """
 

@@ -1,12 +1,12 @@
 """Measure what backbones and embedders make of drawings, and what models draw.
 
-    accelerate launch -m sketch_perceptual.evaluation distance --train_data_dir ImageNet-Sketch/sketch \
+    python -m sketch_perceptual.evaluation distance --train_data_dir ImageNet-Sketch/sketch \
       --models neither=imagenet tuned=vgg16-tuned/best both=attention-vgg16/best --figure ratios.png
-    accelerate launch -m sketch_perceptual.evaluation retrieval --train_data_dir ImageNet-Sketch/sketch \
+    python -m sketch_perceptual.evaluation retrieval --train_data_dir ImageNet-Sketch/sketch \
       --models neither=imagenet-retrieval both=sketch-retrieval --figure nearest.png
-    accelerate launch -m sketch_perceptual.evaluation transfer --paired_data_dir FS2K --paired_style 1 \
+    python -m sketch_perceptual.evaluation transfer --paired_data_dir FS2K --paired_style 1 \
       --models both=sketch-style --figure transfer.png
-    accelerate launch -m sketch_perceptual.evaluation generation --train_data_dir drawings \
+    python -m sketch_perceptual.evaluation generation --train_data_dir drawings \
       --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \
       --models base=none lora=sketch-lora --figure generation.png
 
