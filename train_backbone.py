@@ -29,6 +29,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import set_seed
 from huggingface_hub import ModelCardData
 from PIL import Image
+from tqdm.auto import tqdm
 
 from sketch_perceptual.arguments import at_least
 from sketch_perceptual.data.batches import make_loader
@@ -421,7 +422,7 @@ def evaluate(accelerator: Accelerator, model, loader, classes: list[str]) -> dic
     model.eval()
     confusion = torch.zeros(len(classes), len(classes), dtype=torch.long, device=accelerator.device)
     loss = hits = 0
-    for batch in loader:
+    for batch in tqdm(loader, "Validation", leave=False, disable=None if accelerator.is_main_process else True):
         logits = model(batch["pixel_values"]).float()
         losses = F.cross_entropy(logits, batch["label"], reduction="none")
         top = logits.topk(min(5, len(classes))).indices

@@ -403,7 +403,8 @@ class HeldOut:
         self.args, self.pipeline, self.embed, self.seed = args, pipeline, embed, seed
         self.noise_scheduler, self.perceptual_term, self.data = noise_scheduler, perceptual_term, data
         if data is not None:  # encoded now, since the encoder may leave
-            self.latents = [self.encode(data.pixels(index)) for index in range(len(data))]
+            bar = tqdm(range(len(data)), "Held-out images", leave=False, disable=None)
+            self.latents = [self.encode(data.pixels(index)) for index in bar]
             data.with_pixels = perceptual_term is not None
 
     @torch.no_grad()
@@ -422,9 +423,8 @@ class HeldOut:
         unet.eval()
         with torch.no_grad(), accelerator.autocast():
             mine = range(accelerator.process_index, len(self.data), accelerator.num_processes)
-            sums = sum(
-                (self.sums(unet, self.data, index) for index in mine), torch.zeros(3, device=accelerator.device)
-            )
+            bar = tqdm(mine, "Held-out losses", leave=False, disable=None if accelerator.is_main_process else True)
+            sums = sum((self.sums(unet, self.data, index) for index in bar), torch.zeros(3, device=accelerator.device))
         unet.train(was_training)
         denoising, perceptual, gated = accelerator.reduce(sums, "sum").tolist()
         losses: dict[str, float | None] = {"denoising_loss": denoising / (HELD_OUT_TIMESTEPS * len(self.data))}
@@ -628,7 +628,8 @@ class PromptEmbedder:
         to_draw = ["", *args.validation_prompt] if args.validation_prompt and not args.train_text_encoder else []
         wanted = {*to_draw, *(captions if caches_all else [])}
         self.kept: dict[str, torch.Tensor] = {}
-        self.kept = {caption: self([caption]).cpu() for caption in sorted(wanted)}
+        bar = tqdm(sorted(wanted), "Captions", leave=False, disable=None)
+        self.kept = {caption: self([caption]).cpu() for caption in bar}
         if caches_all:
             self.text_encoder = pipeline.text_encoder = None
             logger.info(f"{len(captions)} distinct captions are embedded; the text encoder is not needed any more")

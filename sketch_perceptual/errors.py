@@ -16,14 +16,15 @@ HTTP_ERROR = cast(type[Exception], HfHubHTTPError.__mro__[HfHubHTTPError.__mro__
 HUB_ERRORS: tuple[type[Exception], ...] = (OSError, ValueError, RuntimeError, HTTP_ERROR)
 ANSWERS = {
     401: "log in with `hf auth login`, and check the name",
-    403: "this account, or its token, may not do this: ask for access, or log in with a token that has the right",
+    403: "access denied: request access to the repository, or log in with a token that has write permission",
     404: "check the name, and log in with `hf auth login` if it is private",
-    409: "somebody else changes it at the same time: try again",
-    412: "somebody else changes it at the same time: try again",
-    429: "these are too many requests: try again in some minutes",
+    409: "the repository changed during the request: try again",
+    412: "the repository changed during the request: try again",
+    429: "rate limited: try again in a few minutes",
 }
 # C0 and C1 controls except tab and newline, and what turns the direction of writing around
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+ADDRESS = re.compile(r"(https?://[^\s?'\"]+)\?[^\s'\"]+")
 
 
 class InputError(ValueError):
@@ -53,8 +54,10 @@ def in_options(message: str, args: argparse.Namespace) -> str:
 
 
 def printable(text: str) -> str:
-    """`text` with control characters escaped, as names of files may hold them; lines and tabs stay."""
-    return CONTROL.sub(lambda character: ascii(character[0])[1:-1], text)
+    """Return `text` as a console or log may show it: control characters, which names of files may hold, are escaped,
+    and addresses lose their query, which may be a signature. Lines and tabs stay.
+    """
+    return ADDRESS.sub(r"\1?...", CONTROL.sub(lambda character: ascii(character[0])[1:-1], text))
 
 
 def first_line(error: BaseException) -> str:

@@ -888,7 +888,7 @@ def test_a_push_that_fails_keeps_the_files_and_says_how_to_retry(train, hub, tmp
 
 
 def test_a_hub_that_cannot_be_written_to_is_found_before_training(train, hub, tmp_path):
-    with pytest.raises(InputError, match=r"`push_to_hub` cannot create out: .*may not do this"):
+    with pytest.raises(InputError, match=r"`push_to_hub` cannot create out: .*access denied"):
         train("--push_to_hub", "--hub_token", "hf_reader")
     assert not (tmp_path / "out" / script.WEIGHTS).exists()
 

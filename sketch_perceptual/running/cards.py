@@ -61,7 +61,7 @@ def write_card(
     text = TEMPLATE.format(
         mark=MARK,
         metadata=data.to_yaml(),
-        title=title,
+        title=_one_line(title),
         description=description,
         install=install,
         snippet=snippet,

@@ -29,9 +29,9 @@ from sketch_perceptual.running.startup import start_logging
 
 FILES = ["README.md", "model.safetensors"]
 WRONG = {
-    403: r"the Hub answers 403.*: this account, or its token, may not do this",
-    409: r"the Hub answers 409.*: somebody else changes it at the same time: try again",
-    429: r"the Hub answers 429.*: these are too many requests: try again in some minutes",
+    403: r"the Hub answers 403.*: access denied",
+    409: r"the Hub answers 409.*: the repository changed",
+    429: r"the Hub answers 429.*: rate limited",
     500: r"the Hub answers 500.*: try again later",
     DROP: r"the Hub cannot be reached \(.+\): check the connection and try again",
     CUT: r"the Hub cannot be reached \(.+\): check the connection and try again",
@@ -78,7 +78,7 @@ def test_who_is_not_logged_in_or_may_only_read_is_told_before_training(hub, acce
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(InputError, match=r"cannot create sketch: the Hub answers 401, .*: log in with "):
         create_repo(options(), accelerator)
-    with pytest.raises(InputError, match=r"cannot create sketch: the Hub answers 403, .*may not do this") as error:
+    with pytest.raises(InputError, match=r"cannot create sketch: the Hub answers 403, .*access denied") as error:
         create_repo(options(hub_token="hf_reader"), accelerator)
     assert "hf_reader" not in str(error.value)
 
