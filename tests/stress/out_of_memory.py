@@ -74,7 +74,7 @@ STAGES = [
     ("train_johnson", STYLE, "train_johnson.draw", 1, None),
     ("train_retrieval", RETRIEVAL, "sketch_perceptual.SketchEmbedder.features", 1, 0),
     ("train_retrieval", RETRIEVAL, "train_retrieval.Head.forward", 3, 2),
-    ("train_retrieval", RETRIEVAL, "train_retrieval.evaluate", 1, None),
+    ("train_retrieval", RETRIEVAL, "train_retrieval.evaluate", 1, 4),
     ("compare", "{drawings}/boat/0000.png {drawings}/cat/0000.png", "sketch_perceptual.PerceptualLoss.forward", 1, 0),
     (
         "stylize",
@@ -92,8 +92,9 @@ PROGRAMS = {
     "train_backbone": train_backbone,
     "train_johnson": train_johnson,
     "train_retrieval": train_retrieval,
+    "evaluation": evaluate,
 }
-COMMANDS = {"compare": compare, "stylize": johnson, "search": search, "drawings": drawings, "evaluation": evaluate}
+COMMANDS = {"compare": compare, "stylize": johnson, "search": search, "drawings": drawings}
 
 
 def failing(path: str, number: int, error: BaseException):
