@@ -37,6 +37,8 @@ def convert(source: Path, target: Path, overwrite: bool = False) -> str:
             os.replace(written, target)
     except OSError as error:
         raise InputError(f"{target} cannot be written: {error.strerror}") from error
+    except InputError as error:
+        raise InputError(f"{source} cannot be converted: {error}") from error
     summary = f"{target}: {len(file.layers)} modules in the names of {'diffusers' if file.is_kohya else 'kohya'}"
     return "\n".join((summary, *file.notes))
 
@@ -44,8 +46,7 @@ def convert(source: Path, target: Path, overwrite: bool = False) -> str:
 def _write(file: lora_files.LoraFile, target: Path) -> None:
     metadata = {key: text for key, text in file.metadata.items() if key.startswith(("ss_", "modelspec."))}
     if file.is_kohya:
-        layers = {module: layer.folded() for module, layer in file.layers.items()}
-        lora_files.write_diffusers(target, layers, metadata)
+        lora_files.write_diffusers(target, lora_files.folded(file.layers), metadata)
     else:
         layers = lora_files.with_common_alphas(file.layers)
         lora_files.write_kohya(target, layers, metadata | {"ss_output_name": target.stem})

@@ -10,8 +10,9 @@ import json
 import math
 import os
 import re
+import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -122,10 +123,9 @@ def to_layers(tensors: Mapping[str, torch.Tensor]) -> dict[str, Layer]:
 def _refusal(keys: list[str]) -> str:
     """Why there is no LoRA in keys that are not known."""
     for pattern, kind in KINDS.items():
-        if named := [shown(key) for key in keys if re.search(pattern, key)]:
+        if named := [shown(key) for key in keys[:1000] if re.search(pattern, key)]:
             return f"{kind} is not read, only LoRA of Stable Diffusion 1 and 2: {first_names(named, count=3)}"
-    names = first_names([shown(key) for key in keys]) or "no weights"
-    return f"no LoRA of Stable Diffusion 1 or 2 has {names}"
+    return f"no LoRA of Stable Diffusion 1 or 2 has {first_names([shown(key) for key in keys]) or 'no weights'}"
 
 
 def _layer(tensors: dict[str, torch.Tensor], keys: Mapping[str, str]) -> Layer:
@@ -133,7 +133,7 @@ def _layer(tensors: dict[str, torch.Tensor], keys: Mapping[str, str]) -> Layer:
     if missing := {"down", "up"} - tensors.keys():
         raise InputError(f"{' and '.join(sorted(missing))} of the LoRA is missing")
     tensors = {part: tensor.float() if tensor.dtype in EIGHT_BITS else tensor for part, tensor in tensors.items()}
-    alpha, magnitude = tensors.get("alpha", torch.tensor(len(tensors["down"]))), tensors.get("magnitude")
+    alpha, magnitude = tensors.get("alpha", torch.tensor(tensors["down"].shape[:1].numel())), tensors.get("magnitude")
     if alpha.numel() != 1 or alpha.is_complex() or alpha.dtype == torch.bool:
         raise InputError(f"alpha is not a number but {_dtype(alpha)} of {tuple(alpha.shape)}")
     if magnitude is not None:
@@ -169,6 +169,10 @@ def check_widths(layers: Mapping[str, Layer]) -> None:
             if width not in PUBLISHED[name]:
                 fits = " or ".join(map(str, PUBLISHED[name]))
                 raise InputError(f"{module} is for a model {width} wide, which is {fits} in Stable Diffusion 1 and 2")
+    elif swapped := [
+        module for module, layer in layers.items() if layer.rank in PUBLISHED["block"] + PUBLISHED["text"]
+    ]:
+        raise InputError(f"{swapped[0]} has a rank of {layers[swapped[0]].rank}: its down and up are transposed")
 
 
 def check_model(layers: Mapping[str, Layer], models: Mapping[str, torch.nn.Module]) -> None:
@@ -246,17 +250,20 @@ def with_alphas(layers: Mapping[str, Layer], config: Mapping) -> dict[str, Layer
     """
     models = sorted({module.split(".")[0] for module in layers})
     options = {model: _alpha_options(config, model) for model in models}
-    changed = {}
-    for module, layer in layers.items():
+
+    def with_alpha(module: str, layer: Layer) -> Layer:
         model, _, name = module.partition(".")
         alpha, patterns, is_stabilised = options[model]
         matching = [value for pattern, value in patterns if pattern.match(name)]
         alpha = matching[0] if matching else layer.alpha if alpha is None else alpha
-        try:
-            changed[module] = replace(layer, alpha=alpha * (layer.rank**0.5 if is_stabilised else 1.0))
-        except InputError as error:
-            raise InputError(f"{module}: {error}") from error
-    return changed
+        return replace(layer, alpha=alpha * (layer.rank**0.5 if is_stabilised else 1.0))
+
+    return _changed(layers, with_alpha)
+
+
+def folded(layers: Mapping[str, Layer]) -> dict[str, Layer]:
+    """Return the layers with alpha = rank, which a file without alphas has."""
+    return _changed(layers, lambda _, layer: layer.folded())
 
 
 def with_common_alphas(layers: Mapping[str, Layer]) -> dict[str, Layer]:
@@ -269,7 +276,18 @@ def with_common_alphas(layers: Mapping[str, Layer]) -> dict[str, Layer]:
         model: Counter(layer.alpha for module, layer in layers.items() if models[module] == model).most_common(1)[0][0]
         for model in set(models.values())
     }
-    return {module: layer.folded(alphas[models[module]]) for module, layer in layers.items()}
+    return _changed(layers, lambda module, layer: layer.folded(alphas[models[module]]))
+
+
+def _changed(layers: Mapping[str, Layer], change: Callable[[str, Layer], Layer]) -> dict[str, Layer]:
+    """Change each layer; an InputError names its module."""
+    changed = {}
+    for module, layer in layers.items():
+        try:
+            changed[module] = change(module, layer)
+        except InputError as error:
+            raise InputError(f"{module}: {error}") from error
+    return changed
 
 
 def _alpha_options(config: Mapping, model: str) -> tuple[float | None, list[tuple[re.Pattern, float]], bool]:
@@ -279,10 +297,14 @@ def _alpha_options(config: Mapping, model: str) -> tuple[float | None, list[tupl
     patterns = {} if patterns is None else patterns
     if not isinstance(patterns, Mapping):
         raise InputError(f"its alpha_pattern is {_short(patterns)}, not modules and their alphas")
-    for value in (0 if alpha is None else alpha, *patterns.values()):
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise InputError(f"its configuration has an alpha of {_short(value)}, which is not a number")
-    return alpha, [(_pattern(key), value) for key, value in patterns.items()], bool(is_stabilised)
+    numbers = [(_pattern(key), _number(value)) for key, value in patterns.items()]
+    return None if alpha is None else _number(alpha), numbers, bool(is_stabilised)
+
+
+def _number(alpha: object) -> float:
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or abs(alpha) > sys.float_info.max:
+        raise InputError(f"its configuration has an alpha of {_short(alpha)}, which is not a number")
+    return float(alpha)
 
 
 def _pattern(key: str) -> re.Pattern:
@@ -345,10 +367,10 @@ def read(path: str | Path) -> LoraFile:
         config = _json(metadata.get(PEFT_CONFIG, "{}"), f"its metadata {PEFT_CONFIG}")
         if any(key.startswith("base_model.model.") for key in weights):
             beside = path.with_name("adapter_config.json")
-            config = _json(beside.read_text(encoding="utf-8"), beside.name) if beside.is_file() else config
+            config = _json(beside.read_bytes(), beside.name) if beside.is_file() else config
             notes += [] if config else [f"no {beside.name} beside it says its alpha, which is taken to be the rank"]
         layers = with_alphas(layers, config)
-    except (InputError, OSError, UnicodeDecodeError) as error:
+    except (InputError, OSError) as error:
         raise InputError(f"{path} cannot be used: {first_line(error)}") from error
     return LoraFile(layers, metadata, any(key.startswith("lora_") for key in weights), tuple(notes))
 
@@ -391,7 +413,7 @@ def _embedding(key: str) -> str:
     return key.removeprefix("bundle_emb.").removesuffix(".*").rpartition(".")[0]
 
 
-def _json(text: str, name: str) -> dict[str, Any]:
+def _json(text: str | bytes, name: str) -> dict[str, Any]:
     try:
         config = json.loads(text)
     except (ValueError, RecursionError) as error:

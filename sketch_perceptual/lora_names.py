@@ -133,7 +133,9 @@ def module_name(name: str) -> str:
             name, model = name.removeprefix(prefix), prefix_model
             if prefix.startswith("lora_"):
                 words = WORD.findall(name)
-                name = ".".join(words) if "_".join(words) == name else ""
+                if "_".join(words) != name:
+                    return ""
+                name = ".".join(words)
     for pattern, spelling in SPELLINGS.items():
         name = re.sub(pattern, spelling, name)
     if block := ORIGINAL_BLOCK.fullmatch(name):
@@ -164,7 +166,7 @@ def description(module: str) -> tuple[str, Description] | None:
 
 def shown(name: str) -> str:
     """Return a tensor's name as it may be printed: one line, without control characters, not endless."""
-    name = name if name.isprintable() else repr(name)[1:-1]
+    name = name if name.isprintable() and name else repr(name)
     return name if len(name) <= 200 else f"{name[:200]}..."
 
 

@@ -201,6 +201,7 @@ def test_widths_of_stable_diffusion_and_of_small_models_are_read(widths):
         (model(320, 2048, 3072), "2048 wide, which is 768 or 1024"),
         (model(512, 768, 3072), "512 wide, which is 320 or 640 or 1280"),
         (model(320, 12, 20), "12 wide, which is 768 or 1024"),
+        (two(KOHYA, (320, 4), (4, 320)), "to_q has a rank of 320: .* transposed"),
         (GOOD | two(KOHYA.replace("to_q", "to_v"), (2, 6), (6, 2)), "to_v has a width of 6, but .*to_q fits 4"),
         (two(ATTENTION.format("mid_block", "ff_net_0_proj"), (2, 4), (31, 2)), "a width of 31, but .* fits 32"),
     ],
@@ -227,6 +228,16 @@ def test_what_half_precision_holds_stays_in_it():
 def layer_in_half(**options):
     full = layer(**options)
     return replace(full, down=full.down.half(), up=full.up.half())
+
+
+def test_layers_get_the_common_alpha_of_their_model():
+    names = [UNET, UNET.replace("to_out.0", "to_q"), UNET.replace("to_out.0", "to_k")]
+    layers = {names[0]: layer(3, 6.0), names[1]: layer(2, 4.0), names[2]: layer(2, 4.0), ENCODER: layer(2, 1.0)}
+    common = lora_files.with_common_alphas(layers)
+    assert [common[name].alpha for name in (*names, ENCODER)] == [4, 4, 4, 1]
+    for name, expected in layers.items():
+        torch.testing.assert_close(change(common[name]), change(expected))
+    assert torch.equal(common[names[1]].up, layers[names[1]].up)
 
 
 def test_folding_that_overflows_is_refused():
@@ -291,7 +302,9 @@ def test_other_kinds_are_named(key, kind):
         ({}, "has no weights"),
         ({f"{UNET}.lora_A.weight": torch.ones(1, 1)}, f"{UNET}: up of the LoRA is missing"),
         ({f"{UNET}.alpha": torch.ones(1)}, "down and up of the LoRA is missing"),
-        ({"\x1b[2Ja\nb": torch.ones(1)}, r"has \\x1b\[2Ja\\nb$"),
+        ({"\x1b[2Ja\nb": torch.ones(1)}, r"has '\\x1b\[2Ja\\nb'$"),
+        ({"": torch.ones(1)}, "has ''$"),
+        (two(KOHYA, (), ()), r"down of \(\)"),
         (GOOD | {"x" * 5000: torch.ones(1)}, r"has x{200}\.\.\.$"),
         (GOOD | {f"n{index}": torch.ones(1) for index in range(99)}, "and 89 more$"),
     ],

@@ -98,8 +98,7 @@ def load_adapter(pipeline: "StableDiffusionPipeline", source: str) -> None:
         if Path(source).exists():
             layers = lora_files.read(source).layers
             lora_files.check_model(layers, {name: getattr(pipeline, name) for name in ("unet", "text_encoder")})
-            folded = {module: layer.folded() for module, layer in layers.items()}
-            pipeline.load_lora_weights(lora_files.to_tensors(folded))
+            pipeline.load_lora_weights(lora_files.to_tensors(lora_files.folded(layers)))
         else:
             pipeline.load_lora_weights(source, use_safetensors=True)
     except LOAD_ERRORS as error:
