@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from .errors import InputError, first_line, first_names
-from .lora_names import KINDS, PUBLISHED, description, kohya_name, locate, shown
+from .lora_names import KINDS, WIDEST, description, kohya_name, locate, shown
 
 PEFT_CONFIG = "lora_adapter_metadata"  # diffusers' key for it
 FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # diffusers' and PEFT's, in a folder
@@ -121,7 +121,7 @@ def to_layers(tensors: Mapping[str, torch.Tensor]) -> dict[str, Layer]:
 
 
 def _refusal(keys: list[str]) -> str:
-    """Why there is no LoRA in keys that are not known."""
+    """Say why keys that are not known cannot be read."""
     for pattern, kind in KINDS.items():
         if named := [shown(key) for key in keys[:1000] if re.search(pattern, key)]:
             return f"{kind} is not read, only LoRA of Stable Diffusion 1 and 2: {first_names(named, count=3)}"
@@ -160,19 +160,17 @@ def check_widths(layers: Mapping[str, Layer]) -> None:
             raise InputError(f"{module} has no kernel for down of {tuple(layer.down.shape)}")
         for spec, width in ((before, layer.down.shape[1]), (after, len(layer.up))):
             name, _, factor = spec.partition("*")
-            key = (block if name == "block" else "", name)
+            key = (block if name in ("block", "inner") else "", name)
             known, other = widths.setdefault(key, (width // int(factor or 1), module)) if name else (width, module)
             if known * int(factor or 1) != width:
                 raise InputError(f"{module} has a width of {width}, but {other} fits {known * int(factor or 1)}")
-    if any(width >= PUBLISHED[name][0] for (_, name), (width, _) in widths.items() if name != "time"):
-        for (_, name), (width, module) in widths.items():
-            if width not in PUBLISHED[name]:
-                fits = " or ".join(map(str, PUBLISHED[name]))
-                raise InputError(f"{module} is for a model {width} wide, which is {fits} in Stable Diffusion 1 and 2")
-    elif swapped := [
-        module for module, layer in layers.items() if layer.rank in PUBLISHED["block"] + PUBLISHED["text"]
-    ]:
-        raise InputError(f"{swapped[0]} has a rank of {layers[swapped[0]].rank}: its down and up are transposed")
+        if layer.rank in (320, 640, 768, 1024, 1280) and layer.rank > max(layer.down.shape[1], len(layer.up)):
+            raise InputError(f"{module} has a rank of {layer.rank}: its down and up are transposed")
+    for (_, name), (width, module) in widths.items():
+        if width > WIDEST[name]:
+            raise InputError(
+                f"{module} is for a model {width} wide, Stable Diffusion 1 and 2 have {WIDEST[name]} there"
+            )
 
 
 def check_model(layers: Mapping[str, Layer], models: Mapping[str, torch.nn.Module]) -> None:
@@ -189,7 +187,7 @@ def check_model(layers: Mapping[str, Layer], models: Mapping[str, torch.nn.Modul
 
 
 def _submodule(model: torch.nn.Module, name: str) -> torch.nn.Module:
-    """A module by diffusers' name; transformers from 5.6 have no `text_model` around a text encoder."""
+    """Find a module by diffusers' name; transformers from 5.6 have no `text_model` around a text encoder."""
     return model.get_submodule(name if hasattr(model, "text_model") else name.removeprefix("text_model."))
 
 
@@ -254,7 +252,8 @@ def with_alphas(layers: Mapping[str, Layer], config: Mapping) -> dict[str, Layer
     def with_alpha(module: str, layer: Layer) -> Layer:
         model, _, name = module.partition(".")
         alpha, patterns, is_stabilised = options[model]
-        matching = [value for pattern, value in patterns if pattern.match(name)]
+        names = (name, name.removeprefix("text_model."))  # transformers from 5.6 call it so
+        matching = [value for pattern, value in patterns if any(map(pattern.match, names))]
         alpha = matching[0] if matching else layer.alpha if alpha is None else alpha
         return replace(layer, alpha=alpha * (layer.rank**0.5 if is_stabilised else 1.0))
 
@@ -384,7 +383,7 @@ def find_file(path: Path) -> Path:
         return files[0]
     if not files:
         raise InputError(f"{path} is a folder without a LoRA ({' or '.join(FILES)})")
-    raise InputError(f"{path} is a folder of {first_names([file.name for file in files])}: name one of them")
+    raise InputError(f"{path} is a folder of {first_names([shown(file.name) for file in files])}: name one of them")
 
 
 def _load(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -407,7 +406,7 @@ def _other_format(path: Path) -> str:
 
 
 def _embedding(key: str) -> str:
-    """The name of the embedding, bundled with a LoRA, that a tensor is of; "" if it is of none."""
+    """Return the name of the embedding, bundled with a LoRA, that a tensor is of; "" if it is of none."""
     if not key.startswith("bundle_emb."):
         return key if key == "emb_params" else ""
     return key.removeprefix("bundle_emb.").removesuffix(".*").rpartition(".")[0]

@@ -57,7 +57,7 @@ ORIGINAL_LAYERS = {
 }
 
 # Modules of Stable Diffusion 1 and 2: widths of input and output, and kernels. Widths of one name are equal, `block`
-# within a block; those without a name are free.
+# and `inner` within a block; those without a name are free.
 LINEAR, CONV_1, CONV_3, LINEAR_OR_CONV = ((),), ((1, 1),), ((3, 3),), ((), (1, 1))
 N = "(?:0|[1-9][0-9]?)"
 UNET_BLOCK = rf"(unet\.(?:(?:down|up)_blocks\.{N}|mid_block))\."
@@ -66,11 +66,12 @@ RESNET = rf"{UNET_BLOCK}resnets\.{N}\."
 TEXT_LAYER = rf"(text_encoder)\.text_model\.encoder\.layers\.{N}\."
 Description = tuple[str, str, tuple[tuple[int, ...], ...]]
 MODULES: dict[str, Description] = {
-    rf"{UNET_BLOCK}attentions\.{N}\.proj_(?:in|out)": ("block", "block", LINEAR_OR_CONV),
-    rf"{TRANSFORMER}(?:attn1\.to_[qkv]|attn2\.to_q|attn[12]\.to_out\.0)": ("block", "block", LINEAR),
-    rf"{TRANSFORMER}attn2\.to_[kv]": ("text", "block", LINEAR),
-    rf"{TRANSFORMER}ff\.net\.0\.proj": ("block", "block*8", LINEAR),
-    rf"{TRANSFORMER}ff\.net\.2": ("block*4", "block", LINEAR),
+    rf"{UNET_BLOCK}attentions\.{N}\.proj_in": ("block", "inner", LINEAR_OR_CONV),
+    rf"{UNET_BLOCK}attentions\.{N}\.proj_out": ("inner", "block", LINEAR_OR_CONV),
+    rf"{TRANSFORMER}(?:attn1\.to_[qkv]|attn2\.to_q|attn[12]\.to_out\.0)": ("inner", "inner", LINEAR),
+    rf"{TRANSFORMER}attn2\.to_[kv]": ("text", "inner", LINEAR),
+    rf"{TRANSFORMER}ff\.net\.0\.proj": ("inner", "inner*8", LINEAR),
+    rf"{TRANSFORMER}ff\.net\.2": ("inner*4", "inner", LINEAR),
     rf"{RESNET}conv1": ("", "block", CONV_3),
     rf"{RESNET}conv2": ("block", "block", CONV_3),
     rf"{RESNET}time_emb_proj": ("time", "block", LINEAR),
@@ -83,8 +84,8 @@ MODULES: dict[str, Description] = {
     rf"{TEXT_LAYER}mlp\.fc1": ("text", "mlp", LINEAR),
     rf"{TEXT_LAYER}mlp\.fc2": ("mlp", "text", LINEAR),
 }
-# Their published widths; a smaller model, such as those that tests are run on, has none of them.
-PUBLISHED = {"block": (320, 640, 1280), "text": (768, 1024), "time": (1280,), "mlp": (3072, 4096)}
+# The widest of them in the published models; smaller ones, such as those that tests are run on, may have any.
+WIDEST = {"block": 1280, "inner": 1280, "text": 1024, "time": 1280, "mlp": 4096}
 
 # Files and parts of files that are something else, by a pattern of their keys.
 KINDS = {
