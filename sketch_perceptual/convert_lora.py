@@ -1,45 +1,67 @@
-"""A LoRA of Stable Diffusion 1 or 2 from the names of diffusers and PEFT into kohya's, or back.
+"""Convert a LoRA of Stable Diffusion 1 or 2 into kohya's names, or from them into diffusers'.
 
     python -m sketch_perceptual.convert_lora pytorch_lora_weights.safetensors fox.safetensors
 
-A file in kohya's names is written in diffusers', any other in kohya's. The text encoder's weights, DoRA's magnitudes
-and what the file tells of its training come along. Alphas count the same: kohya's file has them beside the weights, in
-diffusers' they are part of the weights.
+A file in kohya's names is written in diffusers', any other (diffusers' of all versions, PEFT's, those in the original
+model's names) in kohya's. The text encoder's weights, DoRA's magnitudes and what the file says of its training come
+along. Alphas count the same: kohya's file has them beside the weights, in diffusers' they are part of the weights.
 """
 
 import argparse
+import os
+import tempfile
 from pathlib import Path
 
 from . import lora_files
-from .errors import InputError
+from .errors import InputError, in_options
 
 
-def convert(source: Path, target: Path) -> str:
-    """Write `target` in the names that `source` does not have; what was done, in words. InputError."""
+def convert(source: Path, target: Path, overwrite: bool = False) -> str:
+    """Write `target`, whole or not at all, in the names that `source` does not have; return a summary.
+
+    Raises:
+        InputError: if `source` is not a sound LoRA, or `target` cannot be written or exists without `overwrite`.
+    """
+    if target.suffix != ".safetensors":
+        raise InputError(f"{target} must end in .safetensors, which is the format it is written in")
     file = lora_files.read(source)
-    if target.exists() and target.samefile(source):
-        raise InputError(f"`output` {target} is the file that is read: choose another name")
-    layers, told = file.layers, {k: v for k, v in file.metadata.items() if k.startswith(("ss_", "modelspec."))}
+    if target.exists() and target.samefile(lora_files.find_file(source)):
+        raise InputError(f"{target} is the file that is read: choose another name")
+    if target.exists() and not overwrite:
+        raise InputError(f"{target} exists: choose another name, or replace it with `overwrite`")
     try:
-        if file.is_kohya:
-            layers = {module: layer.folded() for module, layer in layers.items()}
-            lora_files.write_diffusers(target, layers, told)
-        else:
-            lora_files.write_kohya(target, layers, told | {"ss_output_name": target.stem})
+        with tempfile.TemporaryDirectory(prefix=".convert_lora", dir=target.parent) as folder:
+            written = Path(folder, target.name)
+            _write(file, written)
+            lora_files.read(written)
+            os.replace(written, target)
     except OSError as error:
-        raise InputError(f"`output` {target} cannot be written: {error.strerror}") from error
-    return f"{target}: {len(layers)} modules in the names of {'diffusers' if file.is_kohya else 'kohya'}"
+        raise InputError(f"{target} cannot be written: {error.strerror}") from error
+    except InputError as error:
+        raise InputError(f"{source} cannot be converted: {error}") from error
+    summary = f"{target}: {len(file.layers)} modules in the names of {'diffusers' if file.is_kohya else 'kohya'}"
+    return "\n".join((summary, *file.notes))
+
+
+def _write(file: lora_files.LoraFile, target: Path) -> None:
+    metadata = {key: text for key, text in file.metadata.items() if key.startswith(("ss_", "modelspec."))}
+    if file.is_kohya:
+        lora_files.write_diffusers(target, lora_files.folded(file.layers), metadata)
+    else:
+        layers = lora_files.with_common_alphas(file.layers)
+        lora_files.write_kohya(target, layers, metadata | {"ss_output_name": target.stem})
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("input", type=Path, help="a .safetensors in either form")
-    parser.add_argument("output", type=Path, help="a .safetensors, written in the other")
+    parser.add_argument("input", type=Path, help="a .safetensors of any trainer, or a folder with one")
+    parser.add_argument("output", type=Path, help="a .safetensors, written in the other form")
+    parser.add_argument("--overwrite", action="store_true", help="replace output if it exists")
     args = parser.parse_args(argv)
     try:
-        print(convert(args.input, args.output))
+        print(convert(args.input, args.output, args.overwrite))
     except InputError as error:
-        parser.error(str(error).replace("`", ""))
+        parser.error(in_options(str(error), args).replace("`", ""))
 
 
 if __name__ == "__main__":

@@ -41,7 +41,8 @@ MAY_IMPORT = {
     "extras": {"errors"},
     "figures": {"extras"},
     "drawings": {"errors"},
-    "lora_files": {"errors"},
+    "lora_names": set(),
+    "lora_files": {"errors", "lora_names"},
     "convert_lora": {"errors", "lora_files"},
     "data": {"errors", "extras", "arguments", "seeds"},
     "networks": {"errors", "extras", "data"},
@@ -51,7 +52,7 @@ MAY_IMPORT = {
     "measures": {"errors", "extras", "data", "networks", "seeds"},
     "running": {"errors", "arguments", "seeds"},
     "evaluation": {
-        *("errors", "extras", "arguments", "seeds", "figures"),
+        *("errors", "extras", "arguments", "seeds", "figures", "lora_files"),
         *("data", "diffusion", "losses", "measures", "networks", "running"),
     },
     "johnson": {"errors", "arguments", "data", "networks"},
@@ -66,7 +67,7 @@ MAY_KNOW = {  # who may import what trains and draws
     "transformers": {"running", "evaluation"},
 }
 # Where options may be named: a library function's error names its argument, and the script the option.
-COMMANDS = {"compare.py", "johnson.py", "drawings.py", "running/options.py", "data/options.py"}
+COMMANDS = {"compare.py", "convert_lora.py", "johnson.py", "drawings.py", "running/options.py", "data/options.py"}
 
 FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 MODULES = sorted({file.split("/")[0].removesuffix(".py") for file in FILES} - {"__init__"})

@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
+from .. import lora_files
 from ..data.captions import captioned_folder
 from ..data.image_sets import CaptionedImages
 from ..data.images import to_pil
@@ -92,10 +93,14 @@ def load_pictures(source: str, caption_options: dict) -> CaptionedImages:
 
 
 def load_adapter(pipeline: "StableDiffusionPipeline", source: str) -> None:
-    default = "pytorch_lora_weights.safetensors"  # which diffusers before 0.40 does not guess offline
+    """Load a LoRA: a file of any trainer or a folder with one, or what diffusers finds on the Hub."""
     try:
-        name = default if Path(source, default).is_file() else None
-        pipeline.load_lora_weights(source, weight_name=name, use_safetensors=True)
+        if Path(source).exists():
+            layers = lora_files.read(source).layers
+            lora_files.check_model(layers, {name: getattr(pipeline, name) for name in ("unet", "text_encoder")})
+            pipeline.load_lora_weights(lora_files.to_tensors(lora_files.folded(layers)))
+        else:
+            pipeline.load_lora_weights(source, use_safetensors=True)
     except LOAD_ERRORS as error:
         raise InputError(
             f"`models` {source} does not load into the pipeline as a LoRA: {hub_reason(error)}"

@@ -3,9 +3,11 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
+from safetensors.torch import save_file
 
+from sketch_perceptual.errors import InputError
 from sketch_perceptual.evaluation import drawing
-from sketch_perceptual.evaluation.drawing import draw_prompts
+from sketch_perceptual.evaluation.drawing import draw_prompts, load_adapter
 from sketch_perceptual.evaluation.prompts import cycle_prompts
 from sketch_perceptual.measures.ink import is_black
 
@@ -21,6 +23,38 @@ def pipeline(tiny_sd):
 
 def pixels(path):
     return np.asarray(Image.open(path)).astype(int)
+
+
+@torch.no_grad()
+def test_a_lora_of_any_trainer_is_loaded(pipeline, tmp_path):
+    """PEFT's own names, which diffusers does not read, and an alpha from the configuration beside."""
+    module = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    weight = pipeline.unet.get_submodule(module).weight.clone()
+    key = f"base_model.model.{module}.lora_{{}}.weight"
+    down, up = torch.randn(2, weight.shape[1]), torch.randn(len(weight), 2)
+    save_file({key.format("A"): down, key.format("B"): up}, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 6}')
+    load_adapter(pipeline, str(tmp_path))
+    pipeline.fuse_lora()
+    changed = pipeline.unet.get_submodule(module).base_layer.weight
+    torch.testing.assert_close(changed, weight + 3 * up @ down)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        (
+            {"down": torch.ones(2, 24), "up": torch.ones(24, 2)},
+            r"to_q is \(16, 16\) in the model, \(24, 24\) in the LoRA",
+        ),
+        ({"down": torch.full((2, 16), torch.nan), "up": torch.ones(16, 2)}, "down has values that are NaN"),
+    ],
+)
+def test_a_lora_that_does_not_fit_or_is_damaged_is_refused(tensors, message, pipeline, tmp_path):
+    name = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora.{}.weight"
+    save_file({name.format(part): tensor for part, tensor in tensors.items()}, tmp_path / "a.safetensors")
+    with pytest.raises(InputError, match=f"`models` .*a.safetensors does not load .*{message}"):
+        load_adapter(pipeline, str(tmp_path / "a.safetensors"))
 
 
 def test_a_picture_follows_from_its_prompt_and_number_alone(pipeline, tmp_path):
