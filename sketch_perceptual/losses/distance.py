@@ -25,8 +25,8 @@ class PerceptualLoss(ImageLoss):
 
     Args:
         backbone: an `AttentionVGG16`, of which the loss keeps a frozen view that shares its weights (see
-            `load_frozen`), or where to load one (see `load_backbone`): a folder, a Hub id, a `.safetensors` with VGG-16
-            weights, or "imagenet"; by default the sketch-tuned network that comes with the package.
+            `load_frozen`), or where to load one (see `load_backbone`): a folder, a Hub id, a `.safetensors` with
+            VGG-16 weights, or "imagenet"; by default the sketch-tuned network that comes with the package.
             Without a calibration it is calibrated here, see `calibrate`.
         layers: taps, "relu1_1" to "relu5_3" ("relu4_3" for the default backbone).
         layer_weights: one factor a layer; None is what the backbone's calibration has learned for just these layers,
