@@ -59,7 +59,7 @@ from sketch_perceptual.errors import InputError, TrainingError, first_line, firs
 from sketch_perceptual.evaluation.pipelines import add_pipeline_options, load_pipeline
 from sketch_perceptual.evaluation.preview import dry_run, read_data
 from sketch_perceptual.figures import image_grid
-from sketch_perceptual.losses import LOSSES, build_losses
+from sketch_perceptual.losses import LOSSES, all_weights, build_losses, named_networks
 from sketch_perceptual.measures.ink import chroma, ink
 from sketch_perceptual.networks.backbone import BUNDLED, AttentionVGG16, tuned_resolution
 from sketch_perceptual.networks.hub_model import fingerprint
@@ -81,7 +81,7 @@ logger = get_logger(__name__, log_level="INFO")
 
 TARGET_MODULES = ["to_k", "to_q", "to_v", "to_out.0"]
 TEXT_TARGET_MODULES = ["q_proj", "k_proj", "v_proj", "out_proj"]
-READ_BUNDLED = {"attention_vgg", "gram"}  # losses on the backbone that comes with the package
+READ_BUNDLED = {"attention_vgg", "gram", "paper_l1"}  # losses on the backbone that comes with the package
 ADAPTER = "default"
 WEIGHTS = "pytorch_lora_weights.safetensors"
 BEFORE_AFTER = "before_after.png"
@@ -577,10 +577,10 @@ def contents(pipeline: StableDiffusionPipeline, perceptual_term, data: Captioned
     }
     if perceptual_term is not None:
         loss = perceptual_term.loss
-        modules = list(loss.modules()) if isinstance(loss, torch.nn.Module) else []
+        modules = [module for _, module in named_networks(loss)] if isinstance(loss, torch.nn.Module) else []
         backbones = [module for module in modules if isinstance(module, AttentionVGG16)]
         if modules:
-            weights["backbone_weights"] = fingerprint(backbones[0] if len(backbones) == 1 else loss)
+            weights["backbone_weights"] = fingerprint(backbones[0] if len(backbones) == 1 else all_weights(loss))
         if backbones:
             weights["backbone_attention"] = backbones[0].attention
             weights["backbone_pool_after_attention"] = backbones[0].pool_after_attention

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from sketch_perceptual import PerceptualLoss
-from sketch_perceptual.losses import DEFAULT_LAYERS
+from sketch_perceptual.losses import DEFAULT_LAYERS, named_networks
 from sketch_perceptual.networks.backbone import AttentionVGG16
 
 LOSSES = {
@@ -55,7 +55,9 @@ def kept(forward: Callable[[], object], module: nn.Module) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         forward()
-    weights = {parameter.untyped_storage()._cdata for parameter in module.parameters()}
+    weights = {
+        parameter.untyped_storage()._cdata for _, part in named_networks(module) for parameter in part.parameters()
+    }
     return sum(storage.nbytes() for address, storage in storages.items() if address not in weights)
 
 

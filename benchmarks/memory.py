@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from benchmarks.losses import kept
 from benchmarks.step import UNET, VAE
 from sketch_perceptual import PerceptualLoss
+from sketch_perceptual.losses import named_networks
 from sketch_perceptual.networks.backbone import AttentionVGG16
 from train_lora_sketch import TARGET_MODULES
 
@@ -64,7 +65,7 @@ def main() -> None:
 
 
 def show(name: str, module: nn.Module, found: int) -> None:
-    weights = sum(parameter.nbytes for parameter in module.parameters())
+    weights = sum(p.nbytes for _, part in named_networks(module) for p in part.parameters(recurse=False))
     print(f"| {name} | {weights / 1e9:.2f} | {found / 1e9:.2f} |")
 
 

@@ -6,13 +6,22 @@
 Latents here are already multiplied by the VAE's scaling factor; only `sample_latents` and `decode` know it.
 """
 
+import warnings
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from .diffusion_checks import check_batch, check_prediction_type, check_scheduler, check_vae, latent_layout
+from .diffusion_checks import (
+    check_batch,
+    check_prediction_type,
+    check_returns,
+    check_scheduler,
+    check_vae,
+    latent_layout,
+)
 from .errors import InputError
+from .losses.base import has_values, name_of, one_per_image, spans_zero_to_one
 
 # Below this share of signal, 1 in 10,000, dividing the noise prediction by it leaves no picture to score.
 MIN_SIGNAL = 1e-4
@@ -77,7 +86,7 @@ def predict_x0(model_pred: Tensor, noisy_latents: Tensor, timesteps: Tensor, noi
         return model_pred
     if prediction_type == "v_prediction":
         return alpha * noisy_latents - sigma * model_pred
-    if (alpha_bar == 0).any():
+    if has_values(alpha_bar) and (alpha_bar == 0).any():
         raise InputError(
             "an epsilon prediction at zero SNR does not determine x0; use v_prediction with this schedule"
         )
@@ -122,7 +131,10 @@ def balance(loss: Tensor, values: Tensor, model_pred: Tensor, weight: float) -> 
     (pull,) = torch.autograd.grad(values.sum(), model_pred)
     (own,) = torch.autograd.grad(loss, model_pred, retain_graph=True, allow_unused=True)
     if own is None:
-        raise InputError("`loss` must be computed from `model_pred`: pass the tensor that it came from, not a copy")
+        raise InputError(
+            "`loss` must be computed from `model_pred`: pass the tensor that it came from, not a copy. A compiled step"
+            " cuts the two apart: compile the model, unet = torch.compile(unet), and not the step around it"
+        )
     pull, own = pull.float().flatten(1) / len(values), own.float().flatten(1)
     tiny = torch.finfo(torch.float32).tiny
     length, own_length = pull.norm(dim=1), own.norm(dim=1)
@@ -142,8 +154,13 @@ class PerceptualTerm:
     and compared with the image. Decoder and loss run in `dtype` with autocast off, and nothing is clamped: white
     paper sits at the range's edge, where a clamp has no gradient.
 
+    A call traces into one graph (`torch.compile(fullgraph=True)`) and then decodes every row, also those that count 0.
+    `add` asks autograd for gradients, which is traced only with `torch._dynamo.config.trace_autograd_ops`: compile the
+    model rather than the step.
+
     Args:
-        loss: any callable `(images, target) -> (B,)` on RGB in [-1, 1], e.g. `PerceptualLoss`.
+        loss: any callable `(images, target) -> (B,)` or `(B, 1, 1, 1)` on RGB in [-1, 1], e.g. `PerceptualLoss`. It is
+            tried here on two small images; a module is frozen.
         vae: the pipeline's `AutoencoderKL` or `AutoencoderTiny`; it is frozen and its decoder cast to `dtype`.
         noise_scheduler: the training scheduler, which adds noise as `DDPMScheduler` does; gives alphas_cumprod and
             the prediction type.
@@ -197,9 +214,13 @@ class PerceptualTerm:
         self.start_step, self.every, self.target, self.dtype = start_step, every, target, dtype
         self.crop = crop
         self.decoder = _frozen_decoder(vae if decoder is None else decoder, dtype, checkpoint)
+        device = next(vae.parameters()).device
         if isinstance(loss, nn.Module):
-            loss.to(next(vae.parameters()).device, dtype).requires_grad_(False).eval()
+            loss.to(device, dtype).requires_grad_(False).eval()
+        check_returns(loss, device, dtype)
+        self.warns_of_range = True
         self.open = self._open_timesteps(min_snr, max_timestep)
+        self.first_open = int(self.open.nonzero()[0])
 
     def _open_timesteps(self, min_snr: float, max_timestep: int | None) -> Tensor:
         timesteps = torch.arange(self.noise_scheduler.config.num_train_timesteps)
@@ -212,12 +233,14 @@ class PerceptualTerm:
         return is_open
 
     def gate(self, timesteps: Tensor, step: int | None = None) -> Tensor:
-        """Which rows are scored, (B,) bool on the CPU; `step` counts from 0 and is needed by start_step and every."""
+        """Rows that are scored, (B,) bool on the CPU; `step` counts from 0 and is needed by start_step and every."""
         if step is None:
             if self.start_step > 0 or self.every > 1:
                 raise InputError("start_step and every need the training step: perceptual_term(..., step=global_step)")
         elif step < self.start_step or (step - self.start_step) % self.every:
             return torch.zeros(len(timesteps), dtype=torch.bool)
+        if torch.compiler.is_compiling():
+            return self.open.to(timesteps.device)[timesteps]
         timesteps = timesteps.cpu()
         if timesteps.is_floating_point() or ((timesteps < 0) | (timesteps >= len(self.open))).any():
             raise InputError(f"`timesteps` must be integers from 0 to {len(self.open) - 1}")
@@ -246,25 +269,50 @@ class PerceptualTerm:
                 and the loss is divided by the share that counts.
         """
         check_batch(model_pred, noisy_latents, timesteps, images, masks, self.vae)
+        self._warn_of_range(images)
+        is_open = self.gate(timesteps, step)
+        if torch.compiler.is_compiling():  # shapes that depend on values cannot be traced
+            timesteps = timesteps.where(is_open.to(timesteps.device), self.first_open)
+            values = self._score(model_pred, noisy_latents, timesteps, images, masks, generator)
+            return values.where(is_open.to(values.device), 0)
         per_row = model_pred.new_zeros(len(model_pred), dtype=torch.float32)
-        rows = self.gate(timesteps, step).nonzero().flatten().to(model_pred.device)
+        rows = is_open.nonzero().flatten().to(model_pred.device)
         if len(rows) == 0:
             return per_row
-        latents = predict_x0(model_pred[rows], noisy_latents[rows], timesteps[rows], self.noise_scheduler)
-        images = images[rows] if masks is None else torch.cat([images[rows], masks[rows].to(images)], 1)
-        cast_decoder(self.decoder, self.dtype)  # a script may have cast its VAE since, a pipeline does after drawing
+        model_pred, noisy_latents, timesteps, images = (
+            x[rows] for x in (model_pred, noisy_latents, timesteps, images)
+        )
+        masks = None if masks is None else masks[rows]
+        values = self._score(model_pred, noisy_latents, timesteps, images, masks, generator)
+        return per_row.index_put((rows,), values)
+
+    def _score(self, model_pred, noisy_latents, timesteps, images, masks, generator) -> Tensor:
+        """The loss of each row, (B,) float32, whatever the gate."""
+        latents = predict_x0(model_pred, noisy_latents, timesteps, self.noise_scheduler)
+        images = images if masks is None else torch.cat([images, masks.to(images)], 1)
+        # a script may have cast its VAE since, a pipeline does after drawing
+        if _dtype(self.decoder.decoder) != self.dtype:
+            cast_decoder(self.decoder, self.dtype)
         if self.crop is not None:
             latents, images = self._random_squares(latents, images, self.crop // self.pixels, generator)
         with torch.autocast(model_pred.device.type, enabled=False):
             target = self._target(images[:, :3]).to(self.dtype)
             decoded = decode(self.decoder, latents)
             if masks is None:
-                value = self.loss(decoded, target).float()
-            else:
-                counts = images[:, 3:].to(self.dtype)
-                value = self.loss(target + counts * (decoded - target), target).float()
-                value = value / counts.float().mean((1, 2, 3)).clamp(min=MIN_SHARE)
-            return per_row.index_put((rows,), value)
+                return self._compare(decoded, target)
+            counts = images[:, 3:].to(self.dtype)
+            values = self._compare(target + counts * (decoded - target), target)
+            return values / counts.float().mean((1, 2, 3)).clamp(min=MIN_SHARE)
+
+    def _compare(self, images: Tensor, target: Tensor) -> Tensor:
+        return one_per_image(self.loss(images, target), images, name_of(self.loss)).float()
+
+    def _warn_of_range(self, images: Tensor) -> None:
+        """Warn at the first call, and look at no later one: it would wait for the GPU."""
+        if self.warns_of_range and has_values(images):
+            self.warns_of_range = False
+            if spans_zero_to_one(*images.detach().float().aminmax()):
+                warnings.warn("`images` of the perceptual term span [0, 1]; the range here is [-1, 1]", stacklevel=3)
 
     def add(
         self,
@@ -287,20 +335,28 @@ class PerceptualTerm:
         """
         if weight == 0:
             return loss
+        if torch.is_grad_enabled() and not model_pred.requires_grad:
+            raise InputError(
+                "`model_pred` carries no gradient, so nothing would be learned: pass it as the model returned it, not"
+                " detached; validate under torch.no_grad()"
+            )
         values = self(model_pred, noisy_latents, timesteps, images, step, generator, masks)
         return balance(loss, values, model_pred, weight)[0]
 
     def _random_squares(self, latents: Tensor, images: Tensor, side: int, generator) -> tuple[Tensor, Tensor]:
-        height, width = (min(side, whole) for whole in latents.shape[-2:])
-        tops, lefts = (
-            torch.randint(whole - size + 1, (len(latents),), generator=generator).tolist()
-            for whole, size in zip(latents.shape[-2:], (height, width), strict=True)
-        )
+        rows = torch.arange(len(latents), device=latents.device)[:, None, None]
+        sizes = [min(side, whole) for whole in latents.shape[-2:]]
+        starts = [
+            _randint(whole - size + 1, len(latents), generator).to(latents.device)
+            for whole, size in zip(latents.shape[-2:], sizes, strict=True)
+        ]
 
-        def cut(rows: Tensor, pixels: int) -> Tensor:
-            places = [(top * pixels, left * pixels) for top, left in zip(tops, lefts, strict=True)]
-            squares = zip(rows, places, strict=True)
-            return torch.stack([x[:, i : i + height * pixels, j : j + width * pixels] for x, (i, j) in squares])
+        def cut(x: Tensor, pixels: int) -> Tensor:
+            lines, columns = (
+                pixels * start[:, None] + torch.arange(pixels * size, device=x.device)
+                for start, size in zip(starts, sizes, strict=True)
+            )
+            return x[rows, :, lines[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
 
         return cut(latents, 1), cut(images, self.pixels)
 
@@ -320,6 +376,12 @@ def _frozen_decoder(vae, dtype: torch.dtype, checkpoint: bool):
         # AutoencoderTiny's encoder skips its input scaling while checkpointing; encoding needs no gradient anyway.
         vae.encoder.gradient_checkpointing = False
     return vae
+
+
+def _randint(high: int, count: int, generator: torch.Generator | None) -> Tensor:
+    if generator is None:  # no generator can be traced, not even None
+        return torch.randint(high, (count,))
+    return torch.randint(high, (count,), generator=generator)
 
 
 def _dtype(module: nn.Module) -> torch.dtype:

@@ -1,12 +1,49 @@
-"""What a perceptual term cannot work with, in words: other schedules, other VAEs, tensors that do not match."""
+"""Checks of what a perceptual term is given: loss, scheduler, VAE, and tensors that must match."""
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .errors import InputError
+from .errors import InputError, first_line
+from .losses.base import name_of, one_per_image
 
+TRIAL_SIDES = (64, 256)  # pixels; losses of several scales need more than the first
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 VAES = {"AutoencoderKL", "AutoencoderTiny"}  # of images; by name, so that a loss needs no diffusers
+
+
+def check_returns(loss: Callable[[Tensor, Tensor], Any], device: torch.device, dtype: torch.dtype) -> None:
+    """InputError unless a loss returns one number an image; tried on two small ones, without a gradient.
+
+    A loss that fails on every size tried, as one for 224 px does, is not judged.
+    """
+    if not callable(loss) or isinstance(loss, type):
+        raise InputError(f"`loss` must be a callable (images, target) -> (B,), got {loss!r}")
+    for pixels in TRIAL_SIDES:
+        ramp = torch.linspace(-1, 1, pixels, device=device, dtype=dtype).expand(2, 3, pixels, pixels)
+        try:
+            with _trial(ramp.device):
+                value = loss(ramp.mT.clone(), ramp.clone())
+        except (AssertionError, RuntimeError, ValueError):
+            continue
+        except Exception as error:
+            raise InputError(
+                f"`loss`, {name_of(loss)}, fails on images of {tuple(ramp.shape)} in {dtype}:"
+                f" {type(error).__name__}: {first_line(error)}"
+            ) from error
+        one_per_image(value, ramp, f"`loss`, {name_of(loss)},")
+        return
+
+
+@contextmanager
+def _trial(device: torch.device):
+    """No gradient, no autocast, and a script's own draws stay what they are."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield
 
 
 def check_prediction_type(prediction_type: str) -> str:

@@ -1,4 +1,5 @@
 import copy
+import warnings
 
 import pytest
 import torch
@@ -232,6 +233,7 @@ def test_a_crop_scores_the_same_square_of_both(vae):
     timesteps = torch.tensor([0, 999, 0, 0])
     latents, noise, images = batch(size=48)
     term = PerceptualTerm(Loss(), vae, scheduler(), min_snr=1, crop=16)
+    decoded.clear()  # the trial when it was built
     value = term(noise, latents, timesteps, images, generator=torch.Generator().manual_seed(1))
     assert (value > 0).tolist() == [True, False, True, True]
     assert torch.equal(value, term(noise, latents, timesteps, images, generator=torch.Generator().manual_seed(1)))
@@ -489,3 +491,110 @@ def test_a_loss_of_something_else_is_refused(vae):
         term.add(model_pred.square().mean(), model_pred.float() * 1, latents, timesteps, images)
     with pytest.raises(InputError, match=r"`loss` must be a scalar, got \(4, 4, 8, 8\)"):
         term.add(model_pred.square(), model_pred, latents, timesteps, images)
+
+
+@pytest.mark.parametrize("shape", [(-1,), (-1, 1), (-1, 1, 1, 1)])
+def test_a_loss_of_somebody_else_is_taken_as_it_returns_its_values(vae, shape):
+    def theirs(x, y):
+        return (x - y).abs().mean((1, 2, 3)).reshape(shape)
+
+    latents, noise, images = batch()
+    value = PerceptualTerm(theirs, vae, scheduler())(noise, latents, torch.zeros(4).long(), images)
+    expected = PerceptualTerm(PixelLoss(), vae, scheduler())(noise, latents, torch.zeros(4).long(), images)
+    torch.testing.assert_close(value, PixelLoss.TYPICAL * expected)
+
+
+def test_lpips_itself_is_taken_and_frozen(vae):
+    import lpips
+
+    theirs = lpips.LPIPS(net="squeeze", pretrained=False, pnet_rand=True, verbose=False)
+    latents, noise, images = batch(size=64)
+    noise.requires_grad_()
+    value = PerceptualTerm(theirs, vae, scheduler(), crop=32)(noise, latents, torch.zeros(4).long(), images)
+    assert value.shape == (4,)
+    value.sum().backward()
+    assert not any(weight.requires_grad for weight in theirs.parameters())
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (torch.nn.L1Loss(), r"L1Loss, must return one number an image, .* got \(\)"),
+        (torch.nn.L1Loss(reduction="none"), r"one number an image, .* got \(2, 3, 64, 64\)"),
+        (lambda x, y: (x - y).abs().mean(1), r"got \(2, 64, 64\)"),
+        (lambda x, y: 0.5, "got float"),
+        (torch.nn.ReLU(), "`loss`, ReLU, fails on .* TypeError"),
+        (PixelLoss, "`loss` must be a callable"),
+        ("gram", "`loss` must be a callable .* got 'gram'"),
+    ],
+)
+def test_what_is_no_loss_is_refused_when_the_term_is_built(vae, loss, message):
+    with pytest.raises(InputError, match=message):
+        PerceptualTerm(loss, vae, scheduler())
+
+
+def test_building_a_term_draws_nothing_and_judges_no_loss_for_another_size(vae):
+    def drawing(x, y):
+        torch.rand(3)
+        assert x.shape[-1] == 16
+        return (x - y).abs().mean((1, 2, 3))
+
+    before = torch.get_rng_state()
+    term = PerceptualTerm(drawing, vae, scheduler())
+    assert torch.equal(torch.get_rng_state(), before)
+    latents, noise, images = batch()
+    assert (term(noise, latents, torch.zeros(4).long(), images) > 0).all()
+
+
+def test_images_in_zero_one_are_a_warning_once(vae):
+    term = PerceptualTerm(PixelLoss(), vae, scheduler())
+    latents, noise, images = batch()
+    images = (images - images.min()) / (images.max() - images.min())
+    with pytest.warns(UserWarning, match=r"`images` .* span \[0, 1\]"):
+        term(noise, latents, torch.zeros(4).long(), images)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        term(noise, latents, torch.zeros(4).long(), images)
+        PerceptualTerm(PixelLoss(), vae, scheduler())(noise, latents, torch.zeros(4).long(), batch()[2])
+
+
+def test_a_prediction_without_a_gradient_is_refused_where_one_is_wanted(vae):
+    term, _, model_pred, noise, noisy_latents, images = predicted(vae, torch.zeros(4).long())
+    loss, timesteps = (model_pred - noise).square().mean(), torch.zeros(4).long()
+    with pytest.raises(InputError, match="`model_pred` carries no gradient"):
+        term.add(loss, model_pred.detach(), noisy_latents, timesteps, images)
+    assert (term(model_pred.detach(), noisy_latents, timesteps, images) > 0).all()
+    with torch.no_grad():
+        assert term.add(loss, model_pred.detach(), noisy_latents, timesteps, images) is loss
+
+
+def test_clean_latents_decoded_stand_for_images_that_a_script_has_thrown_away(vae):
+    """As docs/use-the-loss.md says for train_text_to_image_sdxl.py, which keeps only latents."""
+    latents, noise, images = batch()
+    clean = vae.encode(images).latent_dist.mode() * vae.config.scaling_factor
+    timesteps = torch.zeros(4).long()
+    term = PerceptualTerm(PixelLoss(), vae, scheduler())
+    value = term(noise, latents, timesteps, decode(term.decoder, clean).clamp(-1, 1))
+    reconstruction = PerceptualTerm(PixelLoss(), vae, scheduler(), target="reconstruction")
+    torch.testing.assert_close(value, reconstruction(noise, latents, timesteps, images))
+
+
+@pytest.mark.slow
+def test_a_call_is_one_graph_in_a_compiled_step(vae):
+    timesteps = torch.tensor([10, 900, 300, 354])
+    latents, noise, images = batch()
+    weights = torch.ones(4, 1, 1, 1, requires_grad=True)
+    term = PerceptualTerm(PixelLoss(), vae, scheduler(), min_snr=1, crop=16)
+
+    def step(weights):
+        values = term(weights * noise, latents, timesteps, images)
+        return values, torch.autograd.grad(values.sum(), weights)[0]
+
+    compiled = torch.compile(
+        lambda w: term(w * noise, latents, timesteps, images), fullgraph=True, backend="aot_eager"
+    )
+    values = compiled(weights)
+    torch.testing.assert_close((values, torch.autograd.grad(values.sum(), weights)[0]), step(weights))
+    larger = batch(size=48)
+    values = torch.compile(term, fullgraph=True, backend="eager")(larger[1], larger[0], timesteps, larger[2])
+    assert (values > 0).tolist() == [True, False, True, False]

@@ -48,7 +48,7 @@ MAY_IMPORT = {
     "networks": {"errors", "extras", "data"},
     "losses": {"errors", "extras", "data", "drawings", "networks"},
     "diffusion": {"errors", "losses", "diffusion_checks"},
-    "diffusion_checks": {"errors"},
+    "diffusion_checks": {"errors", "losses"},
     "measures": {"errors", "extras", "data", "networks", "seeds"},
     "running": {"errors", "arguments", "seeds"},
     "evaluation": {

@@ -1,6 +1,6 @@
 """Perceptual losses: callables `(images, target) -> (B,)` on images in [-1, 1], by name in `LOSSES`."""
 
-from .base import ImageLoss, check_images
+from .base import ImageLoss, all_weights, check_images, named_networks
 from .calibration import calibrate, gram_matrix, soft_distance
 from .controls import LPIPSLoss, PixelLoss
 from .distance import DEFAULT_LAYERS, PerceptualLoss
@@ -15,12 +15,14 @@ __all__ = [
     "PerceptualLoss",
     "PixelLoss",
     "StyleLoss",
+    "all_weights",
     "build_loss",
     "build_losses",
     "calibrate",
     "check_images",
     "check_loss",
     "gram_matrix",
+    "named_networks",
     "soft_distance",
     "total_variation",
 ]

@@ -1,25 +1,88 @@
-"""What all losses here share: checked inputs, eval mode, float32 results."""
+"""What all losses here share: networks that are nobody's parameters, checked inputs, eval mode, float32 results."""
 
 import warnings
+from collections.abc import Iterator
+from itertools import chain
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ..errors import InputError
 
 
-class ImageLoss(nn.Module):
+class FrozenParts(nn.Module):
+    """Module whose networks are frozen, in eval mode, and no part of a parent: base of the losses.
+
+    A module set as an attribute is moved, cast, copied and pickled with this one, but `parameters()`, `state_dict()`,
+    `modules()` and `apply()` of a parent do not lead to it. So no optimizer, checkpoint, `requires_grad_(True)` or
+    weight initialisation reaches it. `named_networks` does.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, nn.Module):
+            self.__dict__[name] = value.requires_grad_(False).eval()
+        else:
+            super().__setattr__(name, value)
+
+    def networks(self) -> dict[str, nn.Module]:
+        """Attribute -> network."""
+        return {name: value for name, value in self.__dict__.items() if isinstance(value, nn.Module)}
+
+    def _apply(self, fn, recurse=True):
+        for network in self.networks().values():
+            network._apply(fn, recurse)
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        # Checkpoints from when the networks were registered still load strictly.
+        old = tuple(f"{prefix}{name}." for name in self.networks())
+        super()._load_from_state_dict({k: v for k, v in state_dict.items() if not k.startswith(old)}, prefix, *args)
+
+
+def named_networks(loss: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """`loss.named_modules()`, and those of the networks that losses keep to themselves."""
+    for name, module in loss.named_modules(prefix=prefix):
+        yield name, module
+        if isinstance(module, FrozenParts):
+            for part, network in module.networks().items():
+                yield from named_networks(network, f"{name}.{part}" if name else part)
+
+
+def all_weights(loss: nn.Module) -> dict[str, Tensor]:
+    """`loss.state_dict()` with the weights of networks that losses keep to themselves."""
+    return {
+        f"{name}.{key}" if name else key: weight
+        for name, module in named_networks(loss)
+        for key, weight in module.state_dict().items()
+    }
+
+
+def first_weight(loss: nn.Module) -> Tensor | None:
+    """A floating-point parameter or buffer that shows where and in which dtype a loss computes; None without any."""
+    for _, module in named_networks(loss):
+        for tensor in chain(module.parameters(recurse=False), module.buffers(recurse=False)):
+            if tensor.is_floating_point():
+                return tensor
+    return None
+
+
+class ImageLoss(FrozenParts):
     """Base of the losses here: checks its inputs, stays in eval mode, and computes with autocast off.
 
-    Call with images and target, RGB or grey in [-1, 1], (B, 3, H, W) or (B, 1, H, W); returns (B,) in float32, 0 on
-    equal images and about 1 on unrelated drawings. The gradient reaches `images` alone. Subclasses write
-    `compare(images, target)` for two RGB batches of one shape.
+    Call with images and target, RGB or grey in [-1, 1], (B, 3, H, W) or (B, 1, H, W), of any floating dtype; returns
+    (B,) in float32, 0 on equal images and about 1 on unrelated drawings. It computes in the dtype of its weights,
+    float32 unless it was cast. The gradient reaches only `images`. Subclasses write `compare(images, target)` for two
+    RGB batches of one shape.
 
     Args:
         resolution: images whose shorter side is longer are shrunk to it (bilinear, antialiased); never enlarged.
             None leaves them as they are.
     """
+
+    smallest_side = 2  # pixels; what the network's pools leave something of
 
     def __init__(self, resolution: int | None = None):
         super().__init__()
@@ -31,13 +94,14 @@ class ImageLoss(nn.Module):
         raise NotImplementedError
 
     def forward(self, images: Tensor, target: Tensor, **options):
-        check_images(images, target)
-        weight = next(self.parameters(), images.new_zeros((), dtype=torch.float32))
-        if weight.device != images.device:
+        check_images(images, target, self.smallest_side)
+        weight = first_weight(self)
+        if weight is not None and weight.device != images.device:
             self.to(images.device)
+        dtype = torch.float32 if weight is None else weight.dtype
         with torch.autocast(images.device.type, enabled=False):
             images, target = (
-                self._shrink(x.float().expand(-1, 3, -1, -1)).to(weight.dtype) for x in (images, target.detach())
+                self._shrink(x.float().expand(-1, 3, -1, -1)).to(dtype) for x in (images, target.detach())
             )
             return self.compare(images, target, **options)
 
@@ -53,27 +117,71 @@ class ImageLoss(nn.Module):
         return F.interpolate(x, size, mode="bilinear", antialias=True)
 
 
-def check_images(images: Tensor, target: Tensor) -> None:
+def check_images(images: Tensor, target: Tensor, smallest_side: int = 1) -> None:
     """Refuse what is not two batches of RGB or grey in [-1, 1]; only the target's values are checked.
 
-    A prediction may leave the range, and one that is not finite is the training loop's to skip.
+    A prediction may leave the range, and one that is not finite is the training loop's to skip. While a graph is
+    traced, and under `torch.func`'s transforms, values are not looked at.
     """
-    for what, x in (("images", images), ("target", target)):
+    for name, x in (("images", images), ("target", target)):
+        if not isinstance(x, Tensor):
+            raise InputError(
+                f"{name} must be a tensor (B, 3, H, W) in [-1, 1], got {type(x).__name__}: stack what"
+                " sketch_perceptual.to_tensor returns for each image"
+            )
         if not x.is_floating_point():
             raise InputError(
-                f"{what} must be floating point in [-1, 1], got {x.dtype}: use sketch_perceptual.to_tensor"
+                f"{name} must be floating point in [-1, 1], got {x.dtype}: use sketch_perceptual.to_tensor"
             )
         if x.ndim != 4 or x.shape[1] not in (1, 3):
-            raise InputError(f"{what} must be (B, 3, H, W), or (B, 1, H, W) if grey, got {tuple(x.shape)}")
+            raise InputError(f"{name} must be (B, 3, H, W), or (B, 1, H, W) if grey, got {tuple(x.shape)}")
     if images.shape[0] != target.shape[0] or images.shape[2:] != target.shape[2:]:
-        raise InputError(f"images and target must have one size, got {tuple(images.shape)} and {tuple(target.shape)}")
+        raise InputError(
+            f"images and `target` must have one size, got {tuple(images.shape)} and {tuple(target.shape)}"
+        )
+    if images.device != target.device:
+        raise InputError(f"images are on {images.device} and target on {target.device}: move one to the other")
+    if images.shape[0] == 0:
+        raise InputError(f"images must not be an empty batch, got {tuple(images.shape)}")
+    if min(images.shape[2:]) < smallest_side:
+        raise InputError(
+            f"images must have at least {smallest_side} pixels a side for this loss, got {tuple(images.shape)}"
+        )
+    if has_values(images, target):
+        _check_range(images, target)
+
+
+def has_values(*tensors: Tensor) -> bool:
+    """Whether Python may look at values: not while tracing, nor under vmap and its like, nor of fake tensors."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    return all(torch.func.debug_unwrap(x) is x and not isinstance(x, FakeTensor) and not x.is_meta for x in tensors)
+
+
+def _check_range(images: Tensor, target: Tensor) -> None:
     low, high = target.detach().aminmax()
     if not (low >= -1.1 and high <= 1.1):
         raise InputError(f"target must lie in [-1, 1], got {low:.4g} to {high:.4g}: use sketch_perceptual.to_tensor")
-    if _spans_zero_to_one(low, high) and _spans_zero_to_one(*images.detach().aminmax()):
-        warnings.warn("images and target both span [0, 1]; the range here is [-1, 1]", stacklevel=3)
+    if spans_zero_to_one(low, high) and spans_zero_to_one(*images.detach().aminmax()):
+        warnings.warn("images and target both span [0, 1]; the range here is [-1, 1]", stacklevel=6)
 
 
-def _spans_zero_to_one(low: Tensor, high: Tensor) -> bool:
+def spans_zero_to_one(low: Tensor, high: Tensor) -> bool:
     """From ink to paper in [0, 1]. In [-1, 1] a blank or pale page is all above 0, but does not begin there."""
     return bool(0 <= low < 0.02 and 0.98 < high <= 1.02)
+
+
+def one_per_image(value: Any, images: Tensor, loss: str) -> Tensor:
+    """What a loss returned, (B,), (B, 1) or (B, 1, 1, 1), as (B,); anything else is an `InputError` that names it."""
+    count = len(images)
+    if not isinstance(value, Tensor) or value.shape[:1] != (count,) or value.numel() != count:
+        shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise InputError(
+            f"{loss} must return one number an image, shape (B,) or (B, 1, 1, 1); got {shape} for"
+            f" {tuple(images.shape)}: reduce over all but the first dimension"
+        )
+    return value.reshape(count)
+
+
+def name_of(loss: Any) -> str:
+    return getattr(loss, "__name__", type(loss).__name__)

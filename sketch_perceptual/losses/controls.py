@@ -1,4 +1,4 @@
-"""What a perceptual loss must beat: pixels, and LPIPS as published."""
+"""Controls that a perceptual loss must beat: pixels, and LPIPS as published."""
 
 import warnings
 from pathlib import Path
@@ -29,17 +29,18 @@ class LPIPSLoss(ImageLoss):
         resolution: see `ImageLoss`.
     """
 
+    smallest_side = 16  # after four pools
+
     @torch.random.fork_rng(devices=[])  # lpips starts from random weights
     def __init__(self, backbone: str | Path = "imagenet", resolution: int | None = None):
         super().__init__(resolution)
         lpips = optional("lpips", "eval")
         trunk = load_backbone(backbone, attention="none").state_dict()
-        with warnings.catch_warnings():  # lpips asks torchvision in words that torchvision has given up
+        with warnings.catch_warnings():  # lpips still passes a deprecated torchvision argument
             warnings.simplefilter("ignore", UserWarning)
             self.net = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
         convolutions = self.net.net.state_dict()  # slice1.0.weight is features.0.weight
         self.net.net.load_state_dict({name: trunk["features." + name.split(".", 1)[1]] for name in convolutions})
-        self.requires_grad_(False).eval()
         with torch.no_grad():
             self.typical = float(unrelated(lambda *pair: self.net(*pair).flatten(), reference_drawings()))
 

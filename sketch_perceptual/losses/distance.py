@@ -1,5 +1,6 @@
 """The perceptual distance of two drawings, as a network that knows drawings sees them."""
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,8 +24,9 @@ class PerceptualLoss(ImageLoss):
     activations, summed), relu1_2 makes up three quarters of the paper's loss.
 
     Args:
-        backbone: an `AttentionVGG16`, or where to load one (see `load_backbone`): a folder, a Hub id, a `.safetensors`
-            with VGG-16 weights, or "imagenet"; by default the sketch-tuned network that comes with the package.
+        backbone: an `AttentionVGG16`, of which the loss keeps a frozen view that shares its weights (see
+            `load_frozen`), or where to load one (see `load_backbone`): a folder, a Hub id, a `.safetensors` with
+            VGG-16 weights, or "imagenet"; by default the sketch-tuned network that comes with the package.
             Without a calibration it is calibrated here, see `calibrate`.
         layers: taps, "relu1_1" to "relu5_3" ("relu4_3" for the default backbone).
         layer_weights: one factor a layer; None is what the backbone's calibration has learned for just these layers,
@@ -32,7 +34,7 @@ class PerceptualLoss(ImageLoss):
         resolution: see `ImageLoss`.
         normalization: "soft", or "none" for plain activations, summed over layers without a unit: with distance="l1"
             the paper's words (Seo 2025, section 4.1).
-        distance: "l2", the squared distance, or "l1"; soft unit vectors are compared by "l2" alone.
+        distance: "l2", the squared distance, or "l1"; soft unit vectors are compared only by "l2".
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class PerceptualLoss(ImageLoss):
             raise InputError('`distance`="l1" needs `normalization`="none": soft unit vectors are compared by "l2"')
         self.layers = check_layers(layers)
         self.backbone = load_frozen(backbone, self.layers)
+        self.smallest_side = self.backbone.smallest_side(self.layers)
         self.normalization, self.distance = normalization, distance
         self.calibration = calibrate(self.backbone, self.layers) if normalization == "soft" else {}
         weights = self._learned_weights() if layer_weights is None else list(layer_weights)
@@ -75,26 +78,25 @@ class PerceptualLoss(ImageLoss):
             spatial: return maps (B, H, W), bilinear between the places of each layer; a map's mean is about the loss.
                 With `per_layer`, one for each layer.
         """
-        layers = super().forward(images, target, spatial=images.shape[-2:] if spatial else None)
+        layers = super().forward(images, target, spatial=spatial)
+        if spatial:
+            size = images.shape[-2:]
+            layers = {name: F.interpolate(x[:, None], size, mode="bilinear")[:, 0] for name, x in layers.items()}
         if per_layer:
             return layers
         return sum(self.layer_weights[name] * value for name, value in layers.items())
 
-    def compare(  # type: ignore[override]
-        self, images: Tensor, target: Tensor, spatial: torch.Size | None
-    ) -> dict[str, Tensor]:
+    def compare(self, images: Tensor, target: Tensor, spatial: bool) -> dict[str, Tensor]:  # type: ignore[override]
+        """The distance at each layer: (B,), or where it lies, (B, h, w)."""
         with torch.no_grad():
             wanted = self.backbone.taps(target, self.layers)
         values = {}
         for name, features in self.backbone.walk(images, self.layers):
-            places = self._places(name, features, wanted.pop(name))
-            if spatial is None:
-                values[name] = places.mean((1, 2))
-            else:
-                values[name] = F.interpolate(places[:, None], spatial, mode="bilinear")[:, 0]
+            distances = self._distances(name, features, wanted.pop(name))
+            values[name] = distances if spatial else distances.mean((1, 2))
         return {name: values[name] for name in self.layers}
 
-    def _places(self, name: str, features: Tensor, target: Tensor) -> Tensor:
+    def _distances(self, name: str, features: Tensor, target: Tensor) -> Tensor:
         """(B, h, w) in float32."""
         if self.normalization == "none":
             difference = features - target
@@ -107,9 +109,17 @@ class PerceptualLoss(ImageLoss):
 def load_frozen(
     backbone: AttentionVGG16 | str | Path, layers: Sequence[str], attention: str = "cbam"
 ) -> AttentionVGG16:
-    """A network as it is, or one that is loaded here and ends at the deepest of the layers; frozen, in eval mode."""
-    if isinstance(backbone, nn.Module):
-        backbone.find_taps(layers)
-    else:
-        backbone = load_backbone(backbone, attention, layers)
-    return backbone.requires_grad_(False).eval()
+    """A network that is loaded here and ends at the deepest of the layers, or a frozen view of a caller's own.
+
+    The view shares weights and calibration with the caller's network, until one of them is moved or cast. The caller's
+    network stays trainable, in its mode and where it is; training it on changes the loss.
+    """
+    if not isinstance(backbone, nn.Module):
+        return load_backbone(backbone, attention, layers).requires_grad_(False).eval()
+    if not isinstance(backbone, AttentionVGG16):
+        raise InputError(
+            f"`backbone` must be an AttentionVGG16, or where to load one from, got {type(backbone).__name__}"
+        )
+    backbone.find_taps(layers)
+    shared = {id(weight): nn.Parameter(weight.detach(), requires_grad=False) for weight in backbone.parameters()}
+    return copy.deepcopy(backbone, shared | {id(backbone.settings): backbone.settings}).eval()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError, first_line
 from ..networks.backbone import BUNDLED, AttentionVGG16, is_vgg16_weights
+from .base import FrozenParts, first_weight, name_of, one_per_image
 from .controls import LPIPSLoss, PixelLoss
 from .distance import DEFAULT_LAYERS, PerceptualLoss, load_frozen
 from .style import StyleLoss
@@ -39,12 +40,21 @@ def vgg(backbone: str | Path = "imagenet", **options) -> PerceptualLoss:
     return loss
 
 
+def paper_l1(backbone: AttentionVGG16 | str | Path = BUNDLED, **options) -> PerceptualLoss:
+    """The paper's loss, taken literally (Seo 2025, section 4.1): L1 between plain activations, summed over layers.
+
+    It has no unit: unrelated drawings are about 60 apart on the bundled backbone, of which relu1_2 makes up most.
+    """
+    return PerceptualLoss(backbone, normalization="none", distance="l1", **options)
+
+
 LOSSES: dict[str, Callable] = {
     "attention_vgg": attention_vgg,
     "vgg": vgg,
     "gram": StyleLoss,
     "pixel": PixelLoss,
     "lpips": LPIPSLoss,
+    "paper_l1": paper_l1,
 }
 
 
@@ -85,8 +95,13 @@ def build_loss(
     return loss
 
 
-class MeanLoss(nn.Module):
-    """Several losses as one, the mean of their values by weight: what is 1 for unrelated drawings stays so."""
+class MeanLoss(FrozenParts):
+    """Mean of several losses by weight: what is 1 for unrelated drawings stays so.
+
+    Args:
+        losses: callables `(images, target) -> (B,)` or `(B, 1, 1, 1)`; modules among them are frozen.
+        weights: one positive factor a loss.
+    """
 
     def __init__(self, losses: Sequence[Callable[[Tensor, Tensor], Tensor]], weights: Sequence[float]):
         super().__init__()
@@ -94,7 +109,10 @@ class MeanLoss(nn.Module):
         self.parts = nn.ModuleList(loss for loss in losses if isinstance(loss, nn.Module))
 
     def forward(self, images: Tensor, target: Tensor) -> Tensor:
-        values = [w * loss(images, target) for w, loss in zip(self.weights, self.losses, strict=True)]
+        values = [
+            weight * one_per_image(loss(images, target), images, name_of(loss)).float()
+            for weight, loss in zip(self.weights, self.losses, strict=True)
+        ]
         return torch.stack(values).sum(0) / sum(self.weights)
 
 
@@ -123,33 +141,34 @@ def check_loss(
     """The contract of a perceptual loss, for anyone's plug-in; what is broken is an `InputError` that says so.
 
     `(images, target)`, both (B, 3, H, W), the target in [-1, 1] and the images about that, as a decoder leaves them
-    -> (B,) in float32, finite, 0 on equal images, positive on different ones, each row on its own, with a gradient to
-    the images and to no weight. It is tried as training will: on squares of `size` pixels in `dtype`, to which a
-    module is brought.
+    -> (B,), or (B, 1, 1, 1) as lpips returns it, in float32, finite, 0 on equal images, positive on different ones,
+    each row on its own, with a gradient to the images and to no weight. It is tried as training will: on squares of
+    `size` pixels in `dtype`, to which a module is brought.
     """
     if isinstance(loss, nn.Module):
         loss.to(dtype)
-    weight = next(loss.parameters(), torch.empty(0)) if isinstance(loss, nn.Module) else torch.empty(0)
-    draw = torch.Generator().manual_seed(0)
-    images, target = (torch.rand(2, 2, 3, size, size, generator=draw) * 2 - 1).to(weight.device, dtype)
+    weight = first_weight(loss) if isinstance(loss, nn.Module) else None
+    device = "cpu" if weight is None else weight.device
+    rng = torch.Generator().manual_seed(0)
+    images, target = (torch.rand(2, 2, 3, size, size, generator=rng) * 2 - 1).to(device, dtype)
     images = (1.3 * images).requires_grad_()
 
     def call(images: Tensor, target: Tensor) -> Tensor:
         try:
-            return loss(images, target)
+            value = loss(images, target)
         except Exception as error:
             low, high = (float(x) for x in images.detach().aminmax())
             raise InputError(
                 f"the perceptual loss {name} fails on images of {tuple(images.shape)} in {dtype}, from {low:.2g} to"
                 f" {high:.2g}: {_what(error)}"
             ) from error
+        return one_per_image(value, images, f"the perceptual loss {name}")
 
     def require(kept: bool, rule: str) -> None:
         if not kept:
             raise InputError(f"the perceptual loss {name} {rule}")
 
     value = call(images, target)
-    require(isinstance(value, Tensor) and value.shape == (2,), "must return one number an image, shape (B,)")
     require(value.dtype == torch.float32, f"must return float32, not {value.dtype}")
     require(
         bool(torch.isfinite(value).all() and (value > 0).all()),

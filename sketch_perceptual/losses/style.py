@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..errors import InputError
 from ..networks.backbone import BUNDLED, AttentionVGG16, check_layers
 from .base import ImageLoss
 from .calibration import calibrate, gram_distance, gram_matrix
@@ -31,6 +32,7 @@ class StyleLoss(ImageLoss):
         super().__init__(resolution)
         self.layers = check_layers(layers)
         self.backbone = load_frozen(backbone, self.layers)
+        self.smallest_side = self.backbone.smallest_side(self.layers)
         self.calibration = calibrate(self.backbone, self.layers)
 
     def compare(self, images: Tensor, target: Tensor) -> Tensor:
@@ -49,7 +51,12 @@ class StyleLoss(ImageLoss):
 
 
 def total_variation(images: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B,): mean squared difference of neighbours, to the right and below; 0 on one colour."""
+    """(B, C, H, W) -> (B,): mean squared difference of neighbours, to the right and below; 0 on one colour.
+
+    Images of one pixel a side have no neighbours: InputError.
+    """
+    if images.ndim != 4 or min(images.shape[2:]) < 2:
+        raise InputError(f"images must be (B, C, H, W) with at least 2 pixels a side, got {tuple(images.shape)}")
     x = images.float()
     down, right = (difference.square().flatten(1).mean(1) for difference in (x.diff(dim=2), x.diff(dim=3)))
     return down + right

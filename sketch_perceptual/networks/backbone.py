@@ -82,13 +82,12 @@ class AttentionVGG16(
     mean: Tensor
     std: Tensor
     noun = "backbone"
-    usage = """import torch
-
-from sketch_perceptual import PerceptualLoss
+    usage = """from sketch_perceptual import PerceptualLoss, to_tensor
+from sketch_perceptual.drawings import draw
 
 loss = PerceptualLoss("{source}")
-images, target = torch.rand(2, 1, 3, 64, 64) * 2 - 1  # RGB in [-1, 1]
-print(loss(images, target))"""
+cat, boat = (to_tensor(draw(name, 0, size=64))[None] for name in ("cat", "boat"))  # (1, 3, 64, 64), RGB in [-1, 1]
+print(loss(cat, boat))  # about 1: unrelated drawings"""
     sources = f'{HubModel.sources}, a .safetensors with VGG-16 weights, or "imagenet"'
     rules: ClassVar = {
         "attention": one_of("cbam", "identity", "none"),
@@ -205,6 +204,11 @@ print(loss(images, target))"""
         if beyond := [name for name in layers if name not in self.tap_index]:
             raise InputError(f"the backbone ends at {self.last_layer}, it has no {', '.join(beyond)}")
         return {self.tap_index[name]: name for name in layers}
+
+    def smallest_side(self, layers: Iterable[str]) -> int:
+        """Pixels a side that an image must have, so that the pools before these layers leave something of it."""
+        depth = max(self.find_taps(layers))
+        return 2 ** sum(isinstance(module, nn.MaxPool2d) for module in self.features[:depth].modules())
 
     def load_vgg16(self, source: str | Path = "imagenet") -> list[str]:
         """Load VGG-16 weights; returns the names of the parameters that `source` cannot know and that stay new.

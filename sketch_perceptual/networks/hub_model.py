@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -138,10 +139,10 @@ def _find_weights(folder: Path, noun: str) -> None:
     raise InputError(f"no {noun} at {folder}: there is no {folder / WEIGHTS}{advice}")
 
 
-def fingerprint(module: nn.Module) -> str:
+def fingerprint(module: nn.Module | Mapping[str, Tensor]) -> str:
     """Which weights these are, whatever file they came in: 12 hex digits of sha256 over names and float32 values."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
+    for name, tensor in sorted((module.state_dict() if isinstance(module, nn.Module) else module).items()):
         digest.update(name.encode())
         digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:12]

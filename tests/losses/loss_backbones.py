@@ -14,7 +14,8 @@ def make_sources(folder):
     plain.save_pretrained(folder / "plain")
     save_file(plain.state_dict(), folder / "trunk.safetensors")
     trunk, tuned = str(folder / "trunk.safetensors"), str(folder / "tuned")
-    return {"attention_vgg": tuned, "gram": tuned, "vgg": trunk, "lpips": trunk, "pixel": None, "folder": folder}
+    sources = {"vgg": trunk, "lpips": trunk, "pixel": None, "folder": folder}
+    return dict.fromkeys(("attention_vgg", "gram", "paper_l1"), tuned) | sources
 
 
 def images(seed=0, size=64, n=2):

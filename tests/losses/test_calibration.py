@@ -40,7 +40,7 @@ def test_a_soft_distance_and_its_gradient_are_those_of_soft_unit_vectors(change)
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-3 * float(gradients[1].abs().max()))
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", sorted(set(LOSSES) - {"paper_l1"}))  # which has no unit
 def test_unrelated_drawings_are_one_unit_for_every_loss(name, sources):
     drawings = calibration.reference_drawings()
     loss = build_loss(name, backbone=sources[name])

@@ -27,6 +27,8 @@ def test_the_papers_words_have_a_known_answer(sources):
     torch.testing.assert_close(literal(x, y), l1)
     torch.testing.assert_close(PerceptualLoss(backbone, layers, weights, normalization="none")(x, y), l2)
     assert backbone.calibration == {}
+    named = build_loss("paper_l1", backbone=backbone, layers=layers, layer_weights=weights)
+    assert torch.equal(named(x, y), literal(x, y))
     torch.testing.assert_close(PixelLoss()(x, y), (x - y).abs().mean((1, 2, 3)) / PixelLoss.TYPICAL)
 
 

@@ -2,6 +2,7 @@ import pytest
 import torch
 from loss_backbones import images, make_sources
 
+from sketch_perceptual.errors import InputError
 from sketch_perceptual.losses import (
     StyleLoss,
     calibration,
@@ -51,6 +52,8 @@ def test_gram_matrices_and_total_variation_have_known_answers():
     stripes = torch.tensor([[[[1.0, -1.0], [1.0, -1.0]]]])
     assert total_variation(stripes).tolist() == [4.0]
     assert total_variation(torch.full((2, 3, 4, 5), 0.7)).tolist() == [0, 0]
+    with pytest.raises(InputError, match=r"at least 2 pixels a side, got \(2, 3, 4, 1\)"):
+        total_variation(torch.zeros(2, 3, 4, 1))
 
 
 @pytest.mark.parametrize("value", [-1.0, 0.0, 1.0])
