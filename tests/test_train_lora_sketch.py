@@ -676,7 +676,9 @@ def test_changed_captions_are_trained_on_and_held_out_ones_are_whole(train, tags
     assert all(text.startswith("ink, ") and sorted(text[5:].split(", ")) == list("abcd") for text in shuffled)
     assert len(shuffled) > 12
     card = (run.folder / "README.md").read_text()
-    assert "Captions come from text files (" in card and "{class}" not in card and "instance_prompt: ink" in card
+    assert (
+        "Captions come from text files (" in card and "class folders as" not in card and "instance_prompt: ink" in card
+    )
 
 
 def test_changed_captions_are_the_same_after_a_resume_and_with_workers(train, tags):

@@ -2,6 +2,7 @@ import json
 import logging
 import re
 import unicodedata
+from pathlib import Path
 
 import pytest
 
@@ -141,6 +142,15 @@ def test_twins_have_the_same_place_and_stem(case, tmp_path):
     assert found(root, *asked) == dict(zip(files[::2], files[1::2], strict=True))
     pairs = find_pairs(root, *asked)
     assert (pairs.layout, pairs.summary) == (layout, f"{', '.join([layout, *asked])}: {len(files) // 2} pairs")
+
+
+def test_folders_are_read_as_the_page_shows_them(tmp_path):
+    page = Path(__file__).parents[2] / "docs/photos-to-sketches.md"
+    (photos, sketches) = (line.split() for line in page.read_text().splitlines() if line.startswith("    pairs/"))
+    flat, train, test = zip(photos, sketches, strict=True)
+    assert found(tree(tmp_path / "flat", *flat), "train") == dict([flat])
+    parts = tree(tmp_path / "parts", *train, *test)
+    assert (found(parts, "train"), found(parts, "test")) == (dict([train]), dict([test]))
 
 
 def test_images_outside_the_folders_are_named(tmp_path, caplog):
