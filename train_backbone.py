@@ -37,7 +37,7 @@ from sketch_perceptual.data.checks import Contents
 from sketch_perceptual.data.class_names import are_imagenets, class_names
 from sketch_perceptual.data.image_sets import LabelledImages
 from sketch_perceptual.data.options import add_class_options, check_class_options, load_labelled
-from sketch_perceptual.data.splits import describe_split, split, split_hash
+from sketch_perceptual.data.splits import Split, describe_split, split, split_hash
 from sketch_perceptual.errors import InputError
 from sketch_perceptual.evaluation.preview import dry_run, read_data
 from sketch_perceptual.figures import learning_curve
@@ -253,15 +253,17 @@ def open_data(args, seed: int) -> LabelledImages:
     return data
 
 
-def read_drawings(args, data: LabelledImages) -> Contents:
-    return read_data(data, args.on_bad_image, args.figure_data, copies=True)
+def read_drawings(args, data: LabelledImages) -> tuple[Contents, Split]:
+    """What can be read of the drawings, and how that is split."""
+    scanned = read_data(data, args.on_bad_image, args.figure_data, copies=True)
+    data = data.select(scanned.positions)
+    return scanned, split(data.labels, scanned.keys, scanned.copies, data.groups, args.validation_share)
 
 
 def split_data(args, run: Run, data: LabelledImages, origin: dict) -> tuple[LabelledImages, LabelledImages, dict]:
     """Training and validation images, each of which has been read once, and the split as it is saved."""
-    positions, keys, _, copies = on_main(run.accelerator, read_drawings, args, data)
+    (positions, keys, *_), result = on_main(run.accelerator, read_drawings, args, data)
     data = data.select(positions)
-    result = split(data.labels, keys, copies, data.groups, args.validation_share)
     logger.info(result.summary)
     record = describe_split(result, keys, args.validation_share, args.group_column)
     rows = digest(zip(keys, (data.classes[label] for label in data.labels), strict=True))

@@ -13,6 +13,7 @@ batches of 4, Adam at 1e-3, one epoch. `sketch-perceptual stylize` then converts
 
 import argparse
 import json
+import os
 from functools import partial
 from pathlib import Path
 
@@ -39,7 +40,7 @@ from sketch_perceptual.data.look import BLANK
 from sketch_perceptual.data.options import add_data_options, choose_samples
 from sketch_perceptual.data.paired import find_pairs
 from sketch_perceptual.data.rows import image_column_of, load_rows
-from sketch_perceptual.errors import InputError, TrainingError, first_line
+from sketch_perceptual.errors import InputError, TrainingError, first_line, has_complained
 from sketch_perceptual.evaluation.preview import dry_run, fitted, sheet_rows, write_sheet
 from sketch_perceptual.figures import image_grid
 from sketch_perceptual.losses import DEFAULT_LAYERS, StyleLoss, gram_matrix, total_variation
@@ -223,7 +224,7 @@ def read_data(args, content: CaptionedImages, style: Images) -> tuple[list[int],
     """Positions and keys of the photos to use, and what can be read of the drawings."""
     positions, keys = read_content(content, args.on_bad_image)
     drawings = read_once(style, args.on_bad_image)
-    if args.figure_data:
+    if args.figure_data and not has_complained():
         photos = sheet_rows(content.select(positions), what="photo ")
         strokes = sheet_rows(style.select(drawings.positions), partial(fitted, args), "drawing ")
         write_sheet(args.figure_data, photos | strokes)
@@ -258,7 +259,7 @@ def open_style(args, pairs) -> Images:
         sources = pairs.sketches
     else:
         root = Path(args.style)
-        sources = [root / name for name in find_images(root)[1]] if root.is_dir() else [root]
+        sources = [root / name for name in find_images(root)[1]] if os.path.isdir(root) else [root]
     return Images(sources, list(map(str, sources)), args.background, args.invert)
 
 

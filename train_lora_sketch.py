@@ -12,7 +12,6 @@ with the drawing by a network that knows drawings; --perceptual_weight 0 turns t
 """
 
 import argparse
-from collections import Counter
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -38,12 +37,11 @@ from tqdm.auto import tqdm
 from sketch_perceptual import lora_files
 from sketch_perceptual.arguments import above, at_least, fraction, size
 from sketch_perceptual.data.batches import make_loader
-from sketch_perceptual.data.checks import Contents
+from sketch_perceptual.data.checks import Contents, check_masks, check_shapes, read_once
 from sketch_perceptual.data.image_sets import CaptionedImages
-from sketch_perceptual.data.images import INTERPOLATIONS, to_pil
-from sketch_perceptual.data.near_duplicates import content_key
+from sketch_perceptual.data.images import INTERPOLATIONS, fit_key, to_pil
 from sketch_perceptual.data.options import add_caption_options, check_caption_options, load_captioned
-from sketch_perceptual.data.splits import split
+from sketch_perceptual.data.splits import Split, split
 from sketch_perceptual.data.tags import with_trigger
 from sketch_perceptual.diffusion import (
     PerceptualTerm,
@@ -55,9 +53,9 @@ from sketch_perceptual.diffusion import (
     sample_latents,
 )
 from sketch_perceptual.diffusion_checks import PREDICTION_TYPES
-from sketch_perceptual.errors import InputError, TrainingError, first_line, first_names, from_hub
+from sketch_perceptual.errors import InputError, TrainingError, first_line, from_hub, has_complained
 from sketch_perceptual.evaluation.pipelines import add_pipeline_options, load_pipeline
-from sketch_perceptual.evaluation.preview import dry_run, read_data
+from sketch_perceptual.evaluation.preview import dry_run, sheet_rows, write_sheet
 from sketch_perceptual.figures import image_grid
 from sketch_perceptual.losses import LOSSES, all_weights, build_losses, named_networks
 from sketch_perceptual.measures.ink import chroma, ink
@@ -515,8 +513,28 @@ def open_data(args, seed: int) -> CaptionedImages:
     return data
 
 
-def read_drawings(args, data: CaptionedImages) -> Contents:
-    return read_data(data, args.on_bad_image, args.figure_data, copies=bool(args.validation_share))
+def read_drawings(args, data: CaptionedImages) -> tuple[Contents, Split | None]:
+    """What can be read of the drawings, keyed with their masks, and which are held out."""
+    scanned, sides = read_once(data, args.on_bad_image, copies=bool(args.validation_share)), None
+    drawings = sized(data, scanned)
+    if args.fit == "bucket":
+        check_shapes(drawings)
+    if args.alpha_mask:
+        masks = check_masks(drawings)
+        scanned = scanned._replace(keys=[f"{key}-{mask}" for key, mask in zip(scanned.keys, masks, strict=True)])
+    if args.validation_share:
+        sides = split([0] * len(drawings), scanned.keys, scanned.copies, validation_share=args.validation_share)
+        logger.info(sides.summary)
+    if args.figure_data and not has_complained():
+        write_sheet(args.figure_data, sheet_rows(drawings))
+    return scanned, sides
+
+
+def sized(data: CaptionedImages, scanned: Contents) -> CaptionedImages:
+    """Select the images that can be read and set their sizes."""
+    for index, image_size in zip(scanned.positions, scanned.sizes, strict=True):
+        data.sizes[data.rows[index]] = image_size
+    return data.select(scanned.positions)
 
 
 def load_data(
@@ -525,20 +543,10 @@ def load_data(
     """The captioned images of an epoch, all read once, a key to the contents of each, whether any is cropped at
     random, and what is held out."""
     data = open_data(args, seed)
-    positions, keys, sizes, copies = on_main(accelerator, read_drawings, args, data)
-    for index, own_size in zip(positions, sizes, strict=True):
-        data.sizes[data.rows[index]] = own_size
-    data, held_out = data.select(positions), None
-    if args.fit == "bucket":
-        shapes = Counter("{} x {}".format(*data.shape(index)) for index in range(len(data)))
-        logger.info(f"images by shape: {', '.join(f'{count} of {shape}' for shape, count in shapes.most_common())}")
-    some_not_square = any(width != height for width, height in sizes)
-    if args.alpha_mask:
-        masks = on_main(accelerator, read_masks, data)
-        keys = [f"{key}-{mask}" for key, mask in zip(keys, masks, strict=True)]
-    if args.validation_share:
-        sides = split([0] * len(keys), keys, copies, validation_share=args.validation_share)
-        logger.info(sides.summary)
+    scanned, sides = on_main(accelerator, read_drawings, args, data)
+    data, keys, held_out = sized(data, scanned), scanned.keys, None
+    some_not_square = any(width != height for width, height in scanned.sizes)
+    if sides is not None:
         held_out, data, keys = data.select(sides.validation), data.select(sides.train), [keys[i] for i in sides.train]
         held_out.center_crop, held_out.random_flip = True, False
         held_out.caption_dropout, held_out.shuffle_tags = 0.0, False
@@ -549,24 +557,6 @@ def load_data(
         logger.info(f"{count} images, {len(data)} in an epoch")
     keys = [keys[index] for index in indices]
     return data, keys, some_not_square and args.fit == "crop" and not args.center_crop, held_out
-
-
-def read_masks(data: CaptionedImages) -> list[str]:
-    """A key to the contents of each mask; InputError if one shows nothing, or all show everything."""
-    masked, keys, empty = 0, [], []
-    for index in range(len(data)):
-        mask = data.mask(index)
-        levels = mask.getchannel(0).histogram()
-        keys.append(content_key(mask))
-        masked += any(levels[:-1])
-        if not any(levels[1:]):
-            empty.append(data.name(index))
-    if empty:
-        raise InputError(f"`alpha_mask`: nothing counts of {first_names(empty)}: leave them out, or mend their masks")
-    if not masked:
-        raise InputError("`alpha_mask`: no image has transparent parts or a mask in a folder `mask` beside it")
-    logger.info(f"--alpha_mask: {masked} of {len(data)} images have parts that do not count")
-    return keys
 
 
 def contents(pipeline: StableDiffusionPipeline, perceptual_term, data: CaptionedImages, keys: list[str]) -> dict:
@@ -664,8 +654,8 @@ def cache_latents(
 
     Images are encoded one by one, so that the latents do not depend on what else was missing.
     """
-    settings = [args.resolution, args.fit, args.image_interpolation_mode, args.background, accelerator.mixed_precision]
-    kind = "-".join(map(str, ["latents", fingerprint(vae), *settings]))
+    settings = [args.resolution, fit_key(args.fit), args.image_interpolation_mode, args.background]
+    kind = "-".join(map(str, ["latents", fingerprint(vae), *settings, accelerator.mixed_precision]))
     cache = FeatureCache(Path(args.feature_dir or cache_folder(), kind))
     shapes = [data.shape(index) for index in range(len(data))]
     flips = (False, True) if args.random_flip else (False,)
@@ -963,7 +953,7 @@ def finish(args, run: Run, pipeline, embed, data: CaptionedImages) -> list[str]:
         compare_tones(data, after)
     if is_drawn:
         files.append(BEFORE_AFTER)
-    write_card(args, run, [BEFORE_AFTER] if is_drawn else [])
+    write_card(args, run, data.caption_origins(), [BEFORE_AFTER] if is_drawn else [])
     if run.meter.skipped:
         logger.warning(f"{run.meter.skipped} steps were skipped: their loss or gradient was not finite")
     print(cards.listing(args.output_dir, uses(args, is_drawn)))
@@ -1074,7 +1064,7 @@ def held_out_words(history: list[dict]) -> str:
     )
 
 
-def write_card(args, run: Run, pictures: list[str]) -> None:
+def write_card(args, run: Run, caption_origins: str, pictures: list[str]) -> None:
     base_model, dataset = cards.hub_id(args.pretrained_model_name_or_path), cards.hub_id(args.dataset_name)
     template = with_trigger(args.caption_template, args.trigger_word)
     prompts = args.validation_prompt or [template.replace("{class}", "house")]
@@ -1102,7 +1092,7 @@ pipeline({prompts[0]!r}).images[0].save("sketch.png")"""
         title=f"Sketch LoRA - {cards.model_name(args.hub_model_id, args.output_dir)}",
         description=f"LoRA weights for Stable Diffusion 1.5, fine-tuned on drawings {term} of sketch-perceptual."
         f" `{WEIGHTS}` is for diffusers, `{kohya_name(args)}` for {readers}."
-        f" Images of a class were captioned {template!r}.{trigger}{held_out_words(run.state['held_out'])}",
+        f" Captions come from {caption_origins}.{trigger}{held_out_words(run.state['held_out'])}",
         install="`pip install diffusers transformers accelerate peft`",
         snippet=snippet,
         options={"steps": run.steps.total} | backbone_of(args) | run.record(),

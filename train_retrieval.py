@@ -39,7 +39,7 @@ from sketch_perceptual.data.batches import pk_batches
 from sketch_perceptual.data.checks import Contents
 from sketch_perceptual.data.image_sets import LabelledImages
 from sketch_perceptual.data.options import add_class_options, check_class_options, load_labelled
-from sketch_perceptual.data.splits import describe_split, split, split_hash
+from sketch_perceptual.data.splits import Split, describe_split, split, split_hash
 from sketch_perceptual.errors import InputError, first_line
 from sketch_perceptual.evaluation.preview import dry_run, fitted, read_data
 from sketch_perceptual.evaluation.retrieval import query_sheet
@@ -178,17 +178,19 @@ def open_data(args, seed: int) -> LabelledImages:
     return data
 
 
-def read_drawings(args, data: LabelledImages) -> Contents:
-    return read_data(data, args.on_bad_image, args.figure_data, copies=True, see=partial(fitted, args))
+def read_drawings(args, data: LabelledImages) -> tuple[Contents, Split]:
+    """What can be read of the drawings, and how that is split."""
+    scanned = read_data(data, args.on_bad_image, args.figure_data, copies=True, see=partial(fitted, args))
+    data = data.select(scanned.positions)
+    return scanned, split(data.labels, scanned.keys, scanned.copies, data.groups, args.validation_share)
 
 
 def load_data(args, run: Run, embedder: SketchEmbedder) -> tuple[Embedded, Embedded, dict]:
     """Features of the gallery, which is trained on, and of the held-out queries; the split as it is saved."""
     accelerator = run.accelerator
     data = open_data(args, run.seed)
-    positions, keys, _, copies = on_main(accelerator, read_drawings, args, data)
+    (positions, keys, _, copies), result = on_main(accelerator, read_drawings, args, data)
     data = data.select(positions)
-    result = split(data.labels, keys, copies, data.groups, args.validation_share)
     logger.info(result.summary)
     record = describe_split(result, keys, args.validation_share, args.group_column) | {"classes": data.classes}
     rows = digest(zip(keys, (data.classes[label] for label in data.labels), strict=True))

@@ -5,6 +5,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import cast
 
@@ -14,6 +15,9 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 HTTP_ERROR = cast(type[Exception], HfHubHTTPError.__mro__[HfHubHTTPError.__mro__.index(OSError) - 1])
 # what reading from the Hub or writing to it may raise
 HUB_ERRORS: tuple[type[Exception], ...] = (OSError, ValueError, RuntimeError, HTTP_ERROR)
+LONGEST = 200  # letters of a name
+# Control characters, line separators, and marks that turn the direction of writing around
+NOT_SHOWN = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 ANSWERS = {
     401: "log in with `hf auth login`, and check the name",
     403: "access denied: request access to the repository, or log in with a token that has write permission",
@@ -22,8 +26,6 @@ ANSWERS = {
     412: "the repository changed during the request: try again",
     429: "rate limited: try again in a few minutes",
 }
-# C0 and C1 controls except tab and newline, and what turns the direction of writing around
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 ADDRESS = re.compile(r"(https?://[^\s?'\"]+)\?[^\s'\"]+")
 
 
@@ -32,6 +34,11 @@ class InputError(ValueError):
 
     An argument stands in backticks, as in "`fit` must be one of crop, pad": a script shows it as its option.
     """
+
+    def __init__(self, message: str = ""):
+        if message.startswith("Caught "):  # raised again by a DataLoader, with the traceback of its worker
+            message = message.rpartition(f"\n{type(self).__module__}.{type(self).__qualname__}: ")[2].rstrip("\n")
+        super().__init__(message)
 
 
 class TooLittleMemory(InputError):
@@ -57,7 +64,9 @@ def printable(text: str) -> str:
     """Return `text` as a console or log may show it: control characters, which names of files may hold, are escaped,
     and addresses lose their query, which may be a signature. Lines and tabs stay.
     """
-    return ADDRESS.sub(r"\1?...", CONTROL.sub(lambda character: ascii(character[0])[1:-1], text))
+    return ADDRESS.sub(
+        r"\1?...", NOT_SHOWN.sub(lambda match: match[0] if match[0] in "\n\t" else _escaped(match), text)
+    )
 
 
 def first_line(error: BaseException) -> str:
@@ -102,10 +111,55 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__  # which `datasets` suppresses
 
 
+_collected: ContextVar[list[str] | None] = ContextVar("collected", default=None)
+
+
+def complain(message: str) -> None:
+    """Raise InputError, or in `all_troubles` note it and return, for callers that can go on to the next trouble."""
+    collected = _collected.get()
+    if collected is None:
+        raise InputError(message)
+    collected.append(message)
+
+
+def has_complained() -> bool:
+    """Whether `all_troubles` has collected anything so far."""
+    return bool(_collected.get())
+
+
+@contextmanager
+def all_troubles() -> Iterator[None]:
+    """Collect what `complain` says in the block and what ends it early; one InputError lists all of it."""
+    collected: list[str] = []
+    token = _collected.set(collected)
+    try:
+        yield
+    except InputError as error:
+        collected.append(str(error))
+    finally:
+        _collected.reset(token)
+    troubles = list(dict.fromkeys(collected))
+    if len(troubles) > 1:
+        numbered = [f"{number}. {trouble}" for number, trouble in enumerate(troubles, 1)]
+        raise InputError("\n".join([f"{len(troubles)} things are wrong:", *numbered]))
+    if troubles:
+        raise InputError(troubles[0])
+
+
+def shown(name: object) -> str:
+    """Return a name on one line, not endless: line breaks and what `printable` escapes are escaped."""
+    line = NOT_SHOWN.sub(_escaped, str(name))
+    return line if len(line) <= LONGEST else f"{line[:LONGEST]}..."
+
+
+def _escaped(match: re.Match) -> str:
+    return match[0].encode("unicode_escape").decode()
+
+
 def first_names(names: Sequence[str], separator: str = ", ", count: int = 10) -> str:
-    """The first ten names, and how many more there are."""
+    """The first ten names as they are `shown`, and how many more there are."""
     more = f"{separator}and {len(names) - count} more" if len(names) > count else ""
-    return separator.join(names[:count]) + more
+    return separator.join(map(shown, names[:count])) + more
 
 
 def check_choice(argument: str, value: str, choices: Iterable[str]) -> None:

@@ -22,8 +22,8 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 
-from .errors import InputError, first_line, first_names
-from .lora_names import KINDS, WIDEST, description, kohya_name, locate, shown
+from .errors import InputError, first_line, first_names, shown
+from .lora_names import KINDS, WIDEST, description, kohya_name, locate
 
 PEFT_CONFIG = "lora_adapter_metadata"  # diffusers' key for it
 FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # diffusers' and PEFT's, in a folder
@@ -125,7 +125,7 @@ def _refusal(keys: list[str]) -> str:
     for pattern, kind in KINDS.items():
         if named := [shown(key) for key in keys[:1000] if re.search(pattern, key)]:
             return f"{kind} is not read, only LoRA of Stable Diffusion 1 and 2: {first_names(named, count=3)}"
-    return f"no LoRA of Stable Diffusion 1 or 2 has {first_names([shown(key) for key in keys]) or 'no weights'}"
+    return f"no LoRA of Stable Diffusion 1 or 2 has {first_names(keys) or 'no weights'}"
 
 
 def _layer(tensors: dict[str, torch.Tensor], keys: Mapping[str, str]) -> Layer:
@@ -383,7 +383,7 @@ def find_file(path: Path) -> Path:
         return files[0]
     if not files:
         raise InputError(f"{path} is a folder without a LoRA ({' or '.join(FILES)})")
-    raise InputError(f"{path} is a folder of {first_names([shown(file.name) for file in files])}: name one of them")
+    raise InputError(f"{path} is a folder of {first_names([file.name for file in files])}: name one of them")
 
 
 def _load(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -449,12 +449,12 @@ def run_metadata(name: str, base_model: str, options: Mapping, *, is_v2: bool = 
         options: those of the run, with its `steps` and `epochs`.
         is_v: the model predicts v.
     """
-    shown = {key: options[key] for key in options if key in SAME.split() or key.startswith("perceptual_")}
+    record = {key: options[key] for key in options if key in SAME.split() or key.startswith("perceptual_")}
     renamed = {"snr_gamma": "min_snr_gamma", "caption_dropout": "caption_dropout_rate", "epochs": "epoch"}
-    shown |= {new: options[old] for old, new in renamed.items() if options.get(old)}
+    record |= {new: options[old] for old, new in renamed.items() if options.get(old)}
     version, side = "v2" if is_v2 else "v1", options["resolution"]
     size = {"v1": "", "v2": "-768-v" if is_v else "-512"}[version]
-    shown |= {
+    record |= {
         "output_name": name,
         "sd_model_name": base_model,
         "base_model_version": f"sd_{version}{'_v' if is_v and is_v2 else ''}",
@@ -475,7 +475,7 @@ def run_metadata(name: str, base_model: str, options: Mapping, *, is_v2: bool = 
         "license": options.get("license"),
         "trigger_phrase": options.get("trigger_word"),
     }
-    texts = {f"ss_{key}": value for key, value in shown.items()} | {f"modelspec.{k}": v for k, v in spec.items() if v}
+    texts = {f"ss_{key}": value for key, value in record.items()} | {f"modelspec.{k}": v for k, v in spec.items() if v}
     return {key: " ".join(map(str, v)) if isinstance(v, list) else str(v) for key, v in texts.items()}
 
 

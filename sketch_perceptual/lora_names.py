@@ -165,12 +165,6 @@ def description(module: str) -> tuple[str, Description] | None:
     return None
 
 
-def shown(name: str) -> str:
-    """Return a tensor's name as it may be printed: one line, without control characters, not endless."""
-    name = name if name.isprintable() and name else repr(name)
-    return name if len(name) <= 200 else f"{name[:200]}..."
-
-
 def kohya_name(module: str) -> str:
     model, _, name = module.partition(".")
     return f"lora_{'unet' if model == 'unet' else 'te'}_{name.replace('.', '_')}"

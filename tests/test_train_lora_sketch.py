@@ -314,7 +314,7 @@ def test_a_run_with_masks(train, tmp_path, caplog):
     assert train("--alpha_mask", *options, data=data, output="other") != masked
     for number in range(4):
         Image.open(folder / f"{number}.png").convert("RGB").save(folder / f"{number}.png")
-    with pytest.raises(InputError, match="`alpha_mask`: no image has transparent parts or a mask in a folder `mask`"):
+    with pytest.raises(InputError, match="`alpha_mask`: no image has transparent parts, a mask in a folder `mask`"):
         train("--alpha_mask", data=data, output="third")
     Image.new("L", (40, 40), 0).save(folder / "mask" / "3.png")
     with pytest.raises(InputError, match=r"`alpha_mask`: nothing counts of .*3\.png"):
@@ -676,7 +676,9 @@ def test_changed_captions_are_trained_on_and_held_out_ones_are_whole(train, tags
     assert all(text.startswith("ink, ") and sorted(text[5:].split(", ")) == list("abcd") for text in shuffled)
     assert len(shuffled) > 12
     card = (run.folder / "README.md").read_text()
-    assert "captioned 'ink, a sketch of a {class}'" in card and "instance_prompt: ink" in card
+    assert (
+        "Captions come from text files (" in card and "class folders as" not in card and "instance_prompt: ink" in card
+    )
 
 
 def test_changed_captions_are_the_same_after_a_resume_and_with_workers(train, tags):
@@ -908,7 +910,7 @@ def test_the_snippet_of_a_pushed_adapter_runs_as_it_stands(train, hub, tiny_sd, 
     assert card.data.instance_prompt == "sks"
     assert [example["text"] for example in card.data.widget] == ["sks, a house"]
     assert "trigger word 'sks'" in card.text
-    assert "captioned 'sks, a {class}'" in card.text
+    assert "Captions come from class folders as 'a {class}' (" in card.text
     assert "On held-out images: denoising loss" in card.text
     snippet = re.search(r"```python\n(.*?)```", card.text, re.DOTALL)[1]
     monkeypatch.chdir(tmp_path)

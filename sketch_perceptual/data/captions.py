@@ -8,7 +8,7 @@ from pathlib import Path
 from posixpath import basename, splitext
 from typing import TYPE_CHECKING
 
-from ..errors import InputError, check_choice, first_names
+from ..errors import InputError, check_choice, complain, first_names, shown
 from .class_folders import class_folders, describe_no_classes, folder_repeats
 from .class_names import readable_class
 from .folders import METADATA, PICTURES, TEXTS, ending_of, find_images, is_mask, read_text
@@ -39,13 +39,14 @@ def captioned_folder(
 
     1. `caption_column` of a metadata.csv or metadata.jsonl in any folder, beside the column `file_name` (relative
        to the metadata file). In JSON it may be a list; an image on several lines has several captions.
-    2. A .txt or .caption file of the same stem: one caption a line, or one list of tags if all lines end with commas.
+    2. A .txt or .caption file of the same name or stem: one caption a line, or one list of tags if all lines end with
+       commas.
     3. The first-level folder through `caption_template`, if there is no metadata and its name can be a class: the
        images/ beside a metadata.csv is none. The class of kohya's 10_boat is "boat".
 
-    `default_caption` is the caption of every image if none has one. If only some lack one, `on_missing_caption`
-    decides: "error", "skip" those images, or "default" to give them `default_caption`. Without metadata, `repeats` of
-    images in a folder 10_boat are 10. `transform` are the keywords of `CaptionedImages`. Raises InputError.
+    Images without one get `default_caption`. If some lack one, `on_missing_caption` decides: "error" unless there is a
+    default, "skip" those images, or "default". Without metadata, `repeats` of images in a folder 10_boat are 10.
+    `transform` are the keywords of `CaptionedImages`. Raises InputError.
     """
     _check_caption_options(caption_template, default_caption, on_missing_caption)
     root = Path(root)
@@ -72,16 +73,17 @@ def captioned_folder(
         descriptions.append(f"a caption would be {_class_caption(caption_template, unnamed[0])!r}")
     elif len(unnamed) > 1:
         logger.warning(
-            "All of %s in %s are read: pass one of these folders to leave out the others.", ", ".join(unnamed), root
+            "All of %s in %s are read: pass one of these folders to leave out the others.", first_names(unnamed), root
         )
     names = [str(root / image) for image in images]
     found = "; ".join(descriptions) or "no metadata, text files or class folders"
     captions, kept = _settle_missing(captions, names, found, default_caption, on_missing_caption)
-    if None in origins and len(kept) == len(images):
+    if None in origins and len(kept) == len(images) and default_caption is not None:
         descriptions.append(f"the default caption: {counts[None]}")
     data = CaptionedImages([root / image for image in images], names, captions, **transform)
     data.repeats = [next((repeats[part] for part in image.split("/")[:-1] if part in repeats), 1) for image in images]
     data.origin = "; ".join(descriptions)
+    data.origins = [_origin(origin, caption_template, default_caption) for origin in origins]
     return data.select(kept)
 
 
@@ -114,30 +116,45 @@ def captioned_dataset(
     else:
         check_column(dataset, name, "caption_column", caption_column)
         captions = _column_captions(dataset, caption_column, caption_template, names)
+    given = captions
     captions, kept = _settle_missing(captions, names, f"columns {columns}", default_caption, on_missing_caption)
+    origin = f"the column {caption_column!r}"
+    if hasattr(dataset.features.get(caption_column), "names"):
+        origin += f" as {caption_template!r}"
     data = CaptionedImages(sources, names, captions, **transform).select(kept)
     data.origin = f"columns {columns}"
+    data.origins = [origin if texts else _origin(None, caption_template, default_caption) for texts in given]
     return data
 
 
+def _origin(source: str | None, template: str, default_caption: str | None) -> str:
+    """Where a caption comes from, for the card of what is trained on it."""
+    if source is None:
+        return f"the default {default_caption!r}"
+    return f"{source} as {template!r}" if source == "class folders" else source
+
+
 def _side_cars(files: Iterable[str], images: Iterable[str]) -> dict[str, str]:
-    """The text file beside each image that has one: 1.txt, 1.caption or 1.png.txt of 1.png."""
+    """The text file beside each image that has one: 1.png.txt, 1.png.caption, 1.txt or 1.caption of 1.png."""
     texts = by_spelling(file for file in files if ending_of(file) in SIDE_CARS)
     found = {}
     for image in images:
-        places = (base + ending for base in (splitext(image)[0], image) for ending in SIDE_CARS)
+        places = (base + ending for base in (image, splitext(image)[0]) for ending in SIDE_CARS)
         if text := next(filter(None, (match_name(place, texts) for place in places)), None):
             found[image] = text
     return found
 
 
 def _read_side_cars(root: Path, side_cars: dict[str, str]) -> dict[str, list[str]]:
-    captions = {}
+    captions, bad = {}, []
     for image, file in side_cars.items():
         try:
             captions[image] = _lines(read_text(root / file, root))
         except InputError as error:
-            raise InputError(f"the caption of {image}: {error}") from error
+            captions[image] = [""]
+            bad.append(f"the caption of {shown(image)}: {error}")
+    if bad:
+        complain(first_names(bad, "\n"))
     if several := [side_cars[image] for image, lines in captions.items() if len(lines) > 1]:
         logger.warning(
             "%d text files of %s have several lines, which are captions of their own, one at a time; lines of one list"
@@ -205,14 +222,15 @@ def _settle_missing(
         return captions, everything
     first = first_names([names[index] for index in missing])
     report = f"{len(missing)} of {len(captions)} images have no caption: {first}. Found: {sources}."
-    if default_caption is not None and (on_missing_caption == "default" or len(missing) == len(captions)):
+    if default_caption is not None and (on_missing_caption != "skip" or len(missing) == len(captions)):
         logger.warning("%s They get %r.", report, default_caption)
         return [texts or [default_caption] for texts in captions], everything
     if on_missing_caption == "error" or len(missing) == len(captions):
-        raise InputError(
+        complain(
             f"{report} `caption_column`, `caption_template` or `default_caption` can give them one;"
-            " `on_missing_caption` can be skip or default."
+            " `on_missing_caption` skip leaves them out."
         )
+        return [texts or [""] for texts in captions], everything
     logger.warning("%s They are skipped.", report)
     return captions, [index for index in everything if captions[index]]
 

@@ -4,6 +4,7 @@ Nothing here knows of processes; a script calls these functions on its main proc
 """
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,10 +14,10 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from ..errors import InputError, TooLittleMemory, check_choice, first_names
-from .image_sets import Images
+from ..errors import InputError, TooLittleMemory, check_choice, complain, first_names
+from .image_sets import CaptionedImages, Images
 from .look import File, KeptLooks, Look, look_at
-from .near_duplicates import THUMBNAIL, near_duplicates
+from .near_duplicates import THUMBNAIL, content_key, near_duplicates
 from .report import data_report
 
 logger = logging.getLogger(__name__)
@@ -105,8 +106,8 @@ def readable(data: Images, bad: Mapping[int, str], on_bad_image: str) -> list[in
     if not good:
         raise InputError(f"No image is left: {report}")
     if bad and on_bad_image == "error":
-        raise InputError(f"{report}\n`on_bad_image` skip goes on with the other {len(good)}.")
-    if bad:
+        complain(f"{report}\n`on_bad_image` skip goes on with the other {len(good)}.")
+    elif bad:
         logger.warning("Skipped: %s", report)
     return good
 
@@ -130,6 +131,47 @@ def read_once(data: Images, on_bad_image: str, visit: Visit | None = None, copie
         small = np.frombuffer(b"".join(look.thumbnail for look in looks), np.uint8)
         same = near_duplicates(keys, small.reshape(-1, THUMBNAIL, THUMBNAIL)).tolist()
     return Contents(positions, keys, [(look.width, look.height) for look in looks], same)
+
+
+def check_masks(data: CaptionedImages) -> list[str]:
+    """A key to the contents of each mask; InputError for masks that cannot be used, or if all count everything."""
+    keys, masked, bad, empty = [], 0, [], []
+    for index in range(len(data)):
+        try:
+            mask = data.mask(index)
+        except InputError as error:
+            bad.append(str(error))
+            keys.append("")
+            continue
+        levels = mask.getchannel(0).histogram()
+        keys.append(content_key(mask))
+        masked += any(levels[:-1])
+        if not any(levels[1:]):
+            empty.append(data.name(index))
+    if bad:
+        complain(f"`alpha_mask`: {len(bad)} masks cannot be used.\n{first_names(bad, chr(10))}")
+    if empty:
+        complain(f"`alpha_mask`: nothing counts of {first_names(empty)}: leave them out, or mend their masks")
+    if not masked and not bad:
+        complain(
+            "`alpha_mask`: no image has transparent parts, a mask in a folder `mask` beside it or a NAME-masklabel.png"
+        )
+    logger.info("`alpha_mask`: %d of %d images have parts that do not count", masked, len(data))
+    return keys
+
+
+def check_shapes(data: CaptionedImages) -> None:
+    """Log how many images have each shape, by `fit` "bucket"; InputError for those that have none."""
+    shapes: Counter[str] = Counter()
+    bad = []
+    for index in range(len(data)):
+        try:
+            shapes["{} x {}".format(*data.shape(index))] += 1
+        except InputError as error:
+            bad.append(str(error))
+    if bad:
+        complain(first_names(bad, "\n"))
+    logger.info("images by shape: %s", ", ".join(f"{count} of {shape}" for shape, count in shapes.most_common()))
 
 
 def _look(data: Images, index: int, visit: Visit | None, thumbnails: bool) -> Look | str:

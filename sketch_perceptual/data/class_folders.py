@@ -4,6 +4,10 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from ..errors import first_names, shown
+from .class_names import readable_class
+
+LONG_NUMBER = re.compile(r"\d{6}")  # of an id or a date
 NUMBERED = re.compile(r"(\d{1,4})_(.+)", re.DOTALL)
 # Words for parts of a data set and for pictures of any kind; "train2017" and "test_images" consist of them.
 NO_CLASS = set(
@@ -29,7 +33,8 @@ def folder_repeats(images: Iterable[str]) -> dict[str, int]:
 def class_folders(images: Iterable[str], with_letters: bool = False) -> dict[str, str | None]:
     """The class of each folder with images at the top: "boat" for 10_boat; None where the name can be no class.
 
-    None can be words of `NO_CLASS`, a lone folder whose images lie in several others, and `with_letters` a number.
+    None can be words of `NO_CLASS`, a lone folder whose images lie in several others, and `with_letters` a number or
+    an id as Sketchy's tx_000000000000, unless it is one of ImageNet's.
     """
     inside: dict[str, set[str]] = {}
     for folder, _, rest in (image.partition("/") for image in images):
@@ -54,10 +59,12 @@ def describe_no_classes(root: Path, images: Iterable[str], folders: dict[str, st
     if len(none) < len(folders):
         advice = ": rename or move them"
     elif any(image.startswith(f"{first}/") and image.count("/") > 1 for image in images):
-        advice = f": pass {root / first}"
-    return f"no class can be called {', '.join(none)}{advice}"
+        advice = f": pass {shown(root / first)}"
+    return f"no class can be called {first_names(none)}{advice}"
 
 
 def _can_be_class(name: str, with_letters: bool) -> bool:
     words = re.findall(r"[^\W\d_]+", name.lower())
+    if with_letters and LONG_NUMBER.search(readable_class(name)):
+        return False
     return not NO_CLASS.issuperset(words) if words else not with_letters

@@ -3,17 +3,19 @@
 import codecs
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
 from PIL import Image
 
-from ..errors import InputError, first_names
+from ..errors import InputError, first_names, shown
 
 logger = logging.getLogger(__name__)
 
 METADATA = ("metadata.csv", "metadata.jsonl")
 MASKS = "mask"  # a folder beside the images
+# What OneTrainer keeps beside NAME.*: its mask, and a condition image. Caches of latents are no pictures.
+MASK_FILE, CONDITION_FILE = "{}-masklabel.png", "{}-condlabel.png"
 OUTPUT = ".sketch-perceptual.lock"  # in the folder that a training or a generation writes to
 TEXTS = set(".txt .caption .cap .tags .json .jsonl .ndjson .csv .tsv .parquet .xlsx .xls .ods .yaml .yml .xml".split())
 # Left by file managers and network disks, like all names with a leading dot.
@@ -34,9 +36,9 @@ PICTURES = set(  # that Pillow does not read, or not alone
 def find_images(root: Path, argument: str = "") -> tuple[list[str], list[str]]:
     """All files and the images among them, as sorted paths below `root` with forward slashes.
 
-    Hidden files and folders are left out; pipes, sockets, devices and pictures that Pillow does not read too, by name.
-    Links are followed, and images that they take from elsewhere are named. `argument` begins the message of an
-    InputError.
+    Hidden files and folders are left out. Named are pipes, sockets, devices, pictures that Pillow does not read, masks
+    and condition images of others, which are left out too, and images that links, which are followed, take from
+    elsewhere. `argument` begins the message of an InputError.
     """
     before = f"{argument}: " if argument else ""
     files, others = walk(root, before)
@@ -46,13 +48,22 @@ def find_images(root: Path, argument: str = "") -> tuple[list[str], list[str]]:
     if others:
         logger.warning("Skipped in %s, neither files nor folders: %s", root, first_names(others))
     unread = [file for file in files if ending_of(file) in PICTURES - openable]
+    companions = {path for image in [*images, *unread] for path in _companions(PurePosixPath(image))} & set(images)
+    images = [image for image in images if image not in companions]
     count = f"{len(unread)} pictures, convert them to PNG: {first_names(unread)}"
     if not images:
         raise InputError(f"{before}there are no images in {root}." + (f" Not read: {count}." if unread else ""))
     if unread:
         logger.warning("Not read in %s: %s", root, count)
+    if companions:
+        logger.warning(
+            "Left out of the pictures in %s, %d masks or condition images of others: %s",
+            root,
+            len(companions),
+            first_names(sorted(companions)),
+        )
     warn_about_links(root, images)
-    _warn_about_leftovers(root, files, images)
+    _warn_about_leftovers(root, files, [*images, *companions])
     return files, images
 
 
@@ -62,9 +73,8 @@ def is_mask(image: str) -> bool:
 
 
 def mask_beside(image: Path) -> Path | None:
-    """The mask of an image: of its name, or a .png, in the folder `mask` beside it."""
-    places = (image.parent / MASKS / name for name in (image.name, f"{image.stem}.png"))
-    return next((place for place in places if place.exists()), None)
+    """The mask of an image: mask/NAME, mask/STEM.png or STEM-masklabel.png beside it, the first that there is."""
+    return next((path for path in map(Path, _masks(image)) if os.path.lexists(path)), None)
 
 
 def is_inside(path: Path, root: Path) -> bool:
@@ -74,20 +84,21 @@ def is_inside(path: Path, root: Path) -> bool:
 
 def read_text(path: Path, root: Path) -> str:
     """A UTF-8 file below `root`; InputError, also where a link takes it elsewhere: texts are read in `root` alone."""
-    if path.is_symlink() and not path.exists():
-        raise InputError(f"{path} is a link to {os.readlink(path)}, which is not there.")
+    name = shown(path)
+    if os.path.islink(path) and not os.path.exists(path):
+        raise InputError(f"{name} is a link to {shown(os.readlink(path))}, which is not there or may not be read.")
     if not is_inside(path, root):
         raise InputError(
-            f"{path} is a link that leaves {root}, and only images are read from elsewhere: copy it there."
+            f"{name} is a link that leaves {root}, and only images are read from elsewhere: copy it there."
         )
     try:
         with path.open("rb") as file:
             is_utf16 = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
         return path.read_text(encoding="utf-16" if is_utf16 else "utf-8-sig")  # spreadsheets write byte order marks
     except UnicodeError as error:
-        raise InputError(f"{path} is not UTF-8 text: save it as UTF-8.") from error
+        raise InputError(f"{name} is not UTF-8 text: save it as UTF-8.") from error
     except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}.") from error
+        raise InputError(f"cannot read {name}: {error.strerror}.") from error
 
 
 def ending_of(file: str) -> str:
@@ -106,6 +117,19 @@ def is_visible(name: str) -> bool:
     return not name.startswith(".") and name.lower() not in NOT_DATA
 
 
+def _masks(image: PurePosixPath | Path) -> Iterator[PurePosixPath | Path]:
+    """Where the mask of an image may be."""
+    yield image.parent / MASKS / image.name
+    yield image.parent / MASKS / f"{image.stem}.png"
+    yield image.with_name(MASK_FILE.format(image.stem))
+
+
+def _companions(image: PurePosixPath) -> Iterator[str]:
+    """What may be beside an image and is not a picture of its own."""
+    yield from map(str, _masks(image))
+    yield str(image.with_name(CONDITION_FILE.format(image.stem)))
+
+
 def walk(root: Path, before: str = "") -> tuple[list[str], list[str]]:
     """Files, and what is neither file nor folder, as sorted paths below `root`; an unreadable folder is an error."""
     files, others, seen, todo = [], [], set(), [""]
@@ -113,28 +137,44 @@ def walk(root: Path, before: str = "") -> tuple[list[str], list[str]]:
         folder = todo.pop()
         real = os.path.realpath(root / folder)
         if real in seen:  # a loop of links would repeat its images some forty times
-            raise InputError(f"{before}{root / folder} links to a folder that is read already.")
+            raise InputError(f"{before}{shown(root / folder)} links to a folder that is read already.")
         seen.add(real)
         try:
             entries = [entry for entry in os.scandir(root / folder) if is_visible(entry.name)]
         except OSError as error:
-            raise InputError(f"{before}cannot read the folder {error.filename}: {error.strerror}.") from error
+            raise InputError(f"{before}cannot read the folder {shown(error.filename)}: {error.strerror}.") from error
         for entry in entries:
             name = folder + entry.name
-            if entry.is_dir() and os.path.exists(root / name / OUTPUT):
-                logger.warning("Not read, since a training or a generation writes there: %s", root / name)
-            elif entry.is_dir():
+            is_folder = _is_folder(entry)
+            if is_folder and os.path.exists(root / name / OUTPUT):
+                logger.warning("Not read, since a training or a generation writes there: %s", shown(root / name))
+            elif is_folder:
                 todo.append(f"{name}/")
             else:  # a link to nothing is a file that cannot be read, which is said where it is needed
-                (files if entry.is_file() or not os.path.exists(entry) else others).append(name)
+                (files if not os.path.exists(entry) or entry.is_file() else others).append(name)
     return sorted(files), sorted(others)
+
+
+def folders_in(root: Path) -> list[str]:
+    """Names of the visible folders in `root`; none if it cannot be read."""
+    try:
+        return sorted(entry.name for entry in os.scandir(root) if is_visible(entry.name) and _is_folder(entry))
+    except OSError:
+        return []
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link into a folder that may not be entered
+        return False
 
 
 def _warn_about_leftovers(root: Path, files: list[str], images: list[str]) -> None:
     used = {image.split("/")[0] for image in images}
-    for folder in sorted(path.name for path in root.iterdir() if path.is_dir() and is_visible(path.name)):
+    for folder in folders_in(root):
         if folder not in used and not (root / folder / OUTPUT).exists():
-            logger.warning("The folder %s holds no images.", root / folder)
+            logger.warning("The folder %s holds no images.", shown(root / folder))
     stems = {PurePosixPath(image).stem for image in images}
     known = TEXTS | PICTURES  # what reads captions says which texts it leaves
     stray = [f for f in files if "/" not in f and PurePosixPath(f).stem not in stems and ending_of(f) not in known]

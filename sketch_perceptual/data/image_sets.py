@@ -2,6 +2,7 @@
 
 import copy
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -9,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from PIL import Image
 
-from ..errors import InputError, check_choice
+from ..errors import InputError, check_choice, shown
 from ..extras import optional
 from ..seeds import generator
 from .folders import mask_beside
@@ -54,7 +55,8 @@ class Images(torch.utils.data.Dataset):
         return stat_file(source) if isinstance(source, str | os.PathLike) else None
 
     def name(self, index: int) -> str:
-        return self.names[self.rows[index]]
+        """What messages call it, on one line."""
+        return shown(self.names[self.rows[index]])
 
     def select(self: Kind, indices: Iterable[int]) -> Kind:
         """The items at `indices`; each keeps its identity and so its random draws."""
@@ -122,6 +124,7 @@ class CaptionedImages(Images):
         self.resolution, self.fit, self.center_crop, self.random_flip = resolution, fit, center_crop, random_flip
         self.interpolation, self.seed, self.alpha_mask = interpolation, seed, alpha_mask
         self.repeats = [1] * len(self.captions)  # what `repeated` makes of each
+        self.origins = [""] * len(self.captions)  # where the captions of each come from, in words
         self.sizes = [(0, 0)] * len(self.captions)
         self.moments: Callable[[int, bool], torch.Tensor] | None = None
         self.with_pixels = True
@@ -135,12 +138,12 @@ class CaptionedImages(Images):
         example: dict[str, Any] = {"caption": self._caption(int(epoch), row, choice), "name": self.name(index)}
         if self.moments is not None:
             example["moments"] = self.moments(index, flipped)
-        place = 0.5 if self.center_crop else place
+        crop = None if self.center_crop else place
         if self.with_pixels:
-            example["pixel_values"] = self.pixels(index, flipped, place)
+            example["pixel_values"] = self.pixels(index, flipped, crop)
         if self.alpha_mask:
             mask = self.mask(index)
-            example["mask"] = (self._fitted(mask, "black", flipped, place)[:1] + 1) / 2
+            example["mask"] = (self._fitted(mask, "black", flipped, crop)[:1] + 1) / 2
         return example
 
     def repeated(self) -> tuple["CaptionedImages", list[int]]:
@@ -148,11 +151,16 @@ class CaptionedImages(Images):
         extra = [index for index, row in enumerate(self.rows) for _ in range(self.repeats[row] - 1)]
         rows = [self.rows[index] for index in extra]
         data, count = copy.copy(self), len(self.sources)
-        for name in ("sources", "names", "captions", "repeats", "sizes"):
+        for name in ("sources", "names", "captions", "repeats", "origins", "sizes"):
             values = getattr(self, name)
             setattr(data, name, [*values, *(values[row] for row in rows)] if rows else values)
         data.rows = [*self.rows, *range(count, count + len(rows))]
         return data, [*range(len(self)), *extra]
+
+    def caption_origins(self) -> str:
+        """Where the captions come from: "text files (12 images), the default 'a fox' (2 images)"."""
+        counts = Counter({self.names[row]: self.origins[row] for row in self.rows}.values())
+        return ", ".join(f"{origin} ({count} images)" for origin, count in counts.most_common())
 
     def _caption(self, epoch: int, row: int, choice: float) -> str:
         captions = self.captions[row]
@@ -166,32 +174,34 @@ class CaptionedImages(Images):
             keep = max(keep, len(self.trigger_word.split(",")))
         return shuffled(caption, keep, draw)
 
-    def pixels(self, index: int, flipped: bool = False, place: float = 0.5) -> torch.Tensor:
-        """The image as the model takes it; `place` is where a crop lies, from 0 to 1 along the longer side."""
+    def pixels(self, index: int, flipped: bool = False, place: float | None = None) -> torch.Tensor:
+        """The image as the model takes it, cropped at `place` from 0 to 1 along the longer side, or at the centre."""
         return self._fitted(self.image(index), self.background, flipped, place)
 
     def mask(self, index: int) -> Image.Image:
         """What counts of an image, white, and what does not, black, as RGB of its size.
 
-        That is an image of the same name in a folder `mask` beside it, or else the image's own opacity. InputError.
+        That is its `mask_beside`, or else the image's own opacity. InputError.
         """
         source = self.sources[self.rows[index]]
         if isinstance(source, Path) and (beside := mask_beside(source)):
             mask, image = load_image(beside), self.image(index)
             if mask.size != image.size:
-                raise InputError("{} has {} x {} pixels, its image {} x {}.".format(beside, *mask.size, *image.size))
+                sizes = "{} x {} pixels, its image {} x {}".format(*mask.size, *image.size)
+                raise InputError(f"{shown(beside)} has {sizes}: a mask must have the size of its image.")
             return mask
         if alpha := load_extras(source)[0]:
             return alpha.convert("RGB")
         size = self.sizes[self.rows[index]]
         return Image.new("RGB", size if all(size) else self.image(index).size, "white")
 
-    def _fitted(self, image: Image.Image, background: str, flipped: bool, place: float) -> torch.Tensor:
+    def _fitted(self, image: Image.Image, background: str, flipped: bool, place: float | None) -> torch.Tensor:
         if self.fit == "bucket":
             size = bucket_size(image.size, self.resolution, self.multiple)
             image = fit_image(image, size, "crop", background, self.interpolation)
         else:
-            image = fit_image(image, self.resolution, self.fit, background, self.interpolation, (place, place))
+            position = None if place is None else (place, place)
+            image = fit_image(image, self.resolution, self.fit, background, self.interpolation, position)
         return to_tensor(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flipped else image)
 
     def shape(self, index: int) -> tuple[int, int]:

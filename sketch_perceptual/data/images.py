@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from ..errors import InputError, TooLittleMemory, check_choice
+from ..errors import InputError, TooLittleMemory, check_choice, shown
 from .paper import is_white_on_black, study
 
 logger = logging.getLogger(__name__)
@@ -34,6 +34,7 @@ Source = str | os.PathLike | bytes | Image.Image | dict
 INVERT = ("never", "auto", "always")
 PNG = b"\x89PNG\r\n\x1a\n"
 PNG_PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")  # the chunks that pixels need
+LARGEST = 2**26  # pixels: a strip of 2 x 9000 is cut before it grows to gigabytes, then not to the bit
 ONE_PAGE = ("MPO", "PSD")  # formats whose further frames are previews or layers
 # What is noted of an image, after a number of them.
 PAGES = "of several pages or frames: the first is used"
@@ -121,14 +122,15 @@ def fit_image(
     fit: str = "crop",
     background: str = "white",
     interpolation: str = "lanczos",
-    position: tuple[float, float] = (0.5, 0.5),
+    position: tuple[float, float] | None = None,
 ) -> Image.Image:
     """An RGB image made a square of `resolution`, or as wide and high as two numbers say.
 
     Args:
         fit: "crop" fills it and cuts what stands out on two sides; "pad" keeps all and fills up with `background`.
         interpolation: a name in `INTERPOLATIONS`.
-        position: what a crop keeps, as fractions of the free room in x and y; (0.5, 0.5) is the centre.
+        position: which of the possible crops in x and y, from 0 to 1; None is torchvision's centre. Uniform numbers
+            make each crop as likely, as its RandomCrop does.
     """
     size = (resolution, resolution) if isinstance(resolution, int) else resolution
     if min(size) < 1:
@@ -137,13 +139,18 @@ def fit_image(
     check_choice("interpolation", interpolation, INTERPOLATIONS)
     colour, resample = _colour(background), INTERPOLATIONS[interpolation]
     if fit == "crop":
-        return image.resize(size, resample, box=_crop_box(image.size, size, position))
+        return _cropped(image, size, resample, position)
     whole, part = _tightest(image.size, size)
     width, height = (max(1, round(side * whole / part)) for side in image.size)
     canvas = Image.new("RGB", size, colour)
     corner = ((size[0] - width) // 2, (size[1] - height) // 2)
     canvas.paste(image.resize((width, height), resample), corner)
     return canvas
+
+
+def fit_key(fit: str) -> str:
+    """A name for caches of what `fit_image` or a bucket makes, which changes with its pixels."""
+    return fit if fit == "pad" else f"{fit}-2"
 
 
 def _decode(source: Source) -> tuple[Image.Image, list[str]]:
@@ -286,7 +293,7 @@ def _name(source: Source) -> str:
         source = source["path"] or source["bytes"]
     if isinstance(source, Image.Image):
         source = getattr(source, "filename", None)
-    return str(source) if isinstance(source, str | os.PathLike) and str(source) else "given in memory"
+    return shown(source) if isinstance(source, str | os.PathLike) and str(source) else "given in memory"
 
 
 def _describe(x: Any) -> str:
@@ -337,21 +344,25 @@ def _tightest(size: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]
     return (target[0], size[0]) if across else (target[1], size[1])
 
 
-def _crop_box(
-    size: tuple[int, int], target: tuple[int, int], position: tuple[float, float]
-) -> tuple[float, float, float, float]:
-    """The part of the image that resizing and then cropping would keep.
-
-    Resizing this part alone is the same picture, and a strip of 2 x 9000 does not grow to gigabytes on the way.
-    """
-    low, high = [], []
-    part, whole = _tightest(target, size)  # the side of the image that is kept whole
-    for side, wanted, fraction in zip(size, target, position, strict=True):
-        resized = max(wanted, int(side * whole / part))
-        start = round((resized - wanted) * fraction)  # whole pixels: half a pixel would blur the lines
-        low.append(start * side / resized)
-        high.append((start + wanted) * side / resized)
-    return low[0], low[1], high[0], high[1]
+def _cropped(
+    image: Image.Image,
+    target: tuple[int, int],
+    resample: Image.Resampling,
+    position: tuple[float, float] | None,
+) -> Image.Image:
+    """What torchvision's Resize to the shorter side and a crop leave of an image, to the bit."""
+    part, whole = _tightest(target, image.size)  # the side of the image that is kept whole
+    width, height = (max(wanted, int(whole * side / part)) for side, wanted in zip(image.size, target, strict=True))
+    free = width - target[0], height - target[1]
+    if position is None:
+        x, y = (round(room / 2) for room in free)
+    else:
+        x, y = (min(room, int((room + 1) * fraction)) for room, fraction in zip(free, position, strict=True))
+    box = x, y, x + target[0], y + target[1]
+    if width * height <= LARGEST:
+        return image.resize((width, height), resample).crop(box)
+    across, down = image.width / width, image.height / height
+    return image.resize(target, resample, box=(box[0] * across, box[1] * down, box[2] * across, box[3] * down))
 
 
 def _colour(background: str) -> tuple[int, int, int]:

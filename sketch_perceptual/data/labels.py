@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import InputError, first_names
+from ..errors import InputError, first_names, shown
 from .class_folders import class_folders, describe_no_classes, folder_repeats
 from .folders import find_images
 from .image_sets import LabelledImages
@@ -28,12 +28,14 @@ def labelled_folder(root: str | os.PathLike, **options) -> LabelledImages:
     _, images = find_images(root)
     inside = [image for image in images if "/" in image]
     if stray := sorted(set(images) - set(inside)):
-        logger.warning("%d images lie beside the class folders of %s and are not used: %s", len(stray), root, stray[0])
+        logger.warning(
+            "%d images lie beside the class folders of %s and are not used: %s", len(stray), root, shown(stray[0])
+        )
     folders = class_folders(images)
     names = {folder: check_unicode(name, f"a folder of {root}") for folder, name in folders.items() if name}
     classes = sorted(set(names.values()))
     if len(names) < len(folders) or len(classes) < 2:
-        found = ", ".join(classes) or "none"
+        found = first_names(classes) or "none"
         found = "; ".join(filter(None, [found, describe_no_classes(root, images, folders)]))
         raise InputError(f"{root} must hold a folder for each of two classes or more, found {found}.")
     if repeats := [folder for folder, count in folder_repeats(images).items() if count > 1]:

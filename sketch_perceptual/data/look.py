@@ -101,7 +101,7 @@ class KeptLooks:
         place = os.path.commonpath([file.path for file in files])
         name = json.dumps([files[0].path if place == CONTENTS else place, *settings])
         self.path = folder / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.npz"
-        if self.path.exists():
+        if os.path.exists(self.path):
             try:
                 self.looks = self._read(self.path)
             except Exception as error:  # a damaged archive raises nearly anything

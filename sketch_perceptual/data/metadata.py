@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError, first_line
+from ..errors import InputError, complain, first_line, first_names, shown
 from .folders import METADATA, read_text
 from .names import by_spelling, check_unicode, hint, match_name
 
@@ -25,12 +25,18 @@ def read_metadata(
         rows = list(_read_rows(root / file, root))
         columns = ", ".join(sorted({key for _, row in rows for key in row})) or "none"
         descriptions.append(f"{file} has the columns {columns}")
+        path, bad = shown(root / file), []
         if not any(column in row for _, row in rows):
-            raise InputError(f"{root / file} has no column {column!r}, `caption_column` can be one of: {columns}.")
+            complain(f"{path} has no column {column!r}, `caption_column` can be one of: {columns}.")
         for line, row in rows:
-            where = f"{root / file} line {line}"
-            image = _image_of(row, file, where, columns, known, files)
-            captions.setdefault(image, []).extend(as_captions(row.get(column), where))
+            where = f"{path} line {line}"
+            try:
+                image = _image_of(row, file, where, columns, known, files)
+                captions.setdefault(image, []).extend(as_captions(row.get(column), where))
+            except InputError as error:
+                bad.append(str(error))
+        if bad:
+            complain(first_names(bad, "\n"))
     return captions, descriptions
 
 
@@ -72,12 +78,15 @@ def _image_of(
         raise InputError(f"{where} has no file_name, the path of an image; its columns are {columns}.")
     image = posixpath.normpath(posixpath.join(posixpath.dirname(file), listed))
     if image.startswith(("/", "../")):
-        raise InputError(f"{where} leaves the folder: {listed}.")
+        raise InputError(f"{where} leaves the folder: {shown(listed)}.")
     if found := match_name(image, known):
         return found
     if match_name(image, by_spelling(files)):
-        raise InputError(f"{where} lists {listed}, which is no image that is read: convert it to PNG.")
-    raise InputError(f"{where} lists {listed}, but there is no such image{hint(image, files)}.")
+        raise InputError(
+            f"{where} lists {shown(listed)}, which is not read as an image: convert it to PNG, or take out the line if"
+            " it is the mask of another."
+        )
+    raise InputError(f"{where} lists {shown(listed)}, but there is no such image{hint(image, files)}.")
 
 
 def _read_rows(path: Path, root: Path) -> Iterator[tuple[int, dict]]:

@@ -4,7 +4,7 @@ import posixpath
 import unicodedata
 from collections.abc import Iterable
 
-from ..errors import InputError
+from ..errors import InputError, shown
 
 
 def check_unicode(text: str, where: str) -> str:
@@ -12,8 +12,8 @@ def check_unicode(text: str, where: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        shown = text.encode("utf-8", "backslashreplace").decode()
-        raise InputError(f"{where}: '{shown}' is not valid Unicode; rename or rewrite it in UTF-8.") from error
+        escaped = shown(text.encode("utf-8", "backslashreplace").decode())
+        raise InputError(f"{where}: '{escaped}' is not valid Unicode; rename or rewrite it in UTF-8.") from error
     return text
 
 
@@ -37,7 +37,7 @@ def hint(missing: str, names: Iterable[str]) -> str:
     for part in (str.casefold, posixpath.basename, lambda path: posixpath.splitext(posixpath.basename(path))[0]):
         key = part(_spelling(missing))
         if near := next((name for name in names if part(_spelling(name)) == key), None):
-            return f", there is {near}"
+            return f", there is {shown(near)}"
     return ""
 
 

@@ -3,13 +3,14 @@
 import csv
 import json
 import logging
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePath, PurePosixPath
 
-from ..errors import InputError, first_line, first_names
-from .folders import find_images, is_visible, read_text, walk, warn_about_links
+from ..errors import InputError, first_line, first_names, shown
+from .folders import find_images, folders_in, read_text, walk, warn_about_links
 from .metadata import csv_reader
 from .names import by_spelling, hint, match_name
 
@@ -23,6 +24,7 @@ EXPECTED = (
     " columns photo,sketch."
 )
 HOW_TO_PART = f"A {LIST} with a column part, or train/ and test/ folders with photos/ and sketches/ each, would tell."
+NO_PARTS = "%s is not divided into train and test: all of its pairs are for training"
 # CUHK_student/train/photos/1.jpg, AR/train_photos/1.jpg, CUFS/test_sketches/1.jpg, testing_sketch/1.jpg, photo/1.jpg
 PLACE = re.compile(
     r"(?:(?P<collection>CUHK[ _-]?student|CUHK|student|AR|XM2VTS|CUFS)/)?"
@@ -59,13 +61,13 @@ def find_pairs(root: str | Path, part: str | None = None, style: int | None = No
     In 3 and 4 a sketch has its photo's place and stem, or CUHK's: F2-005-01-sz1 is drawn after f-005-01.
 
     Args:
-        part: "train" or "test"; None is both.
+        part: "train", which is all where nothing says what is for what, or "test"; None is both.
         style: 1, 2 or 3, of FS2K only; None is all.
 
     Raises InputError.
     """
     root = Path(root)
-    inside = [path for path in root.glob("*") if path.is_dir() and is_visible(path.name)]
+    inside = [root / name for name in folders_in(root)]
     places = [root, *(inside if len(inside) == 1 else [])]
     if folder := _holding(places, LIST):
         layout, pairs = "CSV", _listed(folder, part, root)
@@ -84,24 +86,27 @@ def find_pairs(root: str | Path, part: str | None = None, style: int | None = No
 
 
 def _holding(places: list[Path], *names: str) -> Path | None:
-    return next((place for place in places if any((place / name).is_file() for name in names)), None)
+    return next((place for place in places if any(os.path.isfile(place / name) for name in names)), None)
 
 
 def _listed(folder: Path, part: str | None, root: Path) -> dict[str, str]:
     pairs, path = {}, folder / LIST
     columns, rows = _read_list(path, root)
     known = by_spelling(walk(folder)[0])
+    if part == "train" and "part" not in columns:
+        logger.warning(NO_PARTS, shown(path))
+        part = None
     if part and "part" not in columns:
-        raise InputError(f"{path} does not say what is for {part}. {HOW_TO_PART}")
+        raise InputError(f"{shown(path)} does not say what is for {part}. {HOW_TO_PART}")
     for line, row in rows:
-        where = f"{path} line {line}"
+        where = f"{shown(path)} line {line}"
         if None in row or None in row.values():
             raise InputError(f"{where} must have {len(columns)} cells, as the header has.")
         if "part" in columns and row["part"] not in ANNOTATIONS:
             raise InputError(f"{where}: the part must be train or test, got {row['part']!r}.")
         photo, sketch = (_below(folder, row[side], where, known) for side in ("photo", "sketch"))
         if photo in pairs:
-            raise InputError(f"{where} lists {photo} again: a photo has one sketch.")
+            raise InputError(f"{where} lists {shown(photo)} again: a photo has one sketch.")
         pairs[photo] = sketch, row.get("part")
     warn_about_links(folder, [path for photo, (sketch, _) in pairs.items() for path in (photo, sketch)])
     return {photo: sketch for photo, (sketch, its_part) in pairs.items() if part in (None, its_part)}
@@ -161,8 +166,11 @@ def _entries(path: Path, root: Path) -> list:
 
 def _twins(places: list[Path], part: str | None) -> tuple[Path, str, dict[str, str]]:
     folder, used = _photos_and_sketches(places)
+    if part == "train" and not any(place["part"] for place in used):
+        logger.warning(NO_PARTS, shown(folder))
+        part = None
     if part and (unknown := [place.string for place in used if not place["part"]]):
-        raise InputError(f"{unknown[0]} in {folder} is neither for train nor for test. {HOW_TO_PART}")
+        raise InputError(f"{shown(unknown[0])} in {folder} is neither for train nor for test. {HOW_TO_PART}")
     used = [place for place in used if part in (None, (place["part"] or "").lower())]
     photos, sketches = (
         _index((_key(place), place.string) for place in used if place["side"].lower() == side)
@@ -213,6 +221,6 @@ def _index(paths: Iterable[tuple]) -> dict:
     index = {}
     for key, path in paths:
         if key in index:
-            raise InputError(f"{index[key]} and {path} cannot be told apart: rename or remove one.")
+            raise InputError(f"{shown(index[key])} and {shown(path)} cannot be told apart: rename or remove one.")
         index[key] = path
     return index

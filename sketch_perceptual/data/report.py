@@ -5,7 +5,7 @@ import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from ..errors import first_names
+from ..errors import first_names, shown
 from .image_sets import CaptionedImages, Images, LabelledImages
 from .look import FAINT, NEGATIVE, TINTED, Look
 
@@ -21,11 +21,11 @@ def data_report(data: Images, looks: Mapping[int, Look], bad: Sequence[int], wha
         looks: by position in `data`, of all that can be read; `bad` are the other positions.
         what: "drawings" or "photos", whose paper is nobody's concern.
     """
-    names = [data.name(index) for index in range(len(data))]
+    names = [data.names[row] for row in data.rows]
     folder = os.path.commonpath([os.path.dirname(name) for name in names])
     if os.path.isdir(folder):
         names = [os.path.relpath(name, folder) for name in names]
-        lines = [(what, f"{len(data)} in {folder}")]
+        lines = [(what, f"{len(data)} in {shown(folder)}")]
     else:
         lines = [(what, str(len(data)))]
     if isinstance(data, LabelledImages):

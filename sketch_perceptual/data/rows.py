@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from huggingface_hub.constants import HF_HUB_CACHE
 
-from ..errors import HUB_ERRORS, InputError, first_names, hub_reason
+from ..errors import HUB_ERRORS, InputError, first_names, hub_reason, shown
 from ..extras import optional
 from .folders import walk
 from .images import Source
@@ -28,10 +28,10 @@ def load_rows(
     the caches of `datasets`; a row that names any other file is refused.
     """
     datasets = optional("datasets", "train")
-    if Path(dataset_name).is_dir() and (others := walk(Path(dataset_name))[1]):
+    if os.path.isdir(dataset_name) and (others := walk(Path(dataset_name))[1]):
         raise InputError(f"{dataset_name} holds what is neither file nor folder: {first_names(others)}.")
     try:
-        if Path(dataset_name, "state.json").is_file() or Path(dataset_name, "dataset_dict.json").is_file():
+        if any(os.path.isfile(Path(dataset_name, file)) for file in ("state.json", "dataset_dict.json")):
             rows = datasets.load_from_disk(dataset_name)
         else:
             rows = datasets.load_dataset(dataset_name, config, cache_dir=cache_dir, data_dir=data_dir)
@@ -47,7 +47,7 @@ def load_rows(
         if len(rows) > 1:
             logger.info('%s: only its split "train" is read, of %s', dataset_name, ", ".join(rows))
         rows = rows["train"]
-    folders = [Path(folder) for folder in (dataset_name, data_dir) if folder and Path(folder).is_dir()]
+    folders = [Path(folder) for folder in (dataset_name, data_dir) if folder and os.path.isdir(folder)]
     caches = [cache_dir, datasets.config.HF_DATASETS_CACHE, HF_HUB_CACHE]
     _check_paths(rows, dataset_name, [*folders, *filter(None, caches)])
     return rows
@@ -69,7 +69,7 @@ def image_column_of(dataset: "datasets.Dataset", name: str, column: str) -> tupl
         raise InputError(f"The column {column!r} of {name} holds no images: choose another `image_column`.") from error
     if dataset.features[column] not in (datasets.Value("string"), datasets.Value("large_string")):
         return undecoded[column], names
-    if not Path(name).is_dir():
+    if not os.path.isdir(name):
         raise InputError(f"The column {column!r} of {name} holds texts: choose another `image_column`.")
     paths = [path and os.path.join(name, path) for path in dataset[column][:]]
     _check_inside(zip(names, paths, strict=True), [name])
@@ -110,5 +110,6 @@ def _check_inside(paths: Iterable[tuple[str, str | None]], folders: Iterable[str
     for row, path in paths:
         if path and not os.path.abspath(path).startswith(above):
             raise InputError(
-                f"{row}: the image is {path}, outside of the data set, where nothing is read; copy it into the folder."
+                f"{row}: the image is {shown(path)}, outside of the data set, where nothing is read; copy it into the"
+                " folder."
             )

@@ -4,6 +4,7 @@ them."""
 import argparse
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from ..data.checks import Contents, read_once
 from ..data.image_sets import CaptionedImages, Images, LabelledImages
 from ..data.images import fit_image, to_pil, to_tensor
+from ..errors import all_troubles, has_complained, shown
 from ..figures import image_grid
 from ..running.processes import on_main
 from ..running.startup import start_logging
@@ -29,15 +31,23 @@ See = Callable[[Images, int], list[Tensor]]
 
 
 def dry_run(args: argparse.Namespace, show: Callable[[int], object]) -> bool:
-    """Whether this is one: then all of it is `show(seed)` on the main process. Checks `figure_data` for any run."""
+    """Whether this is one: then all of it is `show(seed)` on the main process. Checks `figure_data` for any run.
+
+    InputError lists all that `show` complains of.
+    """
     if args.figure_data:
         check_target("figure_data", args.figure_data, ".png")
     if args.dry_run:
         accelerator = Accelerator()
         start_logging(accelerator, args)
-        on_main(accelerator, show, args.seed or 0)
+        on_main(accelerator, partial(_show_all_troubles, show), args.seed or 0)
         accelerator.end_training()
     return args.dry_run
+
+
+def _show_all_troubles(show: Callable[[int], object], seed: int) -> None:
+    with all_troubles():
+        show(seed)
 
 
 def in_epochs(data: Images, index: int) -> list[Tensor]:
@@ -55,7 +65,7 @@ def read_data(
 ) -> Contents:
     """`read_once`; with `figure`, a sheet of what the model will `see` of the images is written there."""
     contents = read_once(data, on_bad_image, copies=copies)
-    if figure:
+    if figure and not has_complained():
         write_sheet(figure, sheet_rows(data.select(contents.positions), see))
     return contents
 
@@ -79,5 +89,5 @@ def _title(data: Images, index: int) -> str:
     """The caption or class, if there is one, after what tells images of one name apart."""
     title, row = f"{index + 1}: {Path(data.name(index)).name} ", data.rows[index]
     if isinstance(data, CaptionedImages):
-        return title + " | ".join(data.captions[row])
-    return title + (data.classes[data.labels[index]] if isinstance(data, LabelledImages) else "")
+        return title + shown(" | ".join(data.captions[row]))
+    return title + shown(data.classes[data.labels[index]] if isinstance(data, LabelledImages) else "")

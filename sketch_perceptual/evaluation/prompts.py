@@ -69,7 +69,7 @@ def missing_pictures(paths: Sequence[Path], resolution: int) -> list[int]:
     """Positions of the pictures that are not there, damaged or of another size, and so have to be drawn."""
     missing = []
     for index, path in enumerate(paths):
-        if path.is_dir():
+        if os.path.isdir(path):
             raise InputError(f"{path} is a folder, where a picture belongs: {ADVICE}")
         try:
             with Image.open(path) as image:

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..data.images import Source, fit_image, load_image, to_tensor
+from ..data.images import Source, fit_image, fit_key, load_image, to_tensor
 from ..errors import InputError, from_hub
 from ..extras import optional
 from ..networks.hub_model import fingerprint
@@ -215,7 +215,7 @@ def _prepare(image: Source, resolution: int, fit: str, background: str) -> Tenso
 def _feature_key(network: InceptionFeatures | ClipFeatures, kind: str) -> str:
     options = network.prepare.keywords
     paper = "".join(f"{level:02x}" for level in ImageColor.getrgb(options["background"])[:3])
-    return f"{fingerprint(network)}-{kind}-{options['resolution']}-{options['fit']}-{paper}"
+    return f"{fingerprint(network)}-{kind}-{options['resolution']}-{fit_key(options['fit'])}-{paper}"
 
 
 def _pooled(output) -> Tensor:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageColor
 from torch import Tensor, nn
 
-from ..data.images import Source, fit_image, load_image, to_tensor
+from ..data.images import Source, fit_image, fit_key, load_image, to_tensor
 from ..errors import InputError
 from .backbone import BUNDLED, AttentionVGG16, is_vgg16_weights, load_backbone
 from .hub_model import HubModel, fingerprint, read_config
@@ -103,7 +103,7 @@ print(vectors @ vectors.T)  # cosine similarities"""
         """Changes with whatever changes `features` of a picture: weights, pooling, resolution, fit and background."""
         pooling = "pooled" if self.pool.output_size == 1 else "flat"
         paper = "".join(f"{level:02x}" for level in ImageColor.getrgb(self.background)[:3])
-        return f"{fingerprint(self.backbone.features)}-{pooling}-{self.resolution}-{self.fit}-{paper}"
+        return f"{fingerprint(self.backbone.features)}-{pooling}-{self.resolution}-{fit_key(self.fit)}-{paper}"
 
 
 def make_embedder(backbone: AttentionVGG16, **options) -> SketchEmbedder:

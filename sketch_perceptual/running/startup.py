@@ -4,6 +4,7 @@ import argparse
 import importlib.metadata
 import importlib.util
 import logging
+import os
 import platform
 import shutil
 import sys
@@ -126,7 +127,7 @@ def check_apart(args: argparse.Namespace) -> None:
     output = Path(args.output_dir).resolve()
     for name in ("train_data_dir", "style", "paired_data_dir", "dataset_name"):
         value = vars(args).get(name)
-        if not value or not Path(value).is_dir():
+        if not value or not os.path.isdir(value):
             continue
         if output == Path(value).resolve() or (name == "dataset_name" and Path(value).resolve() in output.parents):
             raise InputError(f"`output_dir` {args.output_dir} lies in `{name}`, which is read: choose another folder")

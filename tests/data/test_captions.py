@@ -119,16 +119,56 @@ def test_images_that_metadata_forgets_are_counted_not_dropped(tmp_path, caplog):
     assert "2 of 3 images have no caption" in caplog.text
 
 
-def test_the_default_is_for_folders_without_captions_and_for_gaps_on_request(tmp_path):
+def test_the_default_is_for_all_images_without_a_caption(tmp_path):
     for name in ("1.png", "2.png"):
         sketch(tmp_path / name)
     assert captions_of(captioned_folder(tmp_path, default_caption="d")) == {"1.png": ["d"], "2.png": ["d"]}
     write(tmp_path / "1.txt", "one")
-    with pytest.raises(InputError, match="1 of 2 images have no caption"):
-        captioned_folder(tmp_path, default_caption="d")
     write(tmp_path / "2.txt", " \n")
-    data = captioned_folder(tmp_path, default_caption="d", on_missing_caption="default")
-    assert captions_of(data) == {"1.png": ["one"], "2.png": ["d"]}
+    for more in ({}, {"on_missing_caption": "default"}):
+        data = captioned_folder(tmp_path, default_caption="d", **more)
+        assert captions_of(data) == {"1.png": ["one"], "2.png": ["d"]}
+    assert captions_of(captioned_folder(tmp_path, default_caption="d", on_missing_caption="skip")) == {
+        "1.png": ["one"]
+    }
+
+
+# files, options -> where captions come from
+ORIGINS = {
+    "text files": ({"1.txt": "a", "2.txt": "b"}, {}, "text files (2 images)"),
+    "the default": (
+        {"1.txt": "a", "2.txt": ""},
+        {"default_caption": "ink", "trigger_word": "sks"},
+        "text files (1 images), the default 'ink' (1 images)",
+    ),
+    "skipped": ({"1.txt": "a"}, {"on_missing_caption": "skip"}, "text files (1 images)"),
+    "metadata": ({"metadata.csv": "file_name,text\n1.png,a\n2.png,b\n"}, {}, "metadata (2 images)"),
+    "classes": (
+        {"cat/3.png": None, "1.txt": "a", "2.txt": "b"},
+        {"caption_template": "the {class}"},
+        "text files (2 images), class folders as 'the {class}' (1 images)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ORIGINS)
+def test_a_data_set_says_where_its_captions_come_from(case, tmp_path):
+    files, options, expected = ORIGINS[case]
+    for name, content in {"1.png": None, "2.png": None, **files}.items():
+        sketch(tmp_path / name) if content is None else write(tmp_path / name, content)
+    data = captioned_folder(tmp_path, **options)
+    data.repeats = [3] * len(data.sources)
+    assert data.caption_origins() == data.repeated()[0].caption_origins() == expected
+
+
+def test_columns_are_named_as_origins():
+    labels = datasets.Features({"image": datasets.Image(), "kind": datasets.ClassLabel(names=["cat", "dog"])})
+    rows = datasets.Dataset.from_dict({"image": [saved(image_of("L", 0))] * 3, "kind": [0, 1, -1]}, features=labels)
+    rows = rows.cast_column("image", datasets.Image())
+    data = captioned_dataset(rows, name="toy", caption_column="kind", default_caption="d")
+    assert (
+        data.caption_origins() == "the column 'kind' as 'a sketch of a {class}' (2 images), the default 'd' (1 images)"
+    )
 
 
 def test_order_is_that_of_the_paths(tmp_path):

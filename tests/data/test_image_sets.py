@@ -92,14 +92,21 @@ def test_switching_the_flip_on_leaves_crop_and_caption(striped):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_file_lost_during_training_is_named(workers, tmp_path):
+def test_a_file_lost_during_training_is_named_without_a_traceback(workers, tmp_path):
     data = CaptionedImages([tmp_path / "1.png"], ["sketches/1.png"], ["x"])
-    with pytest.raises(InputError, match=r"sketches/1\.png: there is no such file"):
+    with pytest.raises(InputError, match=r"^Cannot read the image sketches/1\.png: there is no such file\.$"):
         list(DataLoader(data, sampler=[(0, torch.tensor(0).item())], num_workers=workers))
 
 
+def test_names_are_on_one_line_in_messages(tmp_path):
+    data = CaptionedImages([tmp_path / "a\nb.png"], [str(tmp_path / "a\nb.png")], ["x"])
+    assert data.name(0) == f"{tmp_path}/a\\nb.png"
+    stripes(8, 8).save(tmp_path / "a\nb.png")
+    assert data[0, 0]["name"] == data.name(0)
+
+
 @pytest.mark.parametrize("fit", ["crop", "pad", "bucket"])
-@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize("beside", [None, "mask/a.png", "a-masklabel.png"])
 def test_a_mask_lies_where_its_image_does(tmp_path, fit, beside):
     opaque = Image.new("L", (60, 40), 0)
     opaque.paste(255, (30, 10, 60, 30))
@@ -109,7 +116,7 @@ def test_a_mask_lies_where_its_image_does(tmp_path, fit, beside):
     if beside:
         Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB").save(tmp_path / "a.png")
         (tmp_path / "mask").mkdir()
-        opaque.save(tmp_path / "mask" / "a.png")
+        opaque.save(tmp_path / beside)
     data = CaptionedImages(
         [tmp_path / "a.png"], ["a.png"], ["a"], resolution=32, fit=fit, random_flip=True, alpha_mask=True
     )

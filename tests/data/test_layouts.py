@@ -78,6 +78,63 @@ CAPTIONED = {
         "Not read in {root}: 1.caption. Captions are read from metadata.csv or",
     ),
     "text files by the whole name": ({"1.png": None, "1.png.txt": "a cat"}, {"1.png": ["a cat"]}),
+    "text files by both names": (
+        {"1.png": None, "1.jpg": None, "1.png.txt": "a cat", "1.txt": "a fox"},
+        {"1.png": ["a cat"], "1.jpg": ["a fox"]},
+    ),
+    "text files by both names of one": (
+        {"1.png": None, "1.png.txt": "a cat", "1.txt": "a fox"},
+        {"1.png": ["a cat"]},
+        "Not read in {root}: 1.txt.",
+    ),
+    "an empty text file": ({"1.png": None, "1.txt": ""}, "1 of 1 images have no caption: {root}/1.png"),
+    "OneTrainer's masks": (
+        {"1.png": None, "1.txt": "a", "1-masklabel.png": None, "1-condlabel.png": None, "1_sd.npz": "x"},
+        {"1.png": ["a"]},
+        "Left out of the pictures in {root}, 2 masks or condition images of others: 1-condlabel.png, 1-masklabel.png",
+    ),
+    "OneTrainer's masks of unread pictures": (
+        {"1.png": None, "1.txt": "a", "2.svg": "x", "2-masklabel.png": None},
+        {"1.png": ["a"]},
+        "Not read in {root}: 1 pictures",
+        "1 masks or condition images of others: 2-masklabel.png",
+    ),
+    "masks of nothing": (
+        {"1-masklabel.png": None, "1-masklabel.txt": "a", "2-condlabel.png": None, "2-condlabel.txt": "b"},
+        {"1-masklabel.png": ["a"], "2-condlabel.png": ["b"]},
+    ),
+    "masks in a folder": (
+        {"1.jpg": None, "1.txt": "a", "mask/1.png": None},
+        {"1.jpg": ["a"]},
+        "1 masks or condition images of others: mask/1.png",
+    ),
+    "a class of masks": (
+        {"mask/1.png": None, "hat/1.png": None},
+        {"mask/1.png": ["a sketch of a mask"], "hat/1.png": ["a sketch of a hat"]},
+    ),
+    "masks in metadata": (
+        {"1.png": None, "1-masklabel.png": None, "metadata.csv": "file_name,text\n1.png,a\n1-masklabel.png,b"},
+        "line 3 lists 1-masklabel.png, which is not read as an image",
+        "1 masks or condition images of others",
+    ),
+    "Sketchy's folders": (
+        {"tx_000000000000/boat/1.png": None, "tx_000100000000/boat/1.png": None},
+        "no class can be called tx_000000000000, tx_000100000000: pass {root}/tx_000000000000; a caption would be"
+        " 'a sketch of a tx 000000000000'",
+    ),
+    "a class in Sketchy's folder": (
+        {"tx_000000000000/boat/1.png": None},
+        "no class can be called tx_000000000000: pass {root}/tx_000000000000; a caption would be",
+    ),
+    "dates": ({"scan 20240131/1.png": None}, "no class can be called scan 20240131; a caption would be"),
+    "ImageNet's ids": ({"n01440764/1.png": None}, {"n01440764/1.png": ["a sketch of a tench"]}),
+    "ids that are not ImageNet's": ({"n99999999/1.png": None}, "a caption would be 'a sketch of a n99999999'"),
+    "models of planes": ({"a380/1.png": None}, {"a380/1.png": ["a sketch of a a380"]}),
+    "names of two lines": ({"1\n\x1b[31m.png": None}, "1 of 1 images have no caption: {root}/1\\n\\x1b[31m.png."),
+    "several lines of metadata": (
+        {"1.png": None, "metadata.csv": "file_name,text\nx.png,a\n1.png,b\n../y.png,c\n"},
+        "line 2 lists x.png, but there is no such image.\n{root}/metadata.csv line 4 leaves the folder: ../y.png.",
+    ),
     "NFD side-cars": ({f"{NFC}.png": None, f"{NFD}.txt": "a"}, {f"{NFC}.png": ["a"]}),
     "metadata of another name": (
         {"train/1.png": None, "data.jsonl": LINE},
@@ -123,7 +180,7 @@ CAPTIONED = {
     "unread pictures alone": ({"1.kra": "x", "2.pdf": "x"}, "no images in {root}. Not read: 2 pictures, convert"),
     "unread pictures in metadata": (
         {"1.png": None, "2.svg": "x", "metadata.csv": "file_name,text\n1.png,a\n2.svg,b"},
-        "line 3 lists 2.svg, which is no image that is read: convert it to PNG",
+        "line 3 lists 2.svg, which is not read as an image: convert it to PNG",
         "1 pictures",
     ),
     "no pictures": ({"1.png": None, "1.txt": "a", "x.h5": "x", "x.mpg": "x", "x.wmf": "x"}, {"1.png": ["a"]}, "x.wmf"),
@@ -151,6 +208,9 @@ LABELLED = {
     "kohya's": ({"10_cat/1.png": None, "5_cat/1.png": None, "5_dog/1.png": None}, {"cat": 2, "dog": 1}),
     "network disks": ({**TWO, "@eaDir/1.png": None}, {"a": 1, "b": 1}),
     "Latin folders": ({os.fsdecode(b"caf\xe9/1.png"): None, "b/1.png": None}, "'caf\\udce9' is not valid Unicode"),
+    "ids": ({"w_000001/1.png": None, "w_000002/1.png": None}, {"w_000001": 1, "w_000002": 1}),
+    "masks": ({**TWO, "a/1-masklabel.png": None, "b/mask/1.png": None}, {"a": 1, "b": 1}),
+    "a name of two lines": ({"a\nb/1.png": None}, "found a\\nb."),
 }
 
 

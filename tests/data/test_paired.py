@@ -2,6 +2,7 @@ import json
 import logging
 import re
 import unicodedata
+from pathlib import Path
 
 import pytest
 
@@ -122,6 +123,8 @@ FOLDERS = {
     "all parts": (both("train/photo/1.jpg", "test/photo/1.jpg"), (), "folders", None),
     "numbers that are no f2-": (both("photos/f2.jpg", "photos/f20.jpg", "photos/f0.jpg"), (), "folders", None),
     "other letters": (["photos/Zoë ä/李 1.jpg", "sketches/Zoë ä/李 1.png"], (), "folders", None),
+    "no parts, for a training": (both("photos/1.jpg", "photos/2.jpg"), ("train",), "folders", None),
+    "no parts, for a training on students": (both("CUHK_student/photos/1.jpg"), ("train",), "CUFS", None),
     "hidden": (
         [*both("photos/1.jpg"), "photos/._1.jpg", "__MACOSX/photos/2.jpg", "photos/Thumbs.db"],
         (),
@@ -139,6 +142,15 @@ def test_twins_have_the_same_place_and_stem(case, tmp_path):
     assert found(root, *asked) == dict(zip(files[::2], files[1::2], strict=True))
     pairs = find_pairs(root, *asked)
     assert (pairs.layout, pairs.summary) == (layout, f"{', '.join([layout, *asked])}: {len(files) // 2} pairs")
+
+
+def test_folders_are_read_as_the_page_shows_them(tmp_path):
+    page = Path(__file__).parents[2] / "docs/photos-to-sketches.md"
+    (photos, sketches) = (line.split() for line in page.read_text().splitlines() if line.startswith("    pairs/"))
+    flat, train, test = zip(photos, sketches, strict=True)
+    assert found(tree(tmp_path / "flat", *flat), "train") == dict([flat])
+    parts = tree(tmp_path / "parts", *train, *test)
+    assert (found(parts, "train"), found(parts, "test")) == (dict([train]), dict([test]))
 
 
 def test_images_outside_the_folders_are_named(tmp_path, caplog):
@@ -166,6 +178,11 @@ def test_a_list_pairs_anything(encoding, end, above, tmp_path, caplog):
     assert (pairs.photos, pairs.sketches) == ([root / "a/1.jpg"], [root / "b/1 ä.png"])
     assert (pairs.names, pairs.layout, pairs.summary) == (["a/1.jpg"], "CSV", "CSV, train: 1 pairs")
     assert not [record for record in caplog.records if record.levelno == logging.WARNING]
+
+
+def test_data_without_parts_is_all_for_training_and_that_is_said(tmp_path, caplog):
+    assert found(listed(tmp_path, "photo,sketch\n2.jpg,3.jpg\n"), "train") == {"2.jpg": "3.jpg"}
+    assert f"{tmp_path}/pairs.csv is not divided into train and test: all of its pairs are for training" in caplog.text
 
 
 def test_a_list_goes_before_the_folders(tmp_path):

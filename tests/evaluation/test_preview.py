@@ -89,6 +89,42 @@ def test_a_dry_run_ends_as_the_training_would(call, workplace, capsys):
     assert "1 of 7 images cannot be read" in capsys.readouterr().err
 
 
+def test_a_dry_run_lists_all_that_is_wrong(workplace, call, capsys):
+    """Captions, images, masks, shapes and the split, in one go; then without any of it."""
+    flat, options = workplace / "flat", ["--alpha_mask", "--fit", "bucket", "--validation_share", "0.5"]
+    for number, size in enumerate([(40, 40)] * 5 + [(400, 2)]):
+        (flat / "mask").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", size, (number, 0, 0)).save(flat / f"{number}.png")
+        (flat / f"{number}.txt").write_text("a fox")
+    (flat / "0.txt").write_text("")
+    (flat / "1.png").write_bytes(b"damaged")
+    Image.new("L", (40, 40), 0).save(flat / "mask/2.png")
+    Image.new("L", (20, 40), 9).save(flat / "mask/3.png")
+    (flat / "mask/4.png").write_bytes(b"damaged")
+    with pytest.raises(InputError) as error:
+        call(train_lora_sketch, "--dry_run", "--train_data_dir", "flat", *options, "--figure_data", "data.png")
+    message = str(error.value)
+    assert message.startswith("5 things are wrong:\n1. 1 of 6 images have no caption: flat/0.png.")
+    for part in (
+        "\n2. 1 of 6 images cannot be read.\nCannot read the image flat/1.png",
+        "\n3. flat/5.png: `fit` bucket",
+        "\n4. `alpha_mask`: 2 masks cannot be used.\nflat/mask/3.png has 20 x 40 pixels, its image 40 x 40",
+        "\nCannot read the image flat/mask/4.png",
+        "\n5. `alpha_mask`: nothing counts of flat/2.png",
+    ):
+        assert part in message
+    assert not (workplace / "data.png").exists()
+    mended = ["--default_caption", "a cat", "--on_bad_image", "skip", "--fit", "pad"]
+    assert "flat/0.png" in call(train_lora_sketch, "--dry_run", "--train_data_dir", "flat", *mended)
+
+
+@pytest.mark.parametrize("trainer", [train_backbone, train_retrieval], ids=lambda trainer: trainer.__name__)
+def test_a_dry_run_of_classes_lists_images_and_the_split(trainer, call, workplace):
+    (workplace / "drawings/cat/9.png").write_bytes(b"damaged")
+    with pytest.raises(InputError, match=r"(?s)1\. 1 of 7 images cannot .*2\. `validation_share` must be between"):
+        call(trainer, "--dry_run", "--validation_share", "2")
+
+
 @pytest.mark.parametrize(
     "target, sentence", [("data.jpg", r"must end in \.png"), ("no/data.png", "cannot be written")]
 )

@@ -123,6 +123,25 @@ def fill(folder, caplog):
     return cache, len(computed), [record.message for record in caplog.records if record.levelno >= logging.WARNING]
 
 
+def read_lost(index):
+    raise InputError(f"cannot read {KEYS[index]}")
+
+
+def test_an_image_lost_to_a_worker_is_named_without_a_traceback(tmp_path):
+    reset_accelerate()
+    with pytest.raises(InputError, match=f"^cannot read {KEYS[0]}$"):
+        fill_cache(
+            Accelerator(cpu=True),
+            FeatureCache(tmp_path),
+            KEYS,
+            read_lost,
+            torch.nn.Flatten(),
+            KEYS.__getitem__,
+            batch_size=1,
+            num_workers=1,
+        )
+
+
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_file_is_named_once_and_computed_again(tmp_path, caplog, damage):
     assert fill(tmp_path, caplog)[1:] == (2, [])
