@@ -302,7 +302,7 @@ def test_other_kinds_are_named(key, kind):
         ({}, "has no weights"),
         ({f"{UNET}.lora_A.weight": torch.ones(1, 1)}, f"{UNET}: up of the LoRA is missing"),
         ({f"{UNET}.alpha": torch.ones(1)}, "down and up of the LoRA is missing"),
-        ({"\x1b[2Ja\nb": torch.ones(1)}, r"has '\\x1b\[2Ja\\nb'$"),
+        ({"\x1b[2Ja\nb": torch.ones(1)}, r"has \\x1b\[2Ja\\nb$"),
         ({"": torch.ones(1)}, "has ''$"),
         (two(KOHYA, (), ()), r"down of \(\)"),
         (GOOD | {"x" * 5000: torch.ones(1)}, r"has x{200}\.\.\.$"),
