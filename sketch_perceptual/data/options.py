@@ -37,7 +37,12 @@ def add_caption_options(parser: argparse.ArgumentParser) -> Callable:
     add("--caption_column", default="text", help="captions, lists of captions, or class labels")
     add("--caption_template", default=CAPTION_TEMPLATE, help="caption of an image of a class; {class} is its name")
     add("--default_caption", help="caption of images that have none")
-    add("--on_missing_caption", choices=("error", "skip", "default"), default="error")
+    add(
+        "--on_missing_caption",
+        choices=("error", "skip", "default"),
+        default="error",
+        help="what to do with images that have no caption; with --default_caption they get that, unless skipped",
+    )
     add("--trigger_word", metavar="WORD", help="put WORD and a comma before each caption that does not have it")
     return add
 
