@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import set_seed
-from diffusers import AutoencoderKL, AutoencoderTiny, DDPMScheduler, StableDiffusionPipeline
+from diffusers import DDPMScheduler, StableDiffusionPipeline
 from diffusers.training_utils import cast_training_params
 from huggingface_hub import ModelCardData
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
@@ -53,8 +53,14 @@ from sketch_perceptual.diffusion import (
     sample_latents,
 )
 from sketch_perceptual.diffusion_checks import PREDICTION_TYPES
-from sketch_perceptual.errors import InputError, TrainingError, first_line, from_hub, has_complained
-from sketch_perceptual.evaluation.pipelines import add_pipeline_options, load_pipeline
+from sketch_perceptual.errors import InputError, TrainingError, first_line, has_complained
+from sketch_perceptual.evaluation.pipelines import (
+    add_pipeline_options,
+    latent_pixels,
+    load_decoder,
+    load_noise_scheduler,
+    load_pipeline,
+)
 from sketch_perceptual.evaluation.preview import dry_run, sheet_rows, write_sheet
 from sketch_perceptual.figures import image_grid
 from sketch_perceptual.losses import LOSSES, all_weights, build_losses, named_networks
@@ -467,15 +473,12 @@ def load_models(args, accelerator: Accelerator) -> tuple[StableDiffusionPipeline
         source,
         args.resolution,
         variant=args.variant,
-        safety_checker=None,
-        requires_safety_checker=False,
         **place,
     )
     factor = max(8, pipeline.vae_scale_factor)  # pipelines ask for multiples of 8 also where a latent is smaller
     if args.validation_size and any(side < 1 or side % factor for side in args.validation_size):
         raise InputError(f"`validation_size` must be two multiples of {factor}")
-    with from_hub(f"the scheduler of `pretrained_model_name_or_path` {source} cannot be loaded"):
-        noise_scheduler = DDPMScheduler.from_pretrained(source, subfolder="scheduler", **place)
+    noise_scheduler = load_noise_scheduler(source, **place)
     if args.prediction_type is not None:
         noise_scheduler.register_to_config(prediction_type=args.prediction_type)
         pipeline.scheduler = type(pipeline.scheduler).from_config(
@@ -506,10 +509,8 @@ def open_data(args, seed: int) -> CaptionedImages:
         interpolation=args.image_interpolation_mode,
     )
     data.scan_folder = scan_folder(args.feature_dir)
-    if Path(args.pretrained_model_name_or_path, "vae").is_dir():  # SD-1.x on the Hub has 8
-        vae = AutoencoderKL.load_config(args.pretrained_model_name_or_path, subfolder="vae")
-        blocks = vae.get("block_out_channels") or vae["decoder_block_out_channels"]  # AutoencoderTiny
-        data.multiple = 2 ** (len(blocks) - 1)
+    if pixels := latent_pixels(args.pretrained_model_name_or_path):  # SD-1.x on the Hub has 8
+        data.multiple = pixels
     return data
 
 
@@ -722,10 +723,7 @@ def build_term(args, vae, noise_scheduler) -> PerceptualTerm | None:
     )
     decoder = None
     if args.perceptual_decoder != "vae":
-        with from_hub(f"`perceptual_decoder` {args.perceptual_decoder} cannot be loaded"):
-            decoder = AutoencoderTiny.from_pretrained(
-                args.perceptual_decoder, cache_dir=args.cache_dir, use_safetensors=True
-            ).to(vae.device)
+        decoder = load_decoder(args.perceptual_decoder, args.cache_dir).to(vae.device)
     return PerceptualTerm(
         loss,
         vae,

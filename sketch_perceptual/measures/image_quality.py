@@ -8,14 +8,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from PIL import ImageColor
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..data.images import Source, fit_image, fit_key, load_image, to_tensor
-from ..errors import InputError, from_hub
+from ..errors import InputError
 from ..extras import optional
-from ..networks.hub_model import fingerprint
+from ..networks.hub_model import fingerprint, read_safetensors
+from ..networks.pretrained import find_folder, load_model, naming
 from ..seeds import generator
 
 WINDOW = 11  # pixels of SSIM's window
@@ -126,10 +125,10 @@ class InceptionFeatures(nn.Module):
         library = optional("torch_fidelity.feature_extractor_inceptionv3", "eval")
         file = io.BytesIO()  # the constructor downloads unless it is given a file to unpickle: here one of our own
         try:
-            torch.save(load_file(weights), file)
+            torch.save(read_safetensors(weights), file)
             file.seek(0)
             self.network = library.FeatureExtractorInceptionV3("", ["2048"], feature_extractor_weights_path=file)
-        except (OSError, SafetensorError, RuntimeError) as error:
+        except (InputError, OSError, RuntimeError) as error:
             reason = textwrap.shorten(str(error), 200)  # it lists hundreds of names
             raise InputError(f"{weights} is not FID's Inception as safetensors: {reason}. {CONVERT}") from error
         self.requires_grad_(False).eval()
@@ -166,15 +165,18 @@ class ClipFeatures(nn.Module):
         super().__init__()
         library = optional("transformers", "eval")
         self.prepare = functools.partial(_prepare, resolution=resolution, fit=fit, background=background)
-        with from_hub(
+        with naming(
             f"`clip_model` {source} cannot be loaded; it must be a CLIP with safetensors: a folder, or a Hub id that"
             " can be reached"
         ):
-            self.model = library.CLIPModel.from_pretrained(source, use_safetensors=True, dtype=torch.float32)
-            self.tokenizer = library.AutoTokenizer.from_pretrained(source)
-            images = library.AutoImageProcessor.from_pretrained(source)
-        for name, levels in (("mean", images.image_mean), ("std", images.image_std)):
-            self.register_buffer(name, torch.tensor(levels).view(3, 1, 1))
+            folder = find_folder(source)
+            self.model = load_model(library.CLIPModel, folder, dtype=torch.float32)
+            self.tokenizer = library.AutoTokenizer.from_pretrained(folder)
+            images = library.AutoImageProcessor.from_pretrained(folder)
+            for name, levels in (("mean", images.image_mean), ("std", images.image_std)):
+                self.register_buffer(name, torch.tensor(levels).view(3, 1, 1))
+            if not torch.cat([self.texts(["a fox"]), self.features(torch.zeros(1, 3, 8, 8))]).isfinite().all():
+                raise InputError("what it computes is not finite")
         self.requires_grad_(False).eval()
 
     @torch.no_grad()

@@ -2,11 +2,13 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
+import torch
 from huggingface_hub import HfApi, ModelCard, PyTorchModelHubMixin, hf_hub_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -66,16 +68,20 @@ class HubModel(PyTorchModelHubMixin):
             _find_weights(Path(source), cls.noun)
         else:  # of the same commit, by which the folder in the cache is called
             find_file(source, WEIGHTS, cls, **place | {"revision": path.parent.name})
+        weights_file = path.parent / WEIGHTS
+        weights = read_safetensors(weights_file)
         try:
             with redirect_stdout(None):  # huggingface_hub prints among our results that it loads from a folder
-                network = super().from_pretrained(str(path.parent), strict=True, **options)
-                return cast(nn.Module, network).eval()
+                network = cast(nn.Module, super().from_pretrained(str(path.parent), **options))
         except InputError as error:
             raise InputError(f"{path}: {str(error).replace('`', '')}") from error
         except (OSError, ValueError) as error:
             raise not_found(source, cls, error) from error
-        except (RuntimeError, MemoryError, SafetensorError) as error:
-            raise InputError(f"{source}: the weights do not fit its config.json: {error}") from error
+        except (RuntimeError, MemoryError) as error:
+            raise InputError(f"{path} describes a network that cannot be made: {first_line(error)}") from error
+        _check_fit(weights_file, weights, network.state_dict())
+        network.load_state_dict(weights)
+        return network.eval()
 
     def push_to_hub(self, repo_id: str, **options) -> str:
         """Upload weights, config.json and card; `options` are huggingface_hub's. InputError."""
@@ -91,6 +97,10 @@ class HubModel(PyTorchModelHubMixin):
         metadata = self._hub_mixin_info.model_card_data.to_yaml()
         usage = self.usage.format(source=repo_id)
         return ModelCard(CARD.format(metadata=metadata, noun=self.noun.capitalize(), usage=usage))
+
+    @classmethod
+    def _load_as_safetensor(cls, model, model_file, map_location, strict):
+        return model  # which `from_pretrained` fills with weights that it has checked
 
     @classmethod
     def _load_as_pickle(cls, model, model_file, map_location, strict):
@@ -149,12 +159,49 @@ def fingerprint(module: nn.Module | Mapping[str, Tensor]) -> str:
 
 
 def read_safetensors(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a `.safetensors` file; InputError for any other, pickles before all."""
+    """Return the tensors of a `.safetensors` file, all floating and finite; InputError for any other file."""
     if not Path(path).is_file():
         raise InputError(f"there is no weights file {path}")
     if Path(path).suffix != ".safetensors":
         raise InputError(f"{path} is not a .safetensors file; pickles are not loaded")
     try:
-        return load_file(path)
+        weights = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{path} cannot be read as safetensors: {error}") from error
+        raise InputError(f"{path} cannot be read as safetensors: {first_line(error)}") from error
+    for name, tensor in weights.items():
+        if not (tensor.is_floating_point() or is_counter(name)):
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            raise InputError(f"{path}: {name!r} is {dtype}, but weights must be floating numbers")
+    check_finite(path, weights)
+    return weights
+
+
+def is_counter(name: str) -> bool:
+    """Whether the tensor of this name holds integers in any network."""
+    return name.endswith(("num_batches_tracked", "position_ids"))
+
+
+def check_finite(path: str | Path, weights: Mapping[str, Tensor]) -> None:
+    """InputError that names the first tensor of `path` with NaN or infinity."""
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and tensor.numel() and not _is_finite(tensor):
+            raise InputError(
+                f"{path}: {name!r} has values that are not finite: it was saved broken, or the file is damaged"
+            )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Ask the least and the greatest value, which NaN makes NaN: 50 times faster than `isfinite` on all."""
+    values = tensor.detach()
+    ends = torch.aminmax(values if values.itemsize > 1 else values.float())  # float8 has no order
+    return all(math.isfinite(float(end)) for end in ends)
+
+
+def _check_fit(path: str | Path, weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """InputError unless the names and shapes of both are the same."""
+    shapes, wanted = ({name: tuple(x.shape) for name, x in tensors.items()} for tensors in (weights, expected))
+    if wrong := sorted(name for name in shapes | wanted if shapes.get(name) != wanted.get(name)):
+        raise InputError(
+            f"the weights in {path} do not fit its config.json: {len(wrong)} tensors are missing, unknown or of"
+            f" another shape, first {wrong[0]!r}: {shapes.get(wrong[0])}, expected {wanted.get(wrong[0])}"
+        )

@@ -222,7 +222,7 @@ def test_inception_weights_that_do_not_fit_say_how_to_make_them(inception, tmp_p
     pickled = tmp_path / "weights-inception-2015-12-05-6726825d.pth"
     torch.save({name: value for name, value in network.state_dict().items() if "num_batches" not in name}, pickled)
     save_file({name: value for name, value in load_file(path).items() if name != "fc.bias"}, "short.safetensors")
-    for source, reason in (("none", "No such file"), (pickled, "header"), ("short.safetensors", "fc.bias")):
+    for source, reason in (("none", "there is no"), (pickled, "pickles"), ("short.safetensors", "fc.bias")):
         with pytest.raises(InputError, match=f"(?s)is not FID's Inception.*{reason}.*Download https") as error:
             InceptionFeatures(source)
     exec(re.search('python -c "(.*)"', str(error.value))[1], {})

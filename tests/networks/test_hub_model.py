@@ -1,6 +1,7 @@
 """What a saved network may hold, and what is said of anything else."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -87,8 +88,63 @@ def test_only_safetensors_are_loaded(kind, tmp_path):
     torch.save(weights, tmp_path / "pytorch_model.bin")
     with pytest.raises(InputError, match=r"there is no .*model\.safetensors; pytorch_model\.bin is a pickle"):
         LOADERS[kind](tmp_path)
-    save_file({"other": torch.zeros(1)}, tmp_path / "model.safetensors")
-    refused(kind, tmp_path, f"{tmp_path}: the weights do not fit its config.json")
+
+
+def overflow(weight):
+    weight = weight.clone()
+    weight.view(-1)[-1] = torch.inf
+    return weight
+
+
+WEIGHTS = {  # what is done to a tensor -> what is said of it after the file's path
+    "is int8": lambda weight: weight.to(torch.int8),
+    "is complex64": lambda weight: weight.to(torch.complex64),
+    "has values that are not finite": lambda weight: weight * torch.nan,
+    "has values that are not finite: it": overflow,
+    "do not fit": lambda weight: weight.repeat(2, *[1] * (weight.ndim - 1)),
+}
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+@pytest.mark.parametrize("trouble", WEIGHTS)
+def test_weights_that_no_network_can_have_are_named(kind, trouble, tmp_path):
+    save(kind, tmp_path)
+    path = tmp_path / "model.safetensors"
+    weights = load_file(path)
+    name = sorted(weights)[-1]
+    save_file(weights | {name: WEIGHTS[trouble](weights[name])}, path)
+    with pytest.raises(InputError) as error:
+        LOADERS[kind](tmp_path)
+    assert all(text in str(error.value) for text in (str(path), name, trouble))
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+@pytest.mark.parametrize("content", [b"", b"\0" * 8, {}, {"other": torch.zeros(1)}])
+def test_a_file_without_its_weights_is_named(kind, content, tmp_path):
+    save(kind, tmp_path)
+    path = tmp_path / "model.safetensors"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        save_file(content, path)
+    with pytest.raises(InputError, match=re.escape(str(path))):
+        LOADERS[kind](tmp_path)
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_any_floating_precision_load(kind, dtype, tmp_path):
+    save(kind, tmp_path)
+    path = tmp_path / "model.safetensors"
+    weights = {name: weight.to(dtype) for name, weight in load_file(path).items()}
+    save_file(weights, path)
+    loaded = LOADERS[kind](tmp_path).state_dict()
+    assert all(torch.equal(loaded[name], weight.float()) for name, weight in weights.items())
+
+
+def test_batch_norm_counts_its_batches_in_integers(tmp_path):
+    JohnsonNet("batch", width=4).save_pretrained(tmp_path)
+    assert load_johnson(tmp_path).state_dict()["layers.1.num_batches_tracked"] == 0
 
 
 @pytest.mark.parametrize(
