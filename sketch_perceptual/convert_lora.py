@@ -11,7 +11,11 @@ import argparse
 from pathlib import Path
 
 from . import lora_files
-from .errors import InputError
+from .arguments import Help
+from .errors import InputError, escaped
+from .running.console import print_result
+from .running.entry import run
+from .running.files import Output, check_outputs
 
 
 def convert(source: Path, target: Path) -> str:
@@ -32,14 +36,19 @@ def convert(source: Path, target: Path) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("input", type=Path, help="a .safetensors in either form")
-    parser.add_argument("output", type=Path, help="a .safetensors, written in the other")
-    args = parser.parse_args(argv)
-    try:
-        print(convert(args.input, args.output))
-    except InputError as error:
-        parser.error(str(error).replace("`", ""))
+    parser = argparse.ArgumentParser(
+        prog="python -m sketch_perceptual.convert_lora",
+        description=__doc__,
+        formatter_class=Help,
+    )
+    parser.add_argument("source", metavar="input", type=Path, help="a .safetensors in either form")
+    parser.add_argument("target", metavar="output", type=Path, help="a .safetensors, written in the other")
+    run(convert_file, parser.parse_args(argv), "python -m sketch_perceptual.convert_lora")
+
+
+def convert_file(args: argparse.Namespace) -> None:
+    check_outputs([Output("output", args.target, (".safetensors",))], [args.source])
+    print_result(escaped(convert(args.source, args.target)))
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ ANSWERS = {
     412: "somebody else changes it at the same time: try again",
     429: "these are too many requests: try again in some minutes",
 }
-# C0 and C1 controls except tab and newline, and what turns the direction of writing around
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+# C0 and C1 controls except tab and newline, separators of lines, and what turns the direction of writing around
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
 class InputError(ValueError):
@@ -55,6 +55,11 @@ def in_options(message: str, args: argparse.Namespace) -> str:
 def printable(text: str) -> str:
     """`text` with control characters escaped, as names of files may hold them; lines and tabs stay."""
     return CONTROL.sub(lambda character: ascii(character[0])[1:-1], text)
+
+
+def escaped(name: object) -> str:
+    """A name of a file, model or class on one line, control characters escaped."""
+    return printable(str(name)).replace("\n", "\\n").replace("\t", "\\t")
 
 
 def first_line(error: BaseException) -> str:

@@ -8,6 +8,8 @@ from safetensors.torch import load_file
 from sketch_perceptual import lora_files
 from sketch_perceptual.convert_lora import main
 
+pytestmark = pytest.mark.usefixtures("signals")
+
 TARGETS = {"unet": ["to_q", "to_out.0", "proj_in", "ff.net.2"], "text_encoder": ["q_proj", "out_proj", "fc1"]}
 
 
@@ -61,8 +63,8 @@ def test_both_forms_predict_the_same(adapter, tiny_sd, tmp_path, capsys):
     ("names", "message"),
     [
         (["none.safetensors", "b.safetensors"], "none.safetensors cannot be read"),
-        (["a.safetensors", "a.safetensors"], "a.safetensors is the file that is read: choose another name"),
-        (["a.safetensors", "nowhere/b.safetensors"], "b.safetensors cannot be written: No such file"),
+        (["a.safetensors", "a.safetensors"], "a.safetensors, which is read: choose another name"),
+        (["a.safetensors", "nowhere/b.safetensors"], "b.safetensors cannot be written: there is no folder"),
     ],
 )
 def test_mistakes_are_told_in_a_sentence(names, message, tmp_path, capsys):

@@ -15,10 +15,11 @@ from ..data.checks import Contents, read_once
 from ..data.image_sets import CaptionedImages, Images, LabelledImages
 from ..data.images import fit_image, to_pil, to_tensor
 from ..figures import image_grid
+from ..running.files import Output, check_outputs
 from ..running.processes import on_main
-from ..running.startup import start_logging
+from ..running.startup import inputs_of, start_logging
 from ..seeds import generator
-from .report import SHEET_SIZE, check_target, pad, write_figure
+from .report import SHEET_SIZE, pad, write_figure
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ See = Callable[[Images, int], list[Tensor]]
 def dry_run(args: argparse.Namespace, show: Callable[[int], object]) -> bool:
     """Whether this is one: then all of it is `show(seed)` on the main process. Checks `figure_data` for any run."""
     if args.figure_data:
-        check_target("figure_data", args.figure_data, ".png")
+        check_outputs([Output("figure_data", args.figure_data, (".png",))], inputs_of(args))
     if args.dry_run:
         accelerator = Accelerator()
         start_logging(accelerator, args)

@@ -74,11 +74,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 def memory_advice(error: BaseException, args: argparse.Namespace) -> str:
     """The error in one line, and the options of this program that would need less memory."""
     values = vars(args)
-    advice = [f"`{name}` 1" for name in BATCHES if values.get(name, 1) > 1]
+    advice = [f"`{name}` 1" for name in BATCHES if (values.get(name) or 1) > 1]
     advice += [f"`{name}`" for name in SAVERS if values.get(name, True) in (False, None)]
     if torch.cuda.is_available() and values.get("mixed_precision", "bf16") in (None, "no"):
         advice.append("`mixed_precision` bf16")
-    advice += [f"a smaller `{name}`" for name in SIZES if values.get(name)]
+    advice += [f"a smaller `{name}`" for name in SIZES if name in values]
     return f"out of memory ({first_line(error)[:200]})" + (f". Use {', or '.join(advice)}" if advice else "")
 
 
