@@ -86,10 +86,13 @@ def compare(args: argparse.Namespace) -> dict:
     matches = find_pairs(args.first, args.second)
     resolution = args.resolution or tuned_resolution(args.backbone)
     loss = PerceptualLoss(args.backbone, args.layers, resolution=resolution)
+    smallest = 2 ** (max(int(name[4]) for name in loss.layers) - 1)  # each stage but the last halves an image
     pairs: list[dict[str, Any]] = []
     rows = {}
     for first, second in tqdm(matches, unit="pair", disable=None if len(matches) > 1 else True):
         images = same_size(first, second, args.fit, args.background)
+        if min(images[0].size) < smallest:
+            raise InputError(f"{first} and {second}: sides must have at least {smallest} pixels for these `layers`")
         a, b = (to_tensor(image)[None] for image in images)
         layers = {name: float(value) for name, value in loss(a, b, per_layer=True).items()}
         distance = sum(loss.layer_weights[name] * value for name, value in layers.items())
@@ -100,11 +103,12 @@ def compare(args: argparse.Namespace) -> dict:
             )
         pairs.append({"first": str(first), "second": str(second), "distance": distance, "layers": layers})
         if args.figure is not None:
-            name = first.relative_to(args.first) if args.first.is_dir() else first.name
+            name = first.relative_to(args.first) if args.first.is_dir() else ""
             shown = [*images, difference_map(a, b, loss(a, b, spatial=True))]
             rows[f"{distance:.3f}  {name}"] = [ImageOps.pad(image, (SHOWN, SHOWN), color="white") for image in shown]
     if args.figure is not None:
-        figure = image_grid(rows, ["A", "B", "where they differ"], SHOWN)
+        heads = ["A", "B"] if args.first.is_dir() else [args.first.name, args.second.name]
+        figure = image_grid(rows, [*heads, "where they differ"], SHOWN)
         write_whole(args.figure, figure.save)
     return {
         "pairs": pairs,

@@ -1,4 +1,4 @@
-"""Johnson's image transformation network (Johnson et al. 2016; Seo 2025, section 4.1), and images through it.
+"""Convert images by Johnson's image transformation network (Johnson et al. 2016; Seo 2025, section 4.1).
 
     sketch-perceptual stylize --model sketch-style --input photos --output sketches
 
@@ -97,17 +97,25 @@ def convert_images(args: argparse.Namespace) -> None:
         check_target("output", args.output, PICTURES)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     network = to_device(load_johnson(args.model), device)
-    if unreadable := convert(network, targets, args.batch_size, args.background):
-        print(*map(escaped, unreadable), "The others are written.", sep="\n", file=sys.stderr)
-        sys.exit(2)
+    load_image(Image.new("RGB", (1, 1)), args.background)  # an unknown colour is not the pictures' fault
+    if not (unreadable := convert(network, targets, args.batch_size, args.background)):
+        return
+    if len(targets) == 1:
+        raise InputError(unreadable[0])
+    print(*map(escaped, unreadable), sep="\n", file=sys.stderr)
+    written = "the others are written" if len(unreadable) < len(targets) else "nothing is written"
+    print(f"{len(unreadable)} of {len(targets)} images could not be read, {written}.", file=sys.stderr)
+    sys.exit(2)
 
 
 def find_targets(source: Path, output: Path) -> dict[Path, Path]:
     """Each image of `source`, and where it goes; InputError where it cannot go there."""
     if not source.is_dir():
         return {source: output}
-    images = (source / name for name in find_images(source, "`input`")[1])
+    images = [source / name for name in find_images(source, "`input`")[1]]
     sources = [path for path in images if not (output.is_dir() and is_inside(path, output))]
+    if skipped := len(images) - len(sources):
+        print(f"{skipped} images that lie in {escaped(output)} are not converted", file=sys.stderr)
     names = {path: path.relative_to(source).as_posix() for path in sources}
     targets = {path: output / output_name(name) for path, name in names.items()}
     if not targets:
@@ -120,6 +128,7 @@ def find_targets(source: Path, output: Path) -> dict[Path, Path]:
 
 def to_device(network: JohnsonNet, device: str) -> JohnsonNet:
     try:
+        torch.zeros(1, device=device).item()  # which fails on "meta", a device without values
         return network.to(device)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"`device` {device} cannot be used, try cpu or cuda: {first_line(error)}") from error

@@ -119,7 +119,9 @@ def test_what_cannot_be_read_is_named_and_the_others_are_written(model, tmp_path
         main(["--model", model, "--input", str(tmp_path / "photos"), "--output", str(tmp_path / "out")])
     assert exit.value.code == 2
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["good.png"]
-    assert "bad.png: it is not an image" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "bad.png: it is not an image" in message
+    assert message.endswith("1 of 2 images could not be read, the others are written.\n")
 
 
 def test_what_was_halved_is_not_written_at_half_its_size(model, tmp_path, monkeypatch, capsys):
@@ -142,7 +144,7 @@ def test_too_little_memory_is_no_bad_picture(model, tmp_path, monkeypatch, capsy
     with pytest.raises(SystemExit):
         main(["--model", model, "--input", str(tmp_path / "scan.png"), "--output", str(tmp_path / "out.png")])
     message = capsys.readouterr().err
-    assert "too little memory" in message and "The others are written" not in message
+    assert "too little memory" in message and "written" not in message
 
 
 @pytest.mark.parametrize(
@@ -154,16 +156,18 @@ def test_too_little_memory_is_no_bad_picture(model, tmp_path, monkeypatch, capsy
         (["--output", "sketch.xyz"], "--output sketch.xyz must end in .png"),
         (["--batch_size", "0"], "--batch_size: must be a number of at least 1, got 0"),
         (["--device", "gpu"], "--device gpu cannot be used, try cpu or cuda"),
+        (["--device", "meta"], "--device meta cannot be used"),
+        (["--background", "blurple"], "error: --background: 'blurple' is not a colour"),
         (["--device", "cuda:99"], "--device cuda:99 cannot be used"),
         (["--output", "one.png"], "--output one.png would replace one.png, which is read"),
         (["--output", "empty/../one.png"], "one.png would replace one.png, which is read"),
         (["--output", "hard.png"], "--output hard.png would replace one.png"),
         (["--output", "soft.png"], "--output soft.png would replace one.png"),
         (["--input", "photos", "--output", "photos/a.png"], "--output photos/a.png would replace photos/a.png"),
-        (["--input", "photos", "--output", "file"], "--output: "),
+        (["--input", "photos", "--output", "file"], "--output file cannot be written to: "),
         (["--output", "empty"], "--output empty must end in .png"),
         (["--output", "folder.png"], "--output folder.png cannot be written: it is a folder"),
-        (["--output", "file/sketch.png"], "file is a file, where a folder is needed"),
+        (["--output", "file/sketch.png"], "file is not a folder"),
         (["--input", "photos", "--output", "photos"], "--output photos holds all of --input"),
         (["--input", "photos", "--output", "empty/../photos"], "holds all of --input"),
         (["--input", "photos", "--output", "."], "holds all of --input"),

@@ -12,7 +12,7 @@ from ..arguments import at_least
 from ..errors import InputError
 from ..networks.embedder import EMBEDDINGS
 from ..running.feature_cache import FeatureCache, extract_features
-from ..running.files import Output, check_outputs
+from ..running.files import Output, check_folder, check_outputs
 from ..running.options import add_feature_options
 from ..running.startup import PATIENCE, start_logging
 from .report import split_name
@@ -65,6 +65,8 @@ def begin(args: argparse.Namespace, folders: Sequence[Path] = ()) -> Accelerator
     inputs = [*map(values.get, READ), *models]
     check_outputs([*files, *(Output("output_dir", folder) for folder in folders)], inputs)
     check_outputs(files, folders)
+    for folder in folders:
+        check_folder("output_dir", folder)
     return accelerator
 
 

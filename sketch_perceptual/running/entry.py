@@ -21,7 +21,7 @@ NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "bad
 # Options that decide how much memory is needed.
 BATCHES = ("train_batch_size", "batch_size", "generation_batch_size", "extraction_batch_size")
 SAVERS = ("gradient_checkpointing", "pool_after_attention")
-SIZES = ("perceptual_crop", "resolution")
+SIZES = ("perceptual_crop", "resolution", "size")
 
 
 def run(main: Callable, args: argparse.Namespace, name: str | None = None) -> None:

@@ -103,12 +103,12 @@ def check_target(argument: str, path: str | Path, endings: tuple[str, ...]) -> N
 
 def check_folder(argument: str, folder: str | Path) -> None:
     """InputError if nothing could be written to `folder`, or if it could not be made."""
-    folder = Path(folder).resolve()
-    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    real = Path(os.path.realpath(folder))
+    nearest = next(path for path in (real, *real.parents) if os.path.exists(path))
     if not nearest.is_dir():
-        raise InputError(f"`{argument}`: {nearest} is a file, where a folder is needed")
+        raise InputError(f"`{argument}` {folder} cannot be written to: {nearest} is not a folder")
     if not os.access(nearest, os.W_OK | os.X_OK):
-        raise InputError(f"`{argument}`: nothing can be written in {nearest}")
+        raise InputError(f"`{argument}` {folder} cannot be written to: nothing can be written in {nearest}")
 
 
 def file_id(path: str | Path) -> tuple[int, int]:

@@ -65,8 +65,8 @@ def start(args: argparse.Namespace) -> Run:
     start_logging(accelerator, args)
     if args.hub_token is not None:
         logger.warning("`hub_token` stands in the list of processes while this runs; use `hf auth login` instead")
-    check_writable(Path(args.output_dir))
     check_apart(args)
+    check_writable(Path(args.output_dir))
     run = Run(
         accelerator,
         args.output_dir,
