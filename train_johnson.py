@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Train Johnson's network to draw photos in the style of sketches (Johnson et al. 2016; Seo 2025, section 4.1).
 
-    python train_johnson.py --mixed_precision bf16 \
+    python train_johnson.py --mixed_precision bf16 \\
       --train_data_dir train2017 --style sketches --seed 42 --output_dir sketch-style
 
 Content is any folder of photos, COCO's train2017 in the paper; style is a drawing, a folder of them, or the training

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Train an embedding head on a frozen backbone, to find drawings by drawings (Seo 2025, section 4.2, Table 3).
 
-    python train_retrieval.py \
+    python train_retrieval.py \\
       --train_data_dir ImageNet-Sketch/sketch --backbone attention-vgg16/best --seed 42 --output_dir sketch-retrieval
 
 The classifier of VGG-16 becomes a head of 512 outputs, brought to length 1, and learns by cross-entropy and a tenth of

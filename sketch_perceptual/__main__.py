@@ -9,11 +9,13 @@
 """
 
 import argparse
+import difflib
 import sys
 
 from . import __version__
-from .errors import InputError
+from .arguments import Help
 from .extras import optional
+from .running.entry import run
 
 COMMANDS = {"compare": "compare", "search": "evaluation.search", "stylize": "johnson", "env": "env"}  # their modules
 
@@ -23,17 +25,20 @@ def main(argv: list[str] | None = None) -> None:
         prog="sketch-perceptual",
         usage="%(prog)s [-h] [--version] command ...",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Help,
     )
     parser.add_argument("--version", action="version", version=__version__)
-    parser.add_argument("command", choices=COMMANDS, help="each tells its options with --help")
+    parser.add_argument("command", choices=COMMANDS, help="run %(prog)s COMMAND --help for its options")
     argv = sys.argv[1:] if argv is None else argv
-    command = parser.parse_args(argv[:1]).command
-    try:
-        module = optional(f"{__package__}.{COMMANDS[command]}", "search")  # the others need no extra
-    except InputError as error:
-        parser.exit(2, f"sketch-perceptual {command}: error: {error}\n")
-    module.main(argv[1:])
+    if argv and (near := difflib.get_close_matches(argv[0], COMMANDS, 1)) and argv[0] not in COMMANDS:
+        parser.error(f"there is no command {argv[0]!r}: did you mean {near[0]}?")
+    args = parser.parse_args(argv[:1])
+
+    def start(args: argparse.Namespace) -> None:
+        module = optional(f"{__package__}.{COMMANDS[args.command]}", "search")  # the others need no extra
+        module.main(argv[1:])
+
+    run(start, args, f"sketch-perceptual {args.command}")  # a signal while it imports is a sentence too
 
 
 if __name__ == "__main__":

@@ -1,8 +1,20 @@
-"""Types of command-line arguments."""
+"""Types of command-line arguments, and how their help is shown."""
 
 import argparse
 import math
 from collections.abc import Callable
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Descriptions as they are written, and defaults behind the helps that do not name them."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text, default = action.help or "", action.default
+        shown = " ".join(default) if isinstance(default, list) else str(default)
+        hides = default is None or isinstance(default, bool) or default == argparse.SUPPRESS or "/" in shown
+        if hides or "default" in text or not action.option_strings:
+            return action.help
+        return f"{text}; default: {shown}"
 
 
 def at_least(minimum, kind=int) -> Callable[[str], int | float]:

@@ -13,7 +13,11 @@ import tempfile
 from pathlib import Path
 
 from . import lora_files
-from .errors import InputError, in_options
+from .arguments import Help
+from .errors import InputError
+from .running.console import print_result
+from .running.entry import run
+from .running.files import Output, check_outputs
 
 
 def convert(source: Path, target: Path, overwrite: bool = False) -> str:
@@ -22,11 +26,7 @@ def convert(source: Path, target: Path, overwrite: bool = False) -> str:
     Raises:
         InputError: if `source` is not a sound LoRA, or `target` cannot be written or exists without `overwrite`.
     """
-    if target.suffix != ".safetensors":
-        raise InputError(f"{target} must end in .safetensors, which is the format it is written in")
     file = lora_files.read(source)
-    if target.exists() and target.samefile(lora_files.find_file(source)):
-        raise InputError(f"{target} is the file that is read: choose another name")
     if target.exists() and not overwrite:
         raise InputError(f"{target} exists: choose another name, or replace it with `overwrite`")
     try:
@@ -53,15 +53,19 @@ def _write(file: lora_files.LoraFile, target: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("input", type=Path, help="a .safetensors of any trainer, or a folder with one")
-    parser.add_argument("output", type=Path, help="a .safetensors, written in the other form")
-    parser.add_argument("--overwrite", action="store_true", help="replace output if it exists")
-    args = parser.parse_args(argv)
-    try:
-        print(convert(args.input, args.output, args.overwrite))
-    except InputError as error:
-        parser.error(in_options(str(error), args).replace("`", ""))
+    parser = argparse.ArgumentParser(
+        prog="python -m sketch_perceptual.convert_lora", description=__doc__, formatter_class=Help
+    )
+    add = parser.add_argument
+    add("source", metavar="input", type=Path, help="a .safetensors of any trainer, or a folder with one")
+    add("target", metavar="output", type=Path, help="a .safetensors, written in the other form")
+    add("--overwrite", action="store_true", help="replace output if it exists")
+    run(convert_file, parser.parse_args(argv), "python -m sketch_perceptual.convert_lora")
+
+
+def convert_file(args: argparse.Namespace) -> None:
+    check_outputs([Output("output", args.target, (".safetensors",))], [lora_files.find_file(args.source)])
+    print_result(convert(args.source, args.target, args.overwrite))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     python -m sketch_perceptual.drawings --output_dir drawings/sketches --per_class 16
 
-Every class below is a small scene whose proportions, parts and colours follow from (seed, class, index)
-alone. It is laid out in hundredths of the picture's side: x from -50 to 50, y from 0 (top) to 100. Photo and
+Every class is a small scene whose proportions, parts and colours follow from (seed, class, index)
+only. It is laid out in hundredths of the picture's side: x from -50 to 50, y from 0 (top) to 100. Photo and
 sketches of one index are painted from the same scene, so they match pixel for pixel.
 """
 
@@ -21,8 +21,13 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw
+from tqdm import tqdm
 
-from .errors import InputError, in_options
+from .arguments import Help, at_least
+from .errors import InputError, shown
+from .running.console import print_result
+from .running.entry import run
+from .running.files import check_folder
 
 STYLES = ("pen", "marker", "hatching")
 OVERSAMPLING = 4
@@ -715,7 +720,7 @@ def write_folder(output_dir, per_class=16, seed=0, size=256, styles=("pen",), cl
         images.append((folder / file_name, name, index, style))
         lines.append(json.dumps({"file_name": file_name, "text": f"a {kind} of {article} {name}"}) + "\n")
     ours = _is_ours(folder / "metadata.jsonl", lines)
-    for path, name, index, style in images:
+    for path, name, index, style in tqdm(images, unit="image", disable=None):
         data = _png(draw(name, index, seed, style, size))
         if not ours and os.path.lexists(path) and not (path.is_file() and path.read_bytes() == data):
             raise InputError(f"`output_dir`: {path} is there already and is another image: choose another folder")
@@ -755,19 +760,29 @@ def _write(path, data):
         raise InputError(f"`output_dir`: {path} cannot be written: {error.strerror}") from error
 
 
-def main(arguments=None):
-    parser = argparse.ArgumentParser(description="Write a folder of drawings with captions.")
-    parser.add_argument("--output_dir", required=True, help="folder to write to; it is made if missing")
-    parser.add_argument("--per_class", type=int, default=16, help="images per class and style (16)")
-    parser.add_argument("--size", type=int, default=256, help="side of an image in pixels, from 16 on (256)")
-    parser.add_argument("--seed", type=int, default=0, help="another seed, other images (0)")
-    parser.add_argument("--styles", nargs="+", default=["pen"], help=f"{', '.join(STYLES)} or photo (pen)")
-    args = parser.parse_args(arguments)
-    try:
-        count = write_folder(args.output_dir, args.per_class, args.seed, args.size, args.styles)
-    except InputError as error:
-        parser.error(in_options(str(error), args))
-    print(f"{count} images written to {args.output_dir}")
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        prog="python -m sketch_perceptual.drawings",
+        description=__doc__,
+        formatter_class=Help,
+    )
+    add = parser.add_argument
+    add("--output_dir", required=True, help="folder to write to; it is made if missing")
+    add("--per_class", type=at_least(1), default=16, help="images per class and style")
+    add("--size", type=at_least(16), default=256, help="side of an image in pixels")
+    add("--seed", type=int, default=0, help="another seed, other images")
+    add("--styles", nargs="+", default=["pen"], help=f"{', '.join(STYLES)} or photo; default: pen")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    run(write_drawings, parse_args(argv), "python -m sketch_perceptual.drawings")
+
+
+def write_drawings(args):
+    check_folder("output_dir", args.output_dir)
+    count = write_folder(args.output_dir, args.per_class, args.seed, args.size, args.styles)
+    print_result(f"{count} images written to {shown(args.output_dir)}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""Versions and devices, for a bug report: no path, no name of a machine or user, no setting that could be a secret.
+"""Print versions and devices, for a bug report.
 
-sketch-perceptual env
+    sketch-perceptual env
+
+No path, no name of a machine or user, and no setting that could be a secret is shown.
 """
 
 import argparse
@@ -11,24 +13,28 @@ import platform
 import torch
 
 from . import __version__
+from .arguments import Help
+from .running.console import print_result
+from .running.entry import run
 
 PACKAGES = """torch torchvision numpy Pillow safetensors huggingface_hub accelerate datasets diffusers peft
     transformers bitsandbytes faiss-cpu lpips torch-fidelity torchmetrics""".split()
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="sketch-perceptual env", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.parse_args(argv)
-    print("\n".join(f"- {name}: {value}" for name, value in environment().items()))
+    parser = argparse.ArgumentParser(prog="sketch-perceptual env", description=__doc__, formatter_class=Help)
+    run(print_environment, parser.parse_args(argv), "sketch-perceptual env")
+
+
+def print_environment(args: argparse.Namespace) -> None:
+    print_result("\n".join(f"- {name}: {value}" for name, value in environment().items()))
 
 
 def environment() -> dict[str, str]:
-    """What a result may depend on, by name."""
-    own = {"sketch-perceptual": __version__, "python": platform.python_version(), "platform": platform.platform()}
+    """Return what a result may depend on, by name."""
+    base = {"sketch-perceptual": __version__, "python": platform.python_version(), "platform": platform.platform()}
     packages = {name: version(name) for name in PACKAGES}
-    return own | packages | {"CPUs": str(os.cpu_count()), "accelerators": ", ".join(accelerators()) or "none"}
+    return base | packages | {"CPUs": str(os.cpu_count()), "accelerators": ", ".join(accelerators()) or "none"}
 
 
 def version(package: str) -> str:
@@ -39,12 +45,12 @@ def version(package: str) -> str:
 
 
 def accelerators() -> list[str]:
-    """Names and memory of the devices beside the CPU; the kind alone where torch knows no more."""
+    """Names and memory of the devices beside the CPU; only the kind where torch knows no more."""
     if not torch.accelerator.is_available():
         return []
     kind = torch.accelerator.current_accelerator()
     devices = torch.get_device_module(kind)
     if not hasattr(devices, "get_device_properties"):  # Apple's
         return [str(kind)]
-    found = map(devices.get_device_properties, range(torch.accelerator.device_count()))
-    return [f"{kind} {device.name} {device.total_memory / 2**30:.0f} GiB" for device in found]
+    properties = map(devices.get_device_properties, range(torch.accelerator.device_count()))
+    return [f"{kind} {device.name} {device.total_memory / 2**30:.0f} GiB" for device in properties]

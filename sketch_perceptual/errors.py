@@ -17,7 +17,7 @@ HTTP_ERROR = cast(type[Exception], HfHubHTTPError.__mro__[HfHubHTTPError.__mro__
 HUB_ERRORS: tuple[type[Exception], ...] = (OSError, ValueError, RuntimeError, HTTP_ERROR)
 LONGEST = 200  # letters of a name
 # Control characters, line separators, and marks that turn the direction of writing around
-NOT_SHOWN = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+NOT_SHOWN = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 ANSWERS = {
     401: "log in with `hf auth login`, and check the name",
     403: "access denied: request access to the repository, or log in with a token that has write permission",

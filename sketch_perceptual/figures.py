@@ -1,30 +1,48 @@
 """Grids of images, and plots. Names are drawn as they are: no mathematics, one line, not too long."""
 
-from typing import TYPE_CHECKING
+import contextlib
+import functools
+import importlib.util
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from .errors import printable
 from .extras import optional
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from matplotlib.text import Text
+
+logger = logging.getLogger(__name__)
 
 LONGEST = 80  # letters of a name
+FONT_SIZE = 14
+# Tried after Pillow's own, which has hardly more than ASCII; Pillow looks for them where the system keeps its fonts.
+FONTS = (
+    *("DejaVuSans.ttf", "NotoSans-Regular.ttf", "NotoSansCJK-Regular.ttc", "NotoSansCJKjp-Regular.otf"),  # Linux
+    *("NotoSansDevanagari-Regular.ttf", "wqy-microhei.ttc", "DroidSansFallbackFull.ttf"),
+    *("Arial Unicode.ttf", "PingFang.ttc", "Hiragino Sans GB.ttc", "AppleSDGothicNeo.ttc"),  # macOS
+    *("segoeui.ttf", "msyh.ttc", "YuGothM.ttc", "malgun.ttf", "Nirmala.ttc", "Nirmala.ttf"),  # Windows
+)
+NO_LETTER = "\U0010ffff"  # which no font has
 
 
 def image_grid(rows: dict[str, list[Image.Image]], columns: list[str] | None = None, size: int = 160) -> Image.Image:
     """One labelled row of images a name, the longer side of each `size` pixels; columns may have heads."""
     gap, head = 4, 20
-    font = ImageFont.load_default(14)
-    names = int(max(font.getlength(as_label(name)) for name in rows)) + 3 * gap
+    labels = [fit_font(as_label(name)) for name in rows]
+    names = int(max(font.getlength(text) for text, font in labels)) + 3 * gap
     width = max(len(images) for images in rows.values())
     page = Image.new("RGB", (names + width * (size + gap), head + len(rows) * (size + gap)), "white")
     draw = ImageDraw.Draw(page)
-    for x, text in enumerate(columns or []):
-        draw.text((names + x * (size + gap), gap / 2), as_label(text), "black", font)
-    for y, (name, images) in enumerate(rows.items()):
+    for x, (text, font) in enumerate(map(fit_font, map(as_label, columns or []))):
+        draw.text((names + x * (size + gap), gap / 2), text, "black", font)
+    for y, ((text, font), images) in enumerate(zip(labels, rows.values(), strict=True)):
         top = head + y * (size + gap)
-        draw.text((gap, top + size / 2), as_label(name), "black", font, anchor="lm")
+        draw.text((gap, top + size / 2), text, "black", font, anchor="lm")
         for x, image in enumerate(images):
             resample = Image.Resampling.LANCZOS if image.width >= size else Image.Resampling.BICUBIC
             shown = [max(1, round(side * size / max(image.size))) for side in image.size]
@@ -36,14 +54,70 @@ def image_grid(rows: dict[str, list[Image.Image]], columns: list[str] | None = N
 sheet = image_grid
 
 
+def with_caption(image: Image.Image, name: str) -> Image.Image:
+    """An image with a name under it, whose end is shown where it is too long."""
+    text, font = fit_font(as_label(name))
+    while font.getlength(text) > image.width and text.strip("."):
+        text = "..." + text.lstrip(".")[1:]
+    page = Image.new("RGB", (image.width, image.height + FONT_SIZE + 4), "white")
+    page.paste(image, (0, 0))
+    ImageDraw.Draw(page).text((image.width / 2, image.height + 2), text, "black", font, anchor="ma")
+    return page
+
+
+def fit_font(text: str) -> tuple[str, ImageFont.FreeTypeFont]:
+    """A line and a font that has its letters; what the best font of this machine lacks is escaped, as in \\u6905."""
+    font = min(fonts(), key=lambda font: sum(is_missing(font, letter) for letter in text))
+    if missing := {letter for letter in text if is_missing(font, letter)}:
+        _warn_of_missing_letters()
+    return "".join(ascii(letter)[1:-1] if letter in missing else letter for letter in text), font
+
+
+@functools.cache
+def fonts() -> list[ImageFont.FreeTypeFont]:
+    """Pillow's own font, and those of FONTS and matplotlib's DejaVu Sans that this machine has."""
+    names = list(FONTS)
+    if (spec := importlib.util.find_spec("matplotlib")) and spec.origin:
+        names.insert(0, str(Path(spec.origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"))
+    installed = []
+    for name in names:
+        with contextlib.suppress(OSError):  # it is not on this machine
+            installed.append(ImageFont.truetype(name, FONT_SIZE))
+    return [cast(ImageFont.FreeTypeFont, ImageFont.load_default(FONT_SIZE)), *installed]
+
+
+@functools.cache
+def is_missing(font: ImageFont.FreeTypeFont, letter: str) -> bool:
+    """Whether a font draws the box that stands for letters it does not have."""
+    mask, box = (font.getmask(text) for text in (letter, NO_LETTER))
+    return not letter.isspace() and (mask.size, bytes(mask)) == (box.size, bytes(box))
+
+
+@functools.cache
+def _warn_of_missing_letters() -> None:
+    """Once a process."""
+    logger.warning(
+        "no font of this machine has all letters of the names in figures: those are escaped; Noto Sans CJK has most"
+    )
+
+
 def as_label(name: str) -> str:
     """A name in one line of letters that can be drawn, shortened if it is long."""
-    line = " ".join(name.encode("utf-8", "replace").decode().split())
+    line = " ".join(printable(name).encode("utf-8", "replace").decode().split())
     return line if len(line) <= LONGEST else line[: LONGEST - 3] + "..."
 
 
 def _plain(name: str) -> str:
-    return as_label(name).replace("$", r"\$")  # what stands between two of them is mathematics to matplotlib
+    """A name as matplotlib draws it, to which what stands between two dollars is mathematics."""
+    return fit_font(as_label(name))[0].replace("$", r"\$")
+
+
+def _set_font(text: "Text", name: str) -> None:
+    path = fit_font(as_label(name))[1].path
+    if isinstance(path, str):  # Pillow's own has none, and matplotlib's has its letters
+        properties = text.get_fontproperties().copy()
+        properties.set_file(path)
+        text.set_fontproperties(properties)
 
 
 def mark(image: Image.Image, right: bool) -> Image.Image:
@@ -64,10 +138,12 @@ def ratio_bars(ratios: dict[str, float], title: str) -> "Figure":
     """A bar for each model's ratio of inter- to intra-class distance (Seo 2025, Figure 4)."""
     figure = empty_figure((1.5 + 1.3 * len(ratios), 3.5))
     axes = figure.subplots()
-    places = range(len(ratios))
-    axes.bar_label(axes.bar(places, list(ratios.values()), width=0.6), fmt="%.2f")
-    axes.set_xticks(places, list(map(_plain, ratios)))
+    positions = range(len(ratios))
+    axes.bar_label(axes.bar(positions, list(ratios.values()), width=0.6), fmt="%.2f")
+    axes.set_xticks(positions, list(map(_plain, ratios)))
     axes.set(title=_plain(title), ylabel="inter / intra")
+    for text, name in zip(axes.get_xticklabels(), ratios, strict=True):
+        _set_font(text, name)
     axes.margins(y=0.12)
     return figure
 

@@ -1,4 +1,4 @@
-"""Johnson's image transformation network (Johnson et al. 2016; Seo 2025, section 4.1), and images through it.
+"""Convert images by Johnson's image transformation network (Johnson et al. 2016; Seo 2025, section 4.1).
 
     sketch-perceptual stylize --model sketch-style --input photos --output sketches
 
@@ -7,7 +7,7 @@ over, and what lies in `--output` is not taken for one. Large images go through 
 """
 
 import argparse
-import os
+import sys
 from collections.abc import Iterator
 from itertools import groupby, islice
 from pathlib import Path
@@ -17,11 +17,13 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from .arguments import at_least
+from .arguments import Help, at_least
 from .data.folders import find_images, is_inside
 from .data.images import HALVED, load_extras, load_image, to_pil, to_tensor
-from .errors import InputError, TooLittleMemory, first_line, in_options
+from .errors import InputError, TooLittleMemory, first_line, printable, shown
 from .networks.johnson import JohnsonNet, load_johnson, settled
+from .running.entry import run
+from .running.files import PICTURES, Output, check_folder, check_outputs, check_target, write_whole
 
 WHOLE = 2**21  # pixels: a larger image goes through in parts
 TILE = 1024  # pixels a side of a part
@@ -68,55 +70,65 @@ def to_batch(network: JohnsonNet, images: list[Image.Image]) -> torch.Tensor:
     return torch.stack(list(map(to_tensor, images))).to(next(network.parameters()).device)
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="sketch-perceptual stylize", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="sketch-perceptual stylize", description=__doc__, formatter_class=Help)
     add = parser.add_argument
     add("--model", required=True, help="a folder or Hub id of train_johnson.py")
     add("--input", required=True, type=Path, help="an image or a folder")
     add("--output", required=True, type=Path, help="where the image, or the folder of images, is written")
     add("--batch_size", type=at_least(1), default=1, help="images at a time, where they follow each other in one size")
-    add("--background", default="white", help="colour behind transparent images; their transparency is kept")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: the first GPU, or the CPU")
-    args = parser.parse_args(argv)
-    try:
-        targets = find_targets(args.input, args.output)
-        network = to_device(load_johnson(args.model), args.device)
-        unreadable = convert(network, targets, args.batch_size, args.background)
-    except InputError as error:
-        parser.error(in_options(str(error), args))
-    if unreadable:
-        parser.exit(2, "\n".join(unreadable) + "\nThe others are written.\n")
+    add("--background", default="white", help="colour behind transparent images, whose transparency is kept")
+    add("--device", help="default: the first GPU, or the CPU")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    run(convert_images, parse_args(argv), "sketch-perceptual stylize")
+
+
+def convert_images(args: argparse.Namespace) -> None:
+    """Convert what `input` names; SystemExit with 2 if some of it cannot be read."""
+    targets = find_targets(args.input, args.output)
+    files = [path for path in (args.output, *targets.values()) if not path.is_dir()]
+    check_outputs([Output("output", path) for path in files], [args.model, *targets])
+    if args.input.is_dir():
+        check_folder("output", args.output)
+    else:
+        check_target("output", args.output, PICTURES)
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    network = to_device(load_johnson(args.model), device)
+    load_image(Image.new("RGB", (1, 1)), args.background)  # an unknown colour is not the pictures' fault
+    if not (unreadable := convert(network, targets, args.batch_size, args.background)):
+        return
+    if len(targets) == 1:
+        raise InputError(unreadable[0])
+    print(*map(printable, unreadable), sep="\n", file=sys.stderr)
+    written = "the others are written" if len(unreadable) < len(targets) else "nothing is written"
+    print(f"{len(unreadable)} of {len(targets)} images could not be read, {written}.", file=sys.stderr)
+    sys.exit(2)
 
 
 def find_targets(source: Path, output: Path) -> dict[Path, Path]:
-    """Each image of `source`, and where it goes; InputError where that would write over an image of `source`."""
-    targets = {source: output}
-    if source.is_dir():
-        images = (source / name for name in find_images(source, "`input`")[1])
-        names = {path: path.relative_to(source).as_posix() for path in images if not is_inside(path, output)}
-        targets = {path: output / output_name(name) for path, name in names.items()}
-        if not targets:
-            raise InputError(f"`output` {output} holds all of `input`: choose another folder")
-    sources = {file_id(path): path for path in targets if path.exists()}
-    for target in targets.values():
-        if target.exists() and file_id(target) in sources:
-            raise InputError(f"`output` {target} is the image {sources[file_id(target)]} itself: choose another place")
+    """Each image of `source`, and where it goes; InputError where it cannot go there."""
+    if not source.is_dir():
+        return {source: output}
+    images = [source / name for name in find_images(source, "`input`")[1]]
+    sources = [path for path in images if not (output.is_dir() and is_inside(path, output))]
+    if skipped := len(images) - len(sources):
+        print(f"{skipped} images that lie in {shown(output)} are not converted", file=sys.stderr)
+    names = {path: path.relative_to(source).as_posix() for path in sources}
+    targets = {path: output / output_name(name) for path, name in names.items()}
+    if not targets:
+        raise InputError(f"`output` {output} holds all of `input`: choose another folder")
     if len(set(targets.values())) < len(targets):
         twice = [path for path, target in targets.items() if list(targets.values()).count(target) > 1]
         raise InputError(f"{twice[0]} and {twice[1]} would both be written to {targets[twice[0]]}: rename one")
     return targets
 
 
-def file_id(path: Path) -> tuple[int, int]:
-    """The same for all spellings of a path, and for all links to a file."""
-    status = os.stat(path)
-    return status.st_dev, status.st_ino
-
-
 def to_device(network: JohnsonNet, device: str) -> JohnsonNet:
     try:
+        torch.zeros(1, device=device).item()  # which fails on "meta", a device without values
         return network.to(device)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"`device` {device} cannot be used, try cpu or cuda: {first_line(error)}") from error
@@ -157,11 +169,8 @@ def save(image: Image.Image, path: Path, alpha: Image.Image | None, exif: bytes)
     options: dict[str, Any] = {"exif": exif} if exif else {}
     if alpha is not None:
         image.putalpha(alpha)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        image.save(path, quality=95, lossless=True, **options)
-    except (OSError, ValueError) as error:
-        raise InputError(f"`output` {path} cannot be written: {error}") from error
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, lambda partial: image.save(partial, quality=95, lossless=True, **options))
 
 
 if __name__ == "__main__":

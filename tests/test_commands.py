@@ -12,6 +12,8 @@ from sketch_perceptual import __version__, compare, env, johnson
 from sketch_perceptual.__main__ import COMMANDS, main
 from sketch_perceptual.evaluation import search
 
+pytestmark = pytest.mark.usefixtures("signals")
+
 
 @pytest.mark.parametrize(("command", "module"), {"compare": compare, "search": search, "stylize": johnson}.items())
 def test_a_command_gets_all_that_follows_it(command, module, monkeypatch):
@@ -36,6 +38,13 @@ def test_what_is_no_command_is_refused(capsys):
         assert stop.value.code == 2
     printed = capsys.readouterr().err
     assert all(name in printed for name in ("sketch-perceptual: error:", "required: command\n", *COMMANDS))
+
+
+def test_a_mistyped_command_is_guessed(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["compair", "a.png", "b.png"])
+    assert stop.value.code == 2
+    assert "'compair': did you mean compare?" in capsys.readouterr().err
 
 
 def test_the_environment_has_versions_and_no_secrets(capsys, monkeypatch):

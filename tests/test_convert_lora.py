@@ -11,6 +11,8 @@ from safetensors.torch import load_file, save_file
 from sketch_perceptual import lora_files
 from sketch_perceptual.convert_lora import main
 
+pytestmark = pytest.mark.usefixtures("signals")
+
 TARGETS = {"unet": ["to_q", "to_out.0", "proj_in", "ff.net.2"], "text_encoder": ["q_proj", "out_proj", "fc1"]}
 
 
@@ -244,8 +246,8 @@ def folder(tmp_path):
     ("names", "message"),
     [
         (["none.safetensors", "b.safetensors"], "none.safetensors cannot be read"),
-        (["a.safetensors", "a.safetensors", "--overwrite"], "a.safetensors is the file that is read"),
-        (["a.safetensors", "nowhere/b.safetensors"], "b.safetensors cannot be written: No such file"),
+        (["a.safetensors", "a.safetensors", "--overwrite"], "a.safetensors, which is read: choose another name"),
+        (["a.safetensors", "nowhere/b.safetensors"], "b.safetensors cannot be written: there is no folder"),
         (["a.safetensors", "there.safetensors"], "there.safetensors exists: .*--overwrite"),
         (["a.safetensors", "b.bin"], "b.bin must end in .safetensors"),
     ],

@@ -12,6 +12,8 @@ from PIL import Image, ImageFilter
 from sketch_perceptual.drawings import CLASSES, STYLES, draw, main, write_folder
 from sketch_perceptual.errors import InputError
 
+pytestmark = pytest.mark.usefixtures("signals")
+
 ALL_STYLES = (*STYLES, "photo")
 
 

@@ -5,9 +5,20 @@ import io
 import numpy as np
 import pytest
 from matplotlib.text import Text
-from PIL import Image
+from PIL import Image, ImageOps
 
-from sketch_perceptual.figures import as_label, image_grid, learning_curve, mark, ratio_bars
+from sketch_perceptual import figures
+from sketch_perceptual.figures import (
+    as_label,
+    fit_font,
+    fonts,
+    image_grid,
+    is_missing,
+    learning_curve,
+    mark,
+    ratio_bars,
+    with_caption,
+)
 
 NAMES = [
     "a^b",
@@ -53,7 +64,40 @@ def test_a_grid_keeps_proportions():
     assert (red.any(1).sum(), red.any(0).sum()) == (10, 20)
 
 
-@pytest.mark.parametrize(("name", "label"), [("a\tb\nc ", "a b c"), ("\ud83d", "?"), ("y" * 81, "y" * 77 + "...")])
+def test_letters_are_drawn_by_a_font_that_has_them():
+    for name in ("fox", "é ж λ ع"):  # matplotlib's DejaVu Sans has these
+        line, font = fit_font(name)
+        assert line == name
+        assert not any(is_missing(font, letter) for letter in name)
+    assert fit_font("fox")[1] == fonts()[0]
+    assert is_missing(fonts()[0], "椅") and not is_missing(fonts()[0], " ")
+
+
+def test_letters_that_no_font_has_are_escaped_and_that_is_said_once(monkeypatch, caplog):
+    monkeypatch.setattr(figures, "FONTS", ())
+    caches = (figures.fonts, figures._warn_of_missing_letters)
+    for cache in caches:
+        cache.cache_clear()
+    try:
+        for _ in range(2):
+            assert fit_font("a 椅 \U0001f98a")[0] == "a \\u6905 \\U0001f98a"
+        assert len(caplog.records) == 1 and "font" in caplog.text
+    finally:
+        for cache in caches:
+            cache.cache_clear()
+
+
+def test_a_caption_shows_the_end_of_a_long_name():
+    page = with_caption(Image.new("RGB", (60, 40), "red"), "folder-of-a-long-name/0001.png")
+    assert page.width == 60 and page.getpixel((59, 39)) == (255, 0, 0)
+    below = page.crop((0, 40, *page.size))
+    assert ImageOps.invert(below).getbbox() and ImageOps.invert(below).getbbox()[2] <= 60
+
+
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [("x\x1b[2J", "x\\x1b[2J"), ("a\tb\nc ", "a b c"), ("\ud83d", "?"), ("y" * 81, "y" * 77 + "...")],
+)
 def test_a_label_is_one_line(name, label):
     assert as_label(name) == label
 

@@ -15,6 +15,8 @@ from sketch_perceptual.errors import TooLittleMemory
 from sketch_perceptual.johnson import main, stylize
 from sketch_perceptual.networks.johnson import JohnsonNet
 
+pytestmark = pytest.mark.usefixtures("signals")
+
 
 @pytest.fixture(scope="module")
 def network():
@@ -117,7 +119,9 @@ def test_what_cannot_be_read_is_named_and_the_others_are_written(model, tmp_path
         main(["--model", model, "--input", str(tmp_path / "photos"), "--output", str(tmp_path / "out")])
     assert exit.value.code == 2
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["good.png"]
-    assert "bad.png: it is not an image" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "bad.png: it is not an image" in message
+    assert message.endswith("1 of 2 images could not be read, the others are written.\n")
 
 
 def test_what_was_halved_is_not_written_at_half_its_size(model, tmp_path, monkeypatch, capsys):
@@ -140,7 +144,7 @@ def test_too_little_memory_is_no_bad_picture(model, tmp_path, monkeypatch, capsy
     with pytest.raises(SystemExit):
         main(["--model", model, "--input", str(tmp_path / "scan.png"), "--output", str(tmp_path / "out.png")])
     message = capsys.readouterr().err
-    assert "too little memory" in message and "The others are written" not in message
+    assert "too little memory" in message and "written" not in message
 
 
 @pytest.mark.parametrize(
@@ -149,18 +153,25 @@ def test_too_little_memory_is_no_bad_picture(model, tmp_path, monkeypatch, capsy
         (["--model", "nowhere/net"], "no style network at nowhere/net"),
         (["--input", "empty"], "--input: there are no images in empty"),
         (["--input", "nowhere.png"], "nowhere.png: there is no such file"),
-        (["--output", "sketch.xyz"], "--output sketch.xyz cannot be written"),
+        (["--output", "sketch.xyz"], "--output sketch.xyz must end in .png"),
         (["--batch_size", "0"], "--batch_size: must be a number of at least 1, got 0"),
         (["--device", "gpu"], "--device gpu cannot be used, try cpu or cuda"),
+        (["--device", "meta"], "--device meta cannot be used"),
+        (["--background", "blurple"], "error: --background: 'blurple' is not a colour"),
         (["--device", "cuda:99"], "--device cuda:99 cannot be used"),
-        (["--output", "one.png"], "--output one.png is the image one.png itself"),
-        (["--output", "empty/../one.png"], "one.png is the image one.png itself"),
-        (["--output", "hard.png"], "--output hard.png is the image one.png itself"),
-        (["--output", "soft.png"], "--output soft.png is the image one.png itself"),
+        (["--output", "one.png"], "--output one.png would replace one.png, which is read"),
+        (["--output", "empty/../one.png"], "one.png would replace one.png, which is read"),
+        (["--output", "hard.png"], "--output hard.png would replace one.png"),
+        (["--output", "soft.png"], "--output soft.png would replace one.png"),
+        (["--input", "photos", "--output", "photos/a.png"], "--output photos/a.png would replace photos/a.png"),
+        (["--input", "photos", "--output", "file"], "--output file cannot be written to: "),
+        (["--output", "empty"], "--output empty must end in .png"),
+        (["--output", "folder.png"], "--output folder.png cannot be written: it is a folder"),
+        (["--output", "file/sketch.png"], "file is not a folder"),
         (["--input", "photos", "--output", "photos"], "--output photos holds all of --input"),
         (["--input", "photos", "--output", "empty/../photos"], "holds all of --input"),
         (["--input", "photos", "--output", "."], "holds all of --input"),
-        (["--input", "photos", "--output", "twin"], "--output twin/a.png is the image photos/a.png itself"),
+        (["--input", "photos", "--output", "twin"], "--output twin/a.png would replace photos/a.png"),
         (
             ["--input", "alike", "--output", "new"],
             "alike/a.bmp.png would both be written to new/a.bmp.png",
@@ -171,6 +182,8 @@ def test_too_little_memory_is_no_bad_picture(model, tmp_path, monkeypatch, capsy
 def test_a_users_mistake_is_a_sentence(model, options, sentence, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "file").touch()
     for name in ("one.png", "photos/a.png", "alike/a.bmp", "alike/a.bmp.png"):
         Path(name).parent.mkdir(exist_ok=True)
         Image.new("RGB", (9, 9)).save(name)

@@ -1,13 +1,13 @@
 """Measure what backbones and embedders make of drawings, and what models draw.
 
-    python -m sketch_perceptual.evaluation distance --train_data_dir ImageNet-Sketch/sketch \
+    python -m sketch_perceptual.evaluation distance --train_data_dir ImageNet-Sketch/sketch \\
       --models neither=imagenet tuned=vgg16-tuned/best both=attention-vgg16/best --figure ratios.png
-    python -m sketch_perceptual.evaluation retrieval --train_data_dir ImageNet-Sketch/sketch \
+    python -m sketch_perceptual.evaluation retrieval --train_data_dir ImageNet-Sketch/sketch \\
       --models neither=imagenet-retrieval both=sketch-retrieval --figure nearest.png
-    python -m sketch_perceptual.evaluation transfer --paired_data_dir FS2K --paired_style 1 \
+    python -m sketch_perceptual.evaluation transfer --paired_data_dir FS2K --paired_style 1 \\
       --models both=sketch-style --figure transfer.png
-    python -m sketch_perceptual.evaluation generation --train_data_dir drawings \
-      --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \
+    python -m sketch_perceptual.evaluation generation --train_data_dir drawings \\
+      --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \\
       --models base=none lora=sketch-lora --figure generation.png
 
 distance: mean cosine distances within and across classes over all pairs, and their ratio (Seo 2025, section 4.3,
@@ -28,7 +28,7 @@ require("eval")
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 
-from ..arguments import at_least
+from ..arguments import Help, at_least
 from ..data.options import (
     add_caption_options,
     add_class_options,
@@ -38,10 +38,11 @@ from ..data.options import (
     load_labelled,
 )
 from ..data.paired import find_pairs
-from ..errors import InputError
+from ..errors import InputError, shown
 from ..measures.image_quality import check_installed
 from ..networks.backbone import BUNDLED
 from ..running.cards import hub_id, set_section
+from ..running.console import print_result
 from ..running.entry import run
 from ..running.feature_cache import scan_folder
 from ..running.options import add_feature_options
@@ -49,7 +50,7 @@ from ..running.processes import on_main
 from ..running.startup import check_writable, versions
 from .commands import add_embedder_options, add_precision, add_workers, begin, embedder, extractor
 from .distance import measure_distances
-from .drawing import draw_models
+from .drawing import draw_models, is_pictures
 from .generation import load_extractors, read_pictures, score_models, shuffled_captions
 from .pipelines import add_pipeline_options, load_generator
 from .prompts import cycle_prompts, read_prompts
@@ -70,11 +71,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m sketch_perceptual.evaluation",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Help,
     )
     tasks = parser.add_subparsers(dest="task", required=True)
     parsers = {
-        name: tasks.add_parser(name, help=text, description=text)
+        name: tasks.add_parser(name, help=text, description=text, formatter_class=Help)
         for name, text in {
             "distance": "distances within and across classes",
             "retrieval": "how well queries find their class in a gallery",
@@ -129,7 +130,7 @@ def add_labelled_options(parser: argparse.ArgumentParser, role: str) -> None:
 
 def add_transfer_options(add: Callable) -> None:
     add("--paired_data_dir", required=True, help="CUFS, FS2K or another paired set: see sketch_perceptual.data.paired")
-    add("--part", choices=("test", "train", "all"), default="test")
+    add("--part", choices=("test", "train", "all"), default="test", help="photos that are compared")
     add("--paired_style", type=int, choices=(1, 2, 3), help="of FS2K")
     add("--models", nargs="+", required=True, metavar="[NAME=]MODEL", help="folders or Hub ids of train_johnson.py")
     add("--resolution", type=at_least(32), default=256, help="size of the square photos and sketches, in pixels")
@@ -159,9 +160,9 @@ def add_generation_options(parser: argparse.ArgumentParser) -> None:
     )
     add("--prompts", help="a text file with a prompt a line; default: the captions of the drawings, shuffled")
     add("--num_images", type=at_least(2), help="of each model; default: one a prompt")
-    add("--output_dir", default="generated", help="pictures are kept here and drawn once, in a folder a model")
-    add("--num_inference_steps", type=at_least(1), default=30)
-    add("--guidance_scale", type=at_least(0.0, float), default=7.5)
+    add("--output_dir", default="generated", help="one folder for each model; existing pictures are reused")
+    add("--num_inference_steps", type=at_least(1), default=30, help="steps of the sampler")
+    add("--guidance_scale", type=at_least(0.0, float), default=7.5, help="how closely pictures follow their prompts")
     add("--generation_batch_size", type=at_least(1), default=4, help="batch size of the pipeline")
     add("--disable_safety_checker", action="store_true", help="what it flags becomes black and is not scored")
     add("--seed", type=at_least(0), default=0, help="of the noise, with the prompt; of the shuffled prompts")
@@ -179,7 +180,7 @@ def add_generation_options(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    accelerator = begin(args)
+    accelerator = begin(args, drawn_folders(args) if args.task == "generation" else ())
     tasks = {"distance": distance, "retrieval": retrieval, "transfer": transfer, "generation": generation}
     report = tasks[args.task](args, accelerator)
     if report is not None:
@@ -194,8 +195,7 @@ def publish(args: argparse.Namespace, report: Report) -> None:
     write_json(args.output, record)
     if args.figure and report.draw:
         write_figure(args.figure, report.draw())
-    print(report.table())
-    print(args.output)
+    print_result(f"{report.table()}\n{shown(args.output)}")
     if vars(args).get("write_scores"):
         write_scores(args, report)
 
@@ -209,7 +209,7 @@ def write_scores(args: argparse.Namespace, report: Report) -> None:
     )
     for _, source in expand_models(args.models, SEEDS):
         if card := set_section(source, "Scores", report.cells(), about):
-            print(card)
+            print_result(shown(card))
 
 
 def distance(args: argparse.Namespace, accelerator: Accelerator) -> Report | None:
@@ -267,6 +267,12 @@ def generation(args: argparse.Namespace, accelerator: Accelerator) -> Report | N
     if report is not None:
         report.data["distinct_prompts"] = len(set(prompts))
     return report
+
+
+def drawn_folders(args: argparse.Namespace) -> list[Path]:
+    """The folders in `output_dir` that keep what the models draw."""
+    models = expand_models(args.models, SEEDS)
+    return [Path(args.output_dir, name) for name, source in models if not is_pictures(source)]
 
 
 def draw(args: argparse.Namespace, accelerator: Accelerator, prompts: list[str]) -> list:

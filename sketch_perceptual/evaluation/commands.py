@@ -1,8 +1,9 @@
-"""What evaluation and search share: options, how they begin, what they embed with."""
+"""Options and start-up shared by evaluation and search."""
 
 import argparse
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
@@ -11,9 +12,15 @@ from ..arguments import at_least
 from ..errors import InputError
 from ..networks.embedder import EMBEDDINGS
 from ..running.feature_cache import FeatureCache, extract_features
+from ..running.files import Output, check_folder, check_outputs
 from ..running.options import add_feature_options
 from ..running.startup import PATIENCE, start_logging
-from .report import check_target
+from .report import split_name
+
+# Options that name a file or a folder that is read.
+READ = """query gallery model train_data_dir dataset_name paired_data_dir prompts pretrained_model_name_or_path
+    backbone inception_weights clip_model classifier""".split()
+ENDINGS = {"figure": (".png",), "output": (".json",)}
 
 
 def add_embedder_options(add: Callable) -> None:
@@ -38,8 +45,12 @@ def add_precision(add: Callable) -> None:
     add("--mixed_precision", choices=("no", "fp16", "bf16"), help="default: accelerate's own setting")
 
 
-def begin(args: argparse.Namespace) -> Accelerator:
-    """What the processes share; InputError, before anything slow, where what is asked for cannot be written."""
+def begin(args: argparse.Namespace, folders: Sequence[Path] = ()) -> Accelerator:
+    """What the processes share; InputError, before anything slow, where what is asked for cannot be written.
+
+    Args:
+        folders: in `output_dir`, that pictures are kept in.
+    """
     try:
         accelerator = Accelerator(
             mixed_precision=args.mixed_precision, kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)]
@@ -47,9 +58,15 @@ def begin(args: argparse.Namespace) -> Accelerator:
     except ValueError as error:
         raise InputError(f"accelerate refuses `mixed_precision`: {error}") from error
     start_logging(accelerator, args)
-    for name, ending in (("figure", ".png"), ("output", ".json")):
-        if path := vars(args).get(name):
-            check_target(name, path, ending)
+    values = vars(args)
+    files = [Output(name, values[name], endings) for name, endings in ENDINGS.items() if values.get(name)]
+    models = [Path(split_name(model)[1]) for model in values.get("models", ())]
+    models += [folder for model in models for folder in model.glob("seed-*")]
+    inputs = [*map(values.get, READ), *models]
+    check_outputs([*files, *(Output("output_dir", folder) for folder in folders)], inputs)
+    check_outputs(files, folders)
+    for folder in folders:
+        check_folder("output_dir", folder)
     return accelerator
 
 

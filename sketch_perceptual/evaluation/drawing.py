@@ -15,11 +15,11 @@ from ..data.images import to_pil
 from ..diffusion import decode
 from ..errors import HUB_ERRORS, InputError, hub_reason
 from ..networks.hub_model import fingerprint
+from ..running.files import write_whole
 from ..running.lock import lock_folder
 from ..running.processes import on_main
 from ..seeds import generator
 from .prompts import missing_pictures, open_folder
-from .report import write_whole
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline

@@ -17,10 +17,11 @@ from ..data.image_sets import CaptionedImages, Images, LabelledImages
 from ..data.images import fit_image, to_pil, to_tensor
 from ..errors import all_troubles, has_complained, shown
 from ..figures import image_grid
+from ..running.files import Output, check_outputs
 from ..running.processes import on_main
-from ..running.startup import start_logging
+from ..running.startup import inputs_of, start_logging
 from ..seeds import generator
-from .report import SHEET_SIZE, check_target, pad, write_figure
+from .report import SHEET_SIZE, pad, write_figure
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ def dry_run(args: argparse.Namespace, show: Callable[[int], object]) -> bool:
     InputError lists all that `show` complains of.
     """
     if args.figure_data:
-        check_target("figure_data", args.figure_data, ".png")
+        check_outputs([Output("figure_data", args.figure_data, (".png",))], inputs_of(args))
     if args.dry_run:
         accelerator = Accelerator()
         start_logging(accelerator, args)

@@ -12,7 +12,8 @@ from typing import Any
 from PIL import Image
 
 from ..data.images import fit_image
-from ..errors import InputError
+from ..errors import InputError, shown
+from ..running.files import write_whole
 
 SHEET_ROWS, SHEET_COLUMNS = 12, 6
 SHEET_SIZE = 160  # pixels a picture
@@ -49,9 +50,9 @@ class Report:
     def cells(self) -> list[list[str]]:
         """A head and one line a model; with several seeds mean and deviation."""
         columns = {key: form for key, form in self.columns.items() if any(key in run for run in self.runs)}
-        lines = [
-            [name, *(_cell(result, *column) for column in columns.items())] for name, result in self.results.items()
-        ]
+        lines = []
+        for name, result in self.results.items():
+            lines.append([shown(name), *(_cell(result, *column) for column in columns.items())])
         return [["", *columns], *lines]
 
     def table(self) -> str:
@@ -83,28 +84,6 @@ def write_figure(path: str | Path, figure) -> None:
     write_whole(
         path, lambda partial: figure.savefig(partial, dpi=150) if hasattr(figure, "savefig") else figure.save(partial)
     )
-
-
-def write_whole(path: str | Path, write: Callable[[Path], Any]) -> None:
-    """`write` to a file aside, which then takes the place of `path`: it is there whole or not at all. InputError."""
-    path = Path(path)
-    partial = path.with_name(f".{path.stem[:200]}.partial{path.suffix}")
-    try:
-        write(partial)
-        os.replace(partial, path)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror or error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def check_target(argument: str, path: str | Path, ending: str) -> None:
-    """InputError if a result could not be written to `path`, before it is computed."""
-    path = Path(path)
-    if path.suffix != ending:
-        raise InputError(f"`{argument}` {path} must end in {ending}")
-    if path.is_dir() or not os.access(path.resolve().parent, os.W_OK):
-        raise InputError(f"`{argument}` {path} cannot be written")
 
 
 def without_nan(value):

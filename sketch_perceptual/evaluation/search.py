@@ -1,4 +1,4 @@
-"""The drawings of a folder that are most like one.
+"""Find the drawings of a folder that are most like one.
 
     sketch-perceptual search --query fox.png --gallery drawings --figure found.png
 
@@ -15,29 +15,29 @@ from pathlib import Path
 
 from accelerate import Accelerator
 from PIL import Image
+from tqdm import tqdm
 
-from ..arguments import at_least
+from ..arguments import Help, at_least
 from ..data.checks import readable, scan
 from ..data.folders import find_images
 from ..data.image_sets import Images
 from ..data.images import INVERT, load_image
-from ..errors import InputError
-from ..figures import image_grid
+from ..errors import InputError, shown
+from ..figures import image_grid, with_caption
 from ..measures.ranking import search
 from ..networks.backbone import BUNDLED
 from ..networks.embedder import SketchEmbedder, load_embedder
+from ..running.console import print_result
 from ..running.entry import run
 from ..running.feature_cache import FeatureCache, feature_folder
 from ..running.processes import on_main
 from .commands import add_embedder_options, begin, embedder, extractor
 from .embedding import Extract, embed_cached
-from .report import SHEET_SIZE, pad, write_figure
+from .report import pad, write_figure
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="sketch-perceptual search", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(prog="sketch-perceptual search", description=__doc__, formatter_class=Help)
     add = parser.add_argument
     add("--query", required=True, help="a picture")
     add("--gallery", required=True, help="a folder of images, searched recursively")
@@ -52,7 +52,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    run(print_similar, parse_args(argv))
+    run(print_similar, parse_args(argv), "sketch-perceptual search")
 
 
 def print_similar(args: argparse.Namespace) -> None:
@@ -72,7 +72,7 @@ def print_similar(args: argparse.Namespace) -> None:
     if matches is not None:
         if args.figure:
             write_figure(args.figure, matches.draw(Path(args.query).name))
-        print("\n".join(matches.lines()))
+        print_result("\n".join(matches.lines()))
     accelerator.end_training()
 
 
@@ -93,15 +93,20 @@ class Matches:
     order: list[int]
 
     def lines(self) -> list[str]:
-        same = [f"the query itself\t{path}" for path in self.same]
+        same = [f"the query itself\t{shown(path)}" for path in self.same]
         pairs = zip(self.similarities, self.order, strict=True)
-        return same + [f"{similarity:.4f}\t{self.images.name(index)}" for similarity, index in pairs]
+        return same + [f"{similarity:.4f}\t{shown(self.images.name(index))}" for similarity, index in pairs]
 
     def draw(self, name: str) -> Image.Image:
-        pictures = (self.query, *map(self.images.image, self.order))
-        row = [pad(picture, self.images.background) for picture in pictures]
+        """The query and its matches, with the names of their files and folders."""
+        names = [name, *("/".join(Path(self.images.name(index)).parts[-2:]) for index in self.order)]
+        pictures = [self.query, *map(self.images.image, self.order)]
+        row = [
+            with_caption(pad(picture, self.images.background), name)
+            for picture, name in zip(pictures, names, strict=True)
+        ]
         heads = ["query", *(f"{similarity:.3f}" for similarity in self.similarities)]
-        return image_grid({name: row}, heads, SHEET_SIZE)
+        return image_grid({"": row}, heads, row[0].height)
 
 
 def find_similar(
@@ -124,7 +129,9 @@ def find_similar(
     picture = load_image(query, background, invert=invert)
     paths = [Path(gallery, image) for image in find_images(Path(gallery), "`gallery`")[1]]
     with ThreadPoolExecutor(8) as pool:
-        query_key, *keys = pool.map(functools.partial(file_key, invert=invert), [Path(query), *paths])
+        keyed = pool.map(functools.partial(file_key, invert=invert), [Path(query), *paths])
+        bar = tqdm(keyed, "Reading the gallery", 1 + len(paths), disable=None if accelerator.is_main_process else True)
+        query_key, *keys = bar
     same = [path for path, key in zip(paths, keys, strict=True) if key == query_key]
     data = Images(paths, list(map(str, paths)), background, invert)
     new = {keys[index] for index in open_cache(embedder, background).missing(keys)}

@@ -1,8 +1,9 @@
-"""Output never ends a run: not a pipe that is closed, not a letter that the console does not have."""
+"""Keep console output from ending a run: closed pipes, full disks, letters that the console does not have."""
 
 import contextlib
 import os
 import sys
+from errno import EPIPE
 
 
 class _Console:
@@ -10,6 +11,7 @@ class _Console:
 
     def __init__(self, stream):
         self._stream = stream
+        self.error: OSError | None = None  # that a disk is full, say; a closed pipe is no loss
 
     def write(self, text: str) -> int:
         with self._guard():
@@ -24,7 +26,9 @@ class _Console:
     def _guard(self):
         try:
             yield
-        except (OSError, ValueError):  # closed, or no room in its file
+        except (OSError, ValueError) as error:  # closed, or no room in its file
+            if isinstance(error, OSError) and error.errno != EPIPE:
+                self.error = error
             with contextlib.suppress(OSError, ValueError):  # or the interpreter complains once more at its end
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
 
@@ -40,3 +44,10 @@ def protect_console() -> None:
             continue
         stream.reconfigure(errors="backslashreplace")
         setattr(sys, name, _Console(stream))
+
+
+def print_result(text: str) -> None:
+    """Print what a command was asked for; OSError where standard output is a file and has no room."""
+    print(text, flush=True)
+    if error := getattr(sys.stdout, "error", None):
+        raise OSError(error.errno, error.strerror, "standard output")

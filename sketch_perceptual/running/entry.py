@@ -21,7 +21,7 @@ NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "bad
 # Options that decide how much memory is needed.
 BATCHES = ("train_batch_size", "batch_size", "generation_batch_size", "extraction_batch_size")
 SAVERS = ("gradient_checkpointing", "pool_after_attention")
-SIZES = ("perceptual_crop", "resolution")
+SIZES = ("perceptual_crop", "resolution", "size")
 
 
 def run(main: Callable, args: argparse.Namespace, name: str | None = None) -> None:
@@ -74,11 +74,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 def memory_advice(error: BaseException, args: argparse.Namespace) -> str:
     """The error in one line, and the options of this program that would need less memory."""
     values = vars(args)
-    advice = [f"`{name}` 1" for name in BATCHES if values.get(name, 1) > 1]
+    advice = [f"`{name}` 1" for name in BATCHES if (values.get(name) or 1) > 1]
     advice += [f"`{name}`" for name in SAVERS if values.get(name, True) in (False, None)]
     if torch.cuda.is_available() and values.get("mixed_precision", "bf16") in (None, "no"):
         advice.append("`mixed_precision` bf16")
-    advice += [f"a smaller `{name}`" for name in SIZES if values.get(name)]
+    advice += [f"a smaller `{name}`" for name in SIZES if name in values]
     return f"out of memory ({first_line(error)[:200]})" + (f". Use {', or '.join(advice)}" if advice else "")
 
 

@@ -4,7 +4,6 @@ import argparse
 import importlib.metadata
 import importlib.util
 import logging
-import os
 import platform
 import shutil
 import sys
@@ -20,12 +19,17 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectCon
 
 from ..errors import InputError, in_options, printable
 from . import interruption
+from .files import Output, check_outputs
 from .identity import identity_of
 from .run import Run
 from .trackers import check_trackers
 
 logger = get_logger(__name__, log_level="INFO")
 
+# Options of trainers that name a file or a folder that is read.
+READ = """train_data_dir dataset_name paired_data_dir style backbone init_weights pretrained_model_name_or_path
+    perceptual_decoder""".split()
+RESULTS = ("best", "last", "model.safetensors", "pytorch_lora_weights.safetensors")  # what trainers write there
 PATIENCE = timedelta(hours=2)  # the other processes wait while the main one draws or exports
 
 
@@ -61,8 +65,8 @@ def start(args: argparse.Namespace) -> Run:
     start_logging(accelerator, args)
     if args.hub_token is not None:
         logger.warning("`hub_token` stands in the list of processes while this runs; use `hf auth login` instead")
-    check_writable(Path(args.output_dir))
     check_apart(args)
+    check_writable(Path(args.output_dir))
     run = Run(
         accelerator,
         args.output_dir,
@@ -119,18 +123,23 @@ def check_writable(folder: Path) -> None:
         raise InputError(f"`output_dir` {folder} cannot be written to: {error.strerror}") from error
 
 
+def inputs_of(args: argparse.Namespace) -> list[str]:
+    """The files, folders and names elsewhere that a trainer's options say it reads."""
+    values = (vars(args).get(name) for name in READ)
+    return [str(item) for value in values if value for item in (value if isinstance(value, list) else [value])]
+
+
 def check_apart(args: argparse.Namespace) -> None:
     """InputError if what is written would lie among what is read, or be it.
 
     An output folder inside a folder of images is left out where that is read, but not by `datasets`.
     """
-    output = Path(args.output_dir).resolve()
-    for name in ("train_data_dir", "style", "paired_data_dir", "dataset_name"):
-        value = vars(args).get(name)
-        if not value or not os.path.isdir(value):
-            continue
-        if output == Path(value).resolve() or (name == "dataset_name" and Path(value).resolve() in output.parents):
-            raise InputError(f"`output_dir` {args.output_dir} lies in `{name}`, which is read: choose another folder")
+    folder, data = Path(args.output_dir), vars(args).get("dataset_name")
+    check_outputs(
+        [Output("output_dir", path) for path in (folder, *(folder / name for name in RESULTS))], inputs_of(args)
+    )
+    if data and Path(data).is_dir() and Path(data).resolve() in folder.resolve().parents:
+        raise InputError(f"`output_dir` {folder} lies in `dataset_name`, which is read: choose another folder")
 
 
 def check_space(output_dir: str | Path, saves: int, total_limit: int | None, checkpoint: float, result: float) -> str:

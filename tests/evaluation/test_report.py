@@ -2,17 +2,13 @@ import json
 import math
 
 import pytest
-from PIL import Image
 
 from sketch_perceptual.errors import InputError
 from sketch_perceptual.evaluation.report import (
     Report,
-    check_target,
     expand_models,
     split_name,
-    write_figure,
     write_json,
-    write_whole,
 )
 
 
@@ -56,35 +52,6 @@ def test_models_have_names_and_seeds(tmp_path, monkeypatch):
         expand_models(["a/best", "b/best"])
 
 
-def test_a_file_is_there_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "x.json"
-    path.write_text("old")
-    for error, raised in ((OSError(28, "No space left on device"), InputError), (KeyboardInterrupt(), BaseException)):
-
-        def write(partial, error=error):
-            partial.write_text("half")
-            raise error
-
-        with pytest.raises(raised):
-            write_whole(path, write)
-        assert path.read_text() == "old"
-    write_whole(path, lambda partial: partial.write_text("new"))
-    write_figure(tmp_path / "x.png", Image.new("RGB", (3, 3)))
-    assert {file.name for file in tmp_path.iterdir()} == {"x.json", "x.png"}
-    assert path.read_text() == "new"
-    assert Image.open(tmp_path / "x.png").size == (3, 3)
-
-
-def test_where_results_cannot_be_written_is_said_at_the_start(tmp_path):
-    check_target("output", tmp_path / "x.json", ".json")
-    with pytest.raises(InputError, match=r"`figure` .*x\.jpg must end in \.png"):
-        check_target("figure", tmp_path / "x.jpg", ".png")
-    (tmp_path / "folder.json").mkdir()
-    for path in (tmp_path / "folder.json", tmp_path / "nowhere" / "x.json"):
-        with pytest.raises(InputError, match=r"`output` .* cannot be written"):
-            check_target("output", path, ".json")
-
-
 def test_a_table_has_means_and_deviations_and_only_columns_that_are_there():
     runs = [
         {"name": "a", "kind": "pooled", "x": 1.0},
@@ -94,6 +61,12 @@ def test_a_table_has_means_and_deviations_and_only_columns_that_are_there():
     report = Report(runs, {"kind": "", "x": ".1f", "y": ".3f"})
     assert report.table().splitlines() == ["    kind    x", "a   pooled  2.0 +- 1.4", "bb          0.5"]
     assert report.results["a"]["deviation"]["x"] == pytest.approx(math.sqrt(2))
+
+
+def test_a_name_is_one_line_of_the_table_and_exact_in_the_results():
+    report = Report([{"name": "a\nb\x1b[2J", "x": 1.0}], {"x": ".1f"})
+    assert report.table().splitlines()[1:] == ["a\\nb\\x1b[2J  1.0"]
+    assert list(report.results) == ["a\nb\x1b[2J"]
 
 
 def test_what_is_not_a_number_is_null_in_the_json(tmp_path):

@@ -166,10 +166,10 @@ def test_a_launcher_never_prints_a_token(tmp_path):
     assert "trains" not in done.stdout
 
 
-@pytest.mark.parametrize("option", ["train_data_dir", "style", "paired_data_dir", "dataset_name"])
+@pytest.mark.parametrize("option", startup.READ)
 def test_what_is_written_is_not_what_is_read(option, tmp_path):
     args = argparse.Namespace(output_dir=str(tmp_path / "x" / ".."), **{option: str(tmp_path)})
-    with pytest.raises(InputError, match=f"`output_dir` .* lies in `{option}`"):
+    with pytest.raises(InputError, match=f"`output_dir` .* would replace {tmp_path}"):
         startup.check_apart(args)
     args.output_dir = str(tmp_path / "out")
     if option == "dataset_name":  # whose files `datasets` finds by itself
@@ -177,3 +177,27 @@ def test_what_is_written_is_not_what_is_read(option, tmp_path):
             startup.check_apart(args)
     else:
         startup.check_apart(args)
+
+
+def test_a_result_is_not_what_it_is_made_from(tmp_path):
+    (tmp_path / "best").mkdir()
+    args = argparse.Namespace(output_dir=str(tmp_path), init_weights=str(tmp_path / "best"))
+    with pytest.raises(InputError, match=r"`output_dir` .*best would replace .*best, which is read"):
+        startup.check_apart(args)
+
+
+@pytest.mark.slow
+def test_results_that_are_lost_end_with_a_sentence(signals, capsys):
+    """Not those that nobody wants to read, as into a closed pipe."""
+    code = "import argparse; from sketch_perceptual.running import console, entry;"
+    code += "entry.run(lambda args: console.print_result('0.123'), argparse.Namespace(), 'compare')"
+    command = [sys.executable, "-c", code]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "compare: error: [Errno 28] No space left on device: 'standard output'\n"
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(command, cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")
