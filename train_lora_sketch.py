@@ -135,7 +135,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--alpha_mask",
         action="store_true",
-        help="count what is opaque alone, or what is white in mask/NAME beside an image, in both losses",
+        help="restrict both losses to opaque pixels, or to the white part of mask/NAME or NAME-masklabel.png",
     )
     add("--image_interpolation_mode", choices=tuple(INTERPOLATIONS), default="lanczos")
     cache = {"action": argparse.BooleanOptionalAction, "default": None}
