@@ -344,7 +344,6 @@ class PerceptualTerm:
         return balance(loss, values, model_pred, weight)[0]
 
     def _random_squares(self, latents: Tensor, images: Tensor, side: int, generator) -> tuple[Tensor, Tensor]:
-        rows = torch.arange(len(latents), device=latents.device)[:, None, None]
         sizes = [min(side, whole) for whole in latents.shape[-2:]]
         starts = [
             _randint(whole - size + 1, len(latents), generator).to(latents.device)
@@ -356,7 +355,7 @@ class PerceptualTerm:
                 pixels * start[:, None] + torch.arange(pixels * size, device=x.device)
                 for start, size in zip(starts, sizes, strict=True)
             )
-            return x[rows, :, lines[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
+            return x.take_along_dim(lines[:, None, :, None], 2).take_along_dim(columns[:, None, None], 3)
 
         return cut(latents, 1), cut(images, self.pixels)
 

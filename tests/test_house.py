@@ -229,7 +229,7 @@ def test_the_readme_is_two_screens():
 def test_the_recipe_goes_into_a_plain_training_loop(tiny_sd):
     page = CODE["docs/use-the-loss.md"]
     build = next(code for code in page if "PerceptualTerm(" in code)
-    call, call_with_prior = (code for code in page if ".add(" in code)
+    call, call_with_prior, call_from_latents = (code for code in page if ".add(" in code)
     assert {build, call} <= set(CODE["README.md"])
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd, safety_checker=None)
     noise_scheduler = DDPMScheduler.from_pretrained(tiny_sd, subfolder="scheduler")
@@ -247,9 +247,12 @@ def test_the_recipe_goes_into_a_plain_training_loop(tiny_sd):
     assert names["loss"] > plain
     names["loss"].backward(retain_graph=True)
     assert pipeline.unet.conv_in.weight.grad.abs().sum() > 0
+    names |= {"torch": torch, "model_input": latents, "noisy_model_input": noisy_latents, "loss": plain}
+    exec(call_from_latents, names)
+    assert names["loss"] > plain
     model_pred, prior_pred = model_pred.chunk(2)
     half, prior = ((x - y).square().mean() for x, y in zip((model_pred, prior_pred), noise.chunk(2), strict=True))
-    names |= {"noisy_model_input": noisy_latents, "model_pred": model_pred, "loss": half + prior}
+    names |= {"model_pred": model_pred, "loss": half + prior}
     exec(call_with_prior, names)
     assert names["loss"] > half + prior
 

@@ -318,6 +318,7 @@ def test_under_vmap_and_grad_it_says_the_same(loss, pair):
     torch.testing.assert_close(torch.func.functional_call(model, state, (x, y)), model(x, y))
 
 
+@pytest.mark.slow
 def test_it_is_one_graph(loss, pair):
     x, y = pair[0].clone().requires_grad_(), pair[1]
     torch._dynamo.reset()
@@ -327,6 +328,7 @@ def test_it_is_one_graph(loss, pair):
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_it_is_exported(loss, pair):
     model = Model(loss)
     torch.testing.assert_close(torch.export.export(model, pair).module()(*pair), model(*pair))
