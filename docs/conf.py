@@ -17,6 +17,8 @@ autodoc_preserve_defaults = True  # no paths of this machine
 autodoc_typehints = "description"
 html_theme = "furo"
 html_title = "sketch-perceptual"
+html_static_path = ["static"]
+html_css_files = ["wrap.css"]
 
 CONTENTS = """
 ```{toctree}
