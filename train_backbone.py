@@ -533,13 +533,13 @@ def write_card(args, folder: Path, network: AttentionVGG16, run: Run, split_reco
     kind = KINDS[network.attention, network.pool_after_attention or network.attention == "none"]
     apart = f" by {args.group_column}" if args.group_column else ""
     before = f" Before tuning: {accuracies(before)}." if before else ""
-    snippet = f"""import torch
-from sketch_perceptual import AttentionVGG16, PerceptualLoss
+    snippet = f"""from sketch_perceptual import AttentionVGG16, PerceptualLoss, to_tensor
+from sketch_perceptual.drawings import draw
 
 network = AttentionVGG16.from_pretrained("{where}").eval()
-images, target = torch.rand(2, 1, 3, {args.resolution}, {args.resolution}) * 2 - 1  # RGB in [-1, 1]
-print(network.classes[network(images).argmax()])
-print(PerceptualLoss(network)(images, target))"""
+cat, boat = (to_tensor(draw(name, 0, size={args.resolution}))[None] for name in ("cat", "boat"))  # in [-1, 1]
+print(network.classes[network(cat).argmax()])
+print(PerceptualLoss(network)(cat, boat))  # about 1 for unrelated drawings"""
     cards.write_card(
         folder,
         data=ModelCardData(
