@@ -45,7 +45,7 @@ from sketch_perceptual.evaluation.preview import dry_run, fitted, read_data
 from sketch_perceptual.evaluation.retrieval import query_sheet
 from sketch_perceptual.losses.triplet import MINING, triplet_loss
 from sketch_perceptual.measures.ranking import Ranking, rank
-from sketch_perceptual.networks.backbone import BUNDLED, load_backbone
+from sketch_perceptual.networks.backbone import BUNDLED, load_backbone, tuned_resolution
 from sketch_perceptual.networks.embedder import SketchEmbedder
 from sketch_perceptual.networks.hub_model import fingerprint
 from sketch_perceptual.running import cards, entry, hub
@@ -77,7 +77,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--embedding_dim", type=count, default=512)
 
     add = add_class_options(parser, "the queries; the others are trained on and are the gallery")
-    add("--resolution", type=at_least(32), default=224, help="size of the square drawings, in pixels")
+    add("--resolution", type=at_least(32), help="size of the square drawings in pixels; default: the backbone's")
     add("--fit", choices=("pad", "crop"), default="pad", help="pad to a square, or crop the longer side")
     add_feature_options(add)
 
@@ -102,6 +102,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
+    if args.resolution is None:
+        args.resolution = tuned_resolution(args.backbone)
     if dry_run(args, lambda seed: read_drawings(args, open_data(args, seed))):
         return
     run = start(args)

@@ -15,7 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 HTTP_ERROR = cast(type[Exception], HfHubHTTPError.__mro__[HfHubHTTPError.__mro__.index(OSError) - 1])
 # what reading from the Hub or writing to it may raise
 HUB_ERRORS: tuple[type[Exception], ...] = (OSError, ValueError, RuntimeError, HTTP_ERROR)
-LONGEST = 200  # letters of a name
+LONGEST = 1000  # letters of a name
 # Control characters, line separators, and marks that turn the direction of writing around
 NOT_SHOWN = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 ANSWERS = {

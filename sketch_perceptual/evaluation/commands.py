@@ -25,7 +25,7 @@ ENDINGS = {"figure": (".png",), "output": (".json",)}
 
 def add_embedder_options(add: Callable) -> None:
     add("--embedding", choices=EMBEDDINGS, help="default: an embedder's own, of a backbone the pooled last map")
-    add("--resolution", type=at_least(32), help="in pixels; default: an embedder's own, of a backbone 224")
+    add("--resolution", type=at_least(32), help="in pixels; default: what the embedder or the backbone was trained at")
     add("--fit", choices=("pad", "crop"), help="default: an embedder's own, of a backbone pad")
     add_workers(add)
     add_precision(add)

@@ -1,6 +1,7 @@
 """Drawings as unit vectors that are near for one class (Seo 2025, section 4.2)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 from typing import ClassVar
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from ..data.images import Source, fit_image, fit_key, load_image, to_tensor
 from ..errors import InputError
-from .backbone import BUNDLED, AttentionVGG16, is_vgg16_weights, load_backbone
+from .backbone import BUNDLED, AttentionVGG16, is_vgg16_weights, load_backbone, tuned_resolution
 from .hub_model import HubModel, fingerprint, read_config
 from .settings import TEXT, check_settings, integer, one_of
 
@@ -90,13 +91,16 @@ print(vectors @ vectors.T)  # cosine similarities"""
         return to_tensor(fit_image(image, self.resolution, self.fit, self.background))
 
     @torch.inference_mode()
-    def embed(self, images: Sequence[Source], batch_size: int = 32) -> Tensor:
-        """Pictures, as `load_image` takes them, -> (N, D) of length 1, float32 on the CPU."""
-        if not len(images):
+    def embed(self, images: Source | Iterable[Source], batch_size: int = 32) -> Tensor:
+        """One picture or several, as `load_image` takes them, -> (N, D) of length 1, float32 on the CPU."""
+        sources = iter([images] if isinstance(images, Source) else images)
+        weight = next(self.parameters())
+        vectors = []
+        while batch := [self.prepare(source) for source in islice(sources, batch_size)]:
+            vectors.append(self(torch.stack(batch).to(weight)).cpu())
+        if not vectors:
             raise InputError("there are no images to embed")
-        device = next(self.parameters()).device
-        batches = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
-        return torch.cat([self(torch.stack(list(map(self.prepare, b))).to(device)).cpu() for b in batches])
+        return torch.cat(vectors)
 
     @property
     def feature_key(self) -> str:
@@ -118,13 +122,16 @@ def load_embedder(source: str | Path = BUNDLED, **options) -> SketchEmbedder:
 
     Args:
         source: a folder or Hub id, or what else `load_backbone` takes; weights make a network without attention.
-        options: keywords of `SketchEmbedder` instead of what was saved; those that are None are left alone.
+        options: keywords of `SketchEmbedder` instead of what was saved; those that are None are left alone. The
+            resolution of a backbone is what it was tuned at, see `tuned_resolution`.
     """
     options = {name: value for name, value in options.items() if value is not None}
     if is_vgg16_weights(source) or "backbone" not in read_config(source, SketchEmbedder)[1]:
         if options.get("embedding") == "head":
             raise InputError(f"`embedding` head: {source} is a backbone, without a head that was trained to embed")
-        return make_embedder(load_backbone(source, attention="none"), **options)
+        return make_embedder(
+            load_backbone(source, attention="none"), **({"resolution": tuned_resolution(source)} | options)
+        )
     saved = SketchEmbedder.from_pretrained(source)
     own = {name: getattr(saved, name) for name in ("embedding", "resolution", "fit", "background")}
     if own["embedding"] == "head" and options.get("embedding") == "logits":

@@ -57,8 +57,25 @@ def test_embed_takes_pictures_of_any_kind_and_batch_size(tmp_path):
     torch.testing.assert_close(found.norm(dim=1), torch.ones(3))
     clear = Image.new("RGBA", (48, 48), (0, 0, 0, 0))
     torch.testing.assert_close(embedder.embed([clear]), embedder.embed([Image.new("RGB", (48, 48), "white")]))
-    with pytest.raises(InputError, match="no images to embed"):
-        embedder.embed([])
+    one = found[1:2]
+    wide = tmp_path / "wide.png"
+    for single in (wide, str(wide), wide.read_bytes(), pictures[1], (path for path in [wide])):
+        torch.testing.assert_close(embedder.embed(single), one)
+    half = embedder.half().embed(iter(pictures), batch_size=2)
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, found, atol=0.01, rtol=0)
+    for nothing in ([], iter([])):
+        with pytest.raises(InputError, match="no images to embed"):
+            embedder.embed(nothing)
+
+
+def test_the_resolution_of_a_backbone_is_what_it_was_tuned_at(tmp_path):
+    AttentionVGG16(**CONFIG, num_classes=0, resolution=48).save_pretrained(tmp_path)
+    assert load_embedder(tmp_path).resolution == 48
+    assert load_embedder(tmp_path, resolution=None).resolution == 48
+    assert load_embedder(tmp_path, resolution=32).resolution == 32
+    SketchEmbedder(CONFIG | {"num_classes": 0, "resolution": 48}, resolution=40).save_pretrained(tmp_path)
+    assert load_embedder(tmp_path).resolution == 40
 
 
 def test_an_embedder_loads_from_backbones_embedders_and_weights(tmp_path):
