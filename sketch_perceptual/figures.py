@@ -39,7 +39,7 @@ def image_grid(rows: dict[str, list[Image.Image]], columns: list[str] | None = N
     page = Image.new("RGB", (names + width * (size + gap), head + len(rows) * (size + gap)), "white")
     draw = ImageDraw.Draw(page)
     for x, (text, font) in enumerate(map(fit_font, map(as_label, columns or []))):
-        draw.text((names + x * (size + gap), gap / 2), text, "black", font)
+        draw.text((names + x * (size + gap), gap / 2), shorten(text, font, size), "black", font)
     for y, ((text, font), images) in enumerate(zip(labels, rows.values(), strict=True)):
         top = head + y * (size + gap)
         draw.text((gap, top + size / 2), text, "black", font, anchor="lm")
@@ -57,12 +57,19 @@ sheet = image_grid
 def with_caption(image: Image.Image, name: str) -> Image.Image:
     """An image with a name under it, whose end is shown where it is too long."""
     text, font = fit_font(as_label(name))
-    while font.getlength(text) > image.width and text.strip("."):
-        text = "..." + text.lstrip(".")[1:]
     page = Image.new("RGB", (image.width, image.height + FONT_SIZE + 4), "white")
     page.paste(image, (0, 0))
-    ImageDraw.Draw(page).text((image.width / 2, image.height + 2), text, "black", font, anchor="ma")
+    ImageDraw.Draw(page).text(
+        (image.width / 2, image.height + 2), shorten(text, font, image.width), "black", font, anchor="ma"
+    )
     return page
+
+
+def shorten(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
+    """The end of a line, as much as is not wider than `width` pixels."""
+    while font.getlength(text) > width and text.strip("."):
+        text = "..." + text.lstrip(".")[1:]
+    return text
 
 
 def fit_font(text: str) -> tuple[str, ImageFont.FreeTypeFont]:

@@ -193,9 +193,11 @@ def publish(args: argparse.Namespace, report: Report) -> None:
     options = {name: getattr(args, name) for name in RECORDED if name in args}
     record = {"task": args.task, "data": options | report.data, "models": report.results, "versions": versions()}
     write_json(args.output, record)
-    if args.figure and report.draw:
-        write_figure(args.figure, report.draw())
-    print_result(f"{report.table()}\n{shown(args.output)}")
+    try:
+        if args.figure and report.draw:
+            write_figure(args.figure, report.draw())
+    finally:
+        print_result(f"{report.table()}\n{shown(args.output)}")
     if vars(args).get("write_scores"):
         write_scores(args, report)
 

@@ -204,7 +204,7 @@ def test_files_are_written_before_a_reader_goes_away(evaluate, models, tmp_path,
     def gone(*lines):
         raise BrokenPipeError
 
-    monkeypatch.setattr(script, "print", gone, raising=False)
+    monkeypatch.setattr(script, "print_result", gone)
     with pytest.raises(BrokenPipeError):
         evaluate("distance", "--models", models / "one", "--figure", tmp_path / "bars.png")
     assert json.loads((tmp_path / "distance.json").read_text())["models"]["one"]["mean"]["ratio"] > 0
