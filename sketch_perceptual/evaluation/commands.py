@@ -13,6 +13,7 @@ from ..errors import InputError
 from ..networks.embedder import EMBEDDINGS
 from ..running.feature_cache import FeatureCache, extract_features
 from ..running.files import Output, check_folder, check_outputs
+from ..running.lock import LOCK
 from ..running.options import add_feature_options
 from ..running.startup import PATIENCE, start_logging
 from .report import split_name
@@ -63,7 +64,8 @@ def begin(args: argparse.Namespace, folders: Sequence[Path] = ()) -> Accelerator
     models = [Path(split_name(model)[1]) for model in values.get("models", ())]
     models += [folder for model in models for folder in model.glob("seed-*")]
     inputs = [*map(values.get, READ), *models]
-    check_outputs([*files, *(Output("output_dir", folder) for folder in folders)], inputs)
+    new = [Output("output_dir", folder) for folder in folders if not (folder / LOCK).exists()]  # others are ours
+    check_outputs([*files, *new], inputs)
     check_outputs(files, folders)
     for folder in folders:
         check_folder("output_dir", folder)
