@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -64,7 +65,8 @@ def begin(args: argparse.Namespace, folders: Sequence[Path] = ()) -> Accelerator
     models = [Path(split_name(model)[1]) for model in values.get("models", ())]
     models += [folder for model in models for folder in model.glob("seed-*")]
     inputs = [*map(values.get, READ), *models]
-    new = [Output("output_dir", folder) for folder in folders if not (folder / LOCK).exists()]  # others are ours
+    kept = [Path(values["output_dir"]), *folders] if folders else []
+    new = [Output("output_dir", folder) for folder in kept if not os.path.exists(folder / LOCK)]  # others are ours
     check_outputs([*files, *new], inputs)
     check_outputs(files, folders)
     for folder in folders:
