@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from ..errors import InputError
 from ..networks.embedder import EMBEDDINGS
 from ..running.feature_cache import FeatureCache, extract_features
 from ..running.files import Output, check_folder, check_outputs
+from ..running.lock import LOCK
 from ..running.options import add_feature_options
 from ..running.startup import PATIENCE, start_logging
 from .report import split_name
@@ -63,7 +65,9 @@ def begin(args: argparse.Namespace, folders: Sequence[Path] = ()) -> Accelerator
     models = [Path(split_name(model)[1]) for model in values.get("models", ())]
     models += [folder for model in models for folder in model.glob("seed-*")]
     inputs = [*map(values.get, READ), *models]
-    check_outputs([*files, *(Output("output_dir", folder) for folder in folders)], inputs)
+    kept = [Path(values["output_dir"]), *folders] if folders else []
+    new = [Output("output_dir", folder) for folder in kept if not os.path.exists(folder / LOCK)]  # others are ours
+    check_outputs([*files, *new], inputs)
     check_outputs(files, folders)
     for folder in folders:
         check_folder("output_dir", folder)
