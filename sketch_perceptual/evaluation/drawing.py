@@ -6,14 +6,16 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from accelerate import Accelerator
+from huggingface_hub import constants
 from tqdm.auto import tqdm
 
 from ..data.captions import captioned_folder
 from ..data.image_sets import CaptionedImages
 from ..data.images import to_pil
 from ..diffusion import decode
-from ..errors import HUB_ERRORS, InputError, hub_reason
+from ..errors import InputError
 from ..networks.hub_model import fingerprint
+from ..networks.pretrained import naming
 from ..running.lock import lock_folder
 from ..running.processes import on_main
 from ..seeds import generator
@@ -22,8 +24,6 @@ from .report import write_whole
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
-
-LOAD_ERRORS: tuple[type[Exception], ...] = (*HUB_ERRORS, KeyError)
 
 
 class Drawn(NamedTuple):
@@ -92,14 +92,11 @@ def load_pictures(source: str, caption_options: dict) -> CaptionedImages:
 
 
 def load_adapter(pipeline: "StableDiffusionPipeline", source: str) -> None:
-    default = "pytorch_lora_weights.safetensors"  # which diffusers before 0.40 does not guess offline
-    try:
-        name = default if Path(source, default).is_file() else None
+    default = "pytorch_lora_weights.safetensors"  # offline, diffusers asks for the name
+    with naming(f"`models` {source} does not load into the pipeline as a LoRA"):
+        offline = constants.HF_HUB_OFFLINE and not Path(source).exists()
+        name = default if offline or Path(source, default).is_file() else None
         pipeline.load_lora_weights(source, weight_name=name, use_safetensors=True)
-    except LOAD_ERRORS as error:
-        raise InputError(
-            f"`models` {source} does not load into the pipeline as a LoRA: {hub_reason(error)}"
-        ) from error
     if not pipeline.get_list_adapters():
         raise InputError(f"`models` {source} holds no LoRA that this pipeline knows")
 
