@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from accelerate import Accelerator
+from huggingface_hub import constants
 from tqdm.auto import tqdm
 
 from .. import lora_files
@@ -13,8 +14,9 @@ from ..data.captions import captioned_folder
 from ..data.image_sets import CaptionedImages
 from ..data.images import to_pil
 from ..diffusion import decode
-from ..errors import HUB_ERRORS, InputError, hub_reason
+from ..errors import InputError
 from ..networks.hub_model import fingerprint
+from ..networks.pretrained import naming
 from ..running.files import write_whole
 from ..running.lock import lock_folder
 from ..running.processes import on_main
@@ -23,8 +25,6 @@ from .prompts import missing_pictures, open_folder
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
-
-LOAD_ERRORS: tuple[type[Exception], ...] = (*HUB_ERRORS, KeyError)
 
 
 class Drawn(NamedTuple):
@@ -94,17 +94,14 @@ def load_pictures(source: str, caption_options: dict) -> CaptionedImages:
 
 def load_adapter(pipeline: "StableDiffusionPipeline", source: str) -> None:
     """Load a LoRA: a file of any trainer or a folder with one, or what diffusers finds on the Hub."""
-    try:
+    with naming(f"`models` {source} does not load into the pipeline as a LoRA"):
         if Path(source).exists():
             layers = lora_files.read(source).layers
             lora_files.check_model(layers, {name: getattr(pipeline, name) for name in ("unet", "text_encoder")})
             pipeline.load_lora_weights(lora_files.to_tensors(lora_files.folded(layers)))
-        else:
-            pipeline.load_lora_weights(source, use_safetensors=True)
-    except LOAD_ERRORS as error:
-        raise InputError(
-            f"`models` {source} does not load into the pipeline as a LoRA: {hub_reason(error)}"
-        ) from error
+        else:  # offline, diffusers asks for the name
+            name = "pytorch_lora_weights.safetensors" if constants.HF_HUB_OFFLINE else None
+            pipeline.load_lora_weights(source, weight_name=name, use_safetensors=True)
     if not pipeline.get_list_adapters():
         raise InputError(f"`models` {source} holds no LoRA that this pipeline knows")
 

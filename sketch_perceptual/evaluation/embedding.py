@@ -6,10 +6,12 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from PIL import Image
 from torch import Tensor
 
 from ..data.checks import read_once
 from ..data.image_sets import LabelledImages
+from ..data.images import fit_image
 from ..networks.backbone import is_vgg16_weights
 from ..networks.embedder import SketchEmbedder, load_embedder
 from ..networks.hub_model import fingerprint, read_config
@@ -29,6 +31,7 @@ class Drawings:
 
     def __init__(self, accelerator: Accelerator, data: LabelledImages, on_bad_image: str, background: str):
         self.accelerator, self.on_bad_image = accelerator, on_bad_image
+        fit_image(Image.new("RGB", (1, 1)), 1, "pad", background)  # what is no colour fails here, not for each drawing
         data = on_background(data, background)
         contents = on_main(accelerator, partial(read_once, copies=True), data, on_bad_image)
         self.copies = contents.copies

@@ -79,7 +79,7 @@ def load_pipeline(
     parts = dict.fromkeys(CHECKER) | load_parts(
         source, find_pipeline(source, variant, wanted, revision, cache_dir), classes, variant
     )
-    with about(source, INDEX):
+    with about(source, "unet, vae and scheduler together"):
         required = safety_checker and bool(index.get("requires_safety_checker", True))
         pipeline = diffusers.StableDiffusionPipeline(**parts, requires_safety_checker=required)
     if resolution % pipeline.vae_scale_factor:

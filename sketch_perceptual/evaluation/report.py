@@ -104,6 +104,8 @@ def expand_models(models: list[str], seeds: str = "seed-*/config.json") -> list[
     named, sources = [], {}
     for model in models:
         given, source = split_name(model)
+        if not source:
+            raise InputError(f"`models`: {model!r} names no model")
         name = given or _own_name(source)
         if sources.setdefault(name, source) != source and given is None:
             raise InputError(f"`models`: two are called {name}; write NAME=MODEL")

@@ -128,7 +128,7 @@ def read_split(source: str) -> dict[str, set[str]] | None:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         return {name: set(map(str, record[name])) for name in ("validation", "left_out")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{path} is not the split of a training ({first_line(error)})") from error
 
 

@@ -120,13 +120,14 @@ def read_config(source: str | Path, kind: type[HubModel], **options) -> tuple[Pa
         raise InputError(f"no {kind.noun} at {source}: there is no config.json, which save_pretrained writes")
     path = folder / "config.json" if folder.is_dir() else find_file(source, "config.json", kind, **options)
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
         raise not_found(source, kind, error) from error
-    try:
-        return path, json.loads(text)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON that can be read: {first_line(error)}") from error
+    if not isinstance(config, dict):
+        raise InputError(f"{path} must hold an object, got {json.dumps(config)[:80]}")
+    return path, config
 
 
 def find_file(source: str | Path, name: str, kind: type[HubModel], **options) -> Path:

@@ -21,6 +21,7 @@ from ..errors import HUB_ERRORS, InputError, first_line, first_names, hub_reason
 from .hub_model import check_finite, is_counter
 
 LARGEST, MOST_LAYERS = 10**6, 1000  # more of anything in a config would fill the memory before a weight is read
+OTHER_HALF = {"vision_model", "visual_projection", "text_projection", "logit_scale"}  # beside a CLIP's text model
 READABLE = ["*.json", "*.txt", "model*.safetensors", "diffusion_pytorch_model*.safetensors"]
 
 
@@ -131,20 +132,14 @@ def _check_dtypes(path: Path) -> None:
 
 
 def _check_keys(model: nn.Module, info: dict[str, Any], folder: Path) -> None:
-    """InputError unless the files hold each weight of the network, and no further layers of the same kind."""
-    troubles = {"missing": info["missing_keys"], "of another shape": info["mismatched_keys"]}
-    kinds = {_without_numbers(name) for name in model.state_dict()}
-    troubles["beyond the layers in its config.json"] = [
-        name for name in info["unexpected_keys"] if _without_numbers(name) in kinds
-    ]
+    """InputError unless the files hold each weight of the network and nothing else, except a CLIP's other half."""
+    rooms = {name.split(".")[0] for name in model.state_dict()}
+    extra = [n for n in info["unexpected_keys"] if not is_counter(n) and (n.split(".")[0] not in OTHER_HALF - rooms)]
+    troubles = {"missing": info["missing_keys"], "of another shape": info["mismatched_keys"], "not of it": extra}
     for trouble, names in troubles.items():
         if names:
             first = first_names(sorted(str(name) for name in names), count=3)
             raise InputError(
                 f"{folder} does not hold the weights of a {type(model).__name__} as its config.json describes it:"
-                f" {len(names)} of its tensors are {trouble}: {first}"
+                f" {len(names)} of the tensors are {trouble}: {first}"
             )
-
-
-def _without_numbers(name: str) -> str:
-    return re.sub(r"\d+", "N", name)

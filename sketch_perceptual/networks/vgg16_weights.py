@@ -9,6 +9,10 @@ from ..errors import InputError, first_line
 from ..extras import optional
 from .hub_model import read_safetensors
 
+MAKE = (
+    'python -c "from torchvision.models import vgg16; from safetensors.torch import save_file;'
+    " save_file(vgg16(weights='IMAGENET1K_V1').state_dict(), 'vgg16.safetensors')\""
+)
 LAST = "classifier.6."  # its size is the number of classes
 
 
@@ -21,8 +25,8 @@ def read_vgg16(source: str | Path) -> dict[str, Tensor]:
         return models.VGG16_Weights.IMAGENET1K_V1.get_state_dict(check_hash=True, weights_only=True)
     except OSError as error:
         raise InputError(
-            f"torchvision's VGG-16 weights could not be downloaded ({first_line(error)}). Pass a local .safetensors"
-            " with them instead; the README tells how to make one."
+            f"torchvision's VGG-16 weights could not be downloaded ({first_line(error)}). Make a local .safetensors"
+            f" on a machine that can, and pass that instead of imagenet: {MAKE}"
         ) from error
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from ..errors import shown
 from .files import CARD as README
 from .files import MARK, OTHER_CARD, card_path
 
@@ -112,4 +113,4 @@ def hub_id(name: str | None) -> str | None:
 
 def _one_line(value) -> str:
     value = " ".join(map(str, value)) if isinstance(value, list) else value
-    return " ".join(str(value).split()).replace("|", "\\|")
+    return shown(" ".join(str(value).split())).replace("|", "\\|")

@@ -1,3 +1,5 @@
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -83,3 +85,18 @@ def test_what_is_flagged_or_not_finite_is_black(pipeline, tmp_path, monkeypatch)
     paths = [tmp_path / f"{index}.png" for index in range(3)]
     draw_prompts(pipeline, cycle_prompts(["a"], 3), paths, **SETTINGS)
     assert [is_black(Image.open(path)) for path in paths] == [True, True, False]
+
+
+@pytest.mark.parametrize("content", [b"", b"x" * 100, b"\0" * 8])
+def test_a_damaged_lora_is_named(pipeline, tmp_path, content):
+    path = tmp_path / "lora.safetensors"
+    path.write_bytes(content)
+    for source in (path, tmp_path):
+        with pytest.raises(InputError, match=re.escape(f"`models` {source} does not load")):
+            load_adapter(pipeline, str(source))
+
+
+def test_a_lora_that_is_not_there_is_not_blamed_on_its_name(pipeline):
+    with pytest.raises(InputError, match="`models` no/such does not load") as error:
+        load_adapter(pipeline, "no/such")
+    assert "weight_name" not in str(error.value)

@@ -165,9 +165,29 @@ def test_a_saved_split_that_does_not_fit_is_refused(evaluate, models, pictures, 
     (fewer / paths[8].relative_to(pictures)).unlink()
     with pytest.raises(InputError, match=r"seed-3 was trained with a split .* 1 of the 2 drawings"):
         evaluate("retrieval", "--models", models / "heads", data=("--train_data_dir", fewer))
-    (first / "split.json").write_text("[]")
-    with pytest.raises(InputError, match=r"seed-3/split\.json is not the split of a training"):
-        evaluate("retrieval", "--models", models / "heads")
+    for text in ("[]", "[" * 100_000, '{"validation": 5, "left_out": []}'):
+        (first / "split.json").write_text(text)
+        with pytest.raises(InputError, match=r"seed-3/split\.json is not the split of a training"):
+            evaluate("retrieval", "--models", models / "heads")
+
+
+@pytest.mark.parametrize("task", ["distance", "retrieval"])
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--models", "x="], "`models`: 'x=' names no model"),
+        (["--models", "null"], r"null/config\.json must hold an object, got null"),
+        (["--models", "five"], r"five/config\.json must hold an object, got 5"),
+        (["--models", "one", "--background", "whiet"], "`background`: 'whiet' is not a colour"),
+    ],
+)
+def test_a_wrong_option_is_blamed_for_itself(evaluate, models, monkeypatch, task, options, sentence):
+    for name, text in (("null", "null"), ("five", "5")):
+        shutil.copytree(models / "one", models / name)
+        (models / name / "config.json").write_text(text)
+    monkeypatch.chdir(models)
+    with pytest.raises(InputError, match=sentence):
+        evaluate(task, *options)
 
 
 @pytest.fixture

@@ -198,7 +198,7 @@ def test_missing_or_damaged_sources_are_sentences(tmp_path, monkeypatch, trunk):
         "cut.safetensors": "cut.safetensors cannot be read as safetensors",
         "vgg16.pth": "no backbone at .*vgg16.pth",
         "empty": "no backbone at .*empty: there is no config.json",
-        "imagenet": r"could not be downloaded \(no network\).*local .safetensors",
+        "imagenet": r"could not be downloaded \(no network\).*local .safetensors.*vgg16.safetensors",
     }
     for source, message in cases.items():
         with pytest.raises(InputError, match=message):

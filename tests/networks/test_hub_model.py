@@ -72,11 +72,16 @@ def test_a_config_that_no_network_can_have_is_named_with_its_value(kind, setting
 @pytest.mark.parametrize("kind", LOADERS)
 @pytest.mark.parametrize(
     ("text", "sentence"),
-    [("[1]", " must hold an object, got "), ("[" * 100_000, " is not JSON that can be read"), ("{", " is not JSON")],
+    [
+        ("[1]", " must hold an object, got "),
+        ("[" * 100_000, " is not JSON that can be read"),
+        ("{", " is not JSON"),
+        ("\xff", " is not JSON"),
+    ],
 )
 def test_a_config_that_is_no_object_is_named(kind, text, sentence, tmp_path):
     save(kind, tmp_path)
-    (tmp_path / "config.json").write_text(text)
+    (tmp_path / "config.json").write_text(text, encoding="latin-1")
     refused(kind, tmp_path, f"{tmp_path / 'config.json'}{sentence}")
 
 
