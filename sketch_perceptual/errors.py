@@ -148,7 +148,7 @@ def all_troubles() -> Iterator[None]:
 
 def shown(name: object) -> str:
     """Return a name on one line, not endless: line breaks and what `printable` escapes are escaped."""
-    line = NOT_SHOWN.sub(_escaped, str(name)) or "''"
+    line = NOT_SHOWN.sub(_escaped, str(name))
     return line if len(line) <= LONGEST else f"{line[:LONGEST]}..."
 
 

@@ -125,7 +125,8 @@ def _refusal(keys: list[str]) -> str:
     for pattern, kind in KINDS.items():
         if named := [shown(key) for key in keys[:1000] if re.search(pattern, key)]:
             return f"{kind} is not read, only LoRA of Stable Diffusion 1 and 2: {first_names(named, count=3)}"
-    return f"no LoRA of Stable Diffusion 1 or 2 has {first_names(keys) or 'no weights'}"
+    names = first_names([key or "''" for key in keys]) or "no weights"
+    return f"no LoRA of Stable Diffusion 1 or 2 has {names}"
 
 
 def _layer(tensors: dict[str, torch.Tensor], keys: Mapping[str, str]) -> Layer:

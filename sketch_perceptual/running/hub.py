@@ -47,7 +47,8 @@ def push(args: argparse.Namespace, folder: str | Path, made: list[str], at_times
     """
     if not args.push_to_hub:
         return
-    made = [card_path(folder).name if name == CARD else name for name in made]
+    card = card_path(folder)
+    made = [card.name if name == CARD and card.exists() else name for name in made]
     what = {"repo_id": args.hub_model_id, "folder_path": str(folder), "allow_patterns": list(map(glob.escape, made))}
     if at_times:
         what["delete_patterns"] = list(map(glob.escape, at_times))

@@ -30,8 +30,8 @@ from sketch_perceptual.running.startup import start_logging
 FILES = ["README.md", "model.safetensors"]
 WRONG = {
     403: r"the Hub answers 403.*: access denied",
-    409: r"the Hub answers 409.*: the repository changed",
-    429: r"the Hub answers 429.*: rate limited",
+    409: r"the Hub answers 409.*: the repository changed during the request: try again",
+    429: r"the Hub answers 429.*: rate limited: try again in a few minutes",
     500: r"the Hub answers 500.*: try again later",
     DROP: r"the Hub cannot be reached \(.+\): check the connection and try again",
     CUT: r"the Hub cannot be reached \(.+\): check the connection and try again",
