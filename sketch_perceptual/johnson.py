@@ -110,6 +110,8 @@ def convert_images(args: argparse.Namespace) -> None:
 
 def find_targets(source: Path, output: Path) -> dict[Path, Path]:
     """Each image of `source`, and where it goes; InputError where it cannot go there."""
+    if not source.exists():
+        raise InputError(f"`input` {source}: there is no such file or folder")
     if not source.is_dir():
         return {source: output}
     images = [source / name for name in find_images(source, "`input`")[1]]

@@ -191,6 +191,6 @@ class Meter:
         logger.warning(f"step {step} skipped, not finite: {blame}", main_process_only=False)
         if self.in_a_row >= self.limit:
             raise FloatingPointError(
-                f"{self.in_a_row} steps in a row were not finite, the last at step {step}: {blame}. No such step was"
-                " saved. Lower `learning_rate` or a weight of the loss, or use `mixed_precision` bf16."
+                f"{self.in_a_row} steps in a row were not finite, the last at step {step}: {blame}. They did not"
+                " change the weights. Lower `learning_rate` or a weight of the loss, or use `mixed_precision` bf16."
             )
