@@ -6,6 +6,7 @@
 Latents here are already multiplied by the VAE's scaling factor; only `sample_latents` and `decode` know it.
 """
 
+import math
 import warnings
 from collections.abc import Callable
 
@@ -333,6 +334,8 @@ class PerceptualTerm:
             weight: length of the term's gradient at the prediction over that of `loss`, row by row; 0 returns `loss`.
             model_pred, noisy_latents, timesteps, images, step, generator, masks: those of a call.
         """
+        if not (isinstance(weight, int | float) and 0 <= weight < math.inf):
+            raise InputError(f"`weight` must be a number of at least 0, got {weight!r}")
         if weight == 0:
             return loss
         if torch.is_grad_enabled() and not model_pred.requires_grad:

@@ -87,6 +87,10 @@ def check_vae(vae, argument: str = "vae") -> None:
 def check_batch(model_pred: Tensor, noisy_latents: Tensor, timesteps: Tensor, images: Tensor, masks, vae) -> None:
     """InputError unless these belong together: latents of `vae`, and the images that they are latents of."""
     named = {"model_pred": model_pred, "noisy_latents": noisy_latents, "timesteps": timesteps, "images": images}
+    for name, x in named.items():
+        if not isinstance(x, Tensor) or x.ndim == 0:
+            got = "a scalar" if isinstance(x, Tensor) else type(x).__name__
+            raise InputError(f"`{name}` must be a tensor with one row for each sample, got {got}")
     rows = {name: len(x) for name, x in named.items()}
     if len(set(rows.values())) > 1:
         raise InputError(

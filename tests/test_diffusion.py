@@ -382,6 +382,22 @@ def test_timesteps_that_are_none_are_refused(vae, timesteps):
         PerceptualTerm(PixelLoss(), vae, scheduler())(noise, latents, timesteps, images)
 
 
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), -1, "0.3"])
+def test_weights_that_are_none_are_refused(vae, weight):
+    noisy, _, images = batch(2)
+    timesteps = torch.zeros(2).long()
+    pred = noisy.clone().requires_grad_()
+    with pytest.raises(InputError, match="`weight` must be a number of at least 0"):
+        PerceptualTerm(PixelLoss(), vae, scheduler()).add(pred.mean(), pred, noisy, timesteps, images, weight=weight)
+
+
+@pytest.mark.parametrize("timesteps", [300, torch.tensor(300)])
+def test_one_timestep_for_all_rows_is_refused(vae, timesteps):
+    noisy, _, images = batch(2)
+    with pytest.raises(InputError, match="`timesteps` must be a tensor with one row for each sample"):
+        PerceptualTerm(PixelLoss(), vae, scheduler())(noisy, noisy, timesteps, images)
+
+
 def test_a_decoder_that_was_cast_since_is_cast_back(vae):
     term = PerceptualTerm(PixelLoss(), vae, scheduler())
     latents, noise, images = batch()

@@ -10,6 +10,7 @@ from accelerate.logging import get_logger
 from ..data.class_names import class_names
 from ..data.image_sets import LabelledImages
 from ..data.splits import split, split_hash
+from ..errors import InputError
 from ..figures import ratio_bars
 from ..measures.class_distances import ClassDistances
 from .embedding import Drawings, Extract, embed_models, own_background
@@ -55,6 +56,8 @@ def measure_distances(
     counts = runs[0]["counts"]
     about |= {"images": len(labels), "classes": sum(count > 0 for count in counts), "alone": counts.count(1)}
     about["class_names"] = class_names(data.classes)
+    if about["alone"] == about["classes"]:
+        raise InputError("no class has two drawings, so there are no distances within classes to measure")
     if about["alone"]:
         logger.info(f"classes of one drawing, which have no distance within: {about['alone']}")
     report = Report(runs, {"embedding": "", "intra": ".3f", "inter": ".3f", "ratio": ".2f"}, about)

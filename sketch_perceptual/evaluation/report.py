@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from ..data.images import fit_image
@@ -44,7 +45,7 @@ class Report:
             values = {key: [run[key] for run in own] for key, value in own[0].items() if isinstance(value, float)}
             results[name] = {"mean": {key: statistics.fmean(of) for key, of in values.items()}, "runs": own}
             if len(own) > 1:
-                results[name]["deviation"] = {key: statistics.stdev(of) for key, of in values.items()}
+                results[name]["deviation"] = {key: float(np.std(of, ddof=1)) for key, of in values.items()}
         return results
 
     def cells(self) -> list[list[str]]:

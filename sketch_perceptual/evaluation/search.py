@@ -93,7 +93,7 @@ class Matches:
     order: list[int]
 
     def lines(self) -> list[str]:
-        same = [f"the query itself\t{shown(path)}" for path in self.same]
+        same = [f"the query or a copy of it\t{shown(path)}" for path in self.same]
         pairs = zip(self.similarities, self.order, strict=True)
         return same + [f"{similarity:.4f}\t{shown(self.images.name(index))}" for similarity, index in pairs]
 

@@ -115,7 +115,8 @@ def load_frozen(
     network stays trainable, in its mode and where it is; training it on changes the loss.
     """
     if not isinstance(backbone, nn.Module):
-        return load_backbone(backbone, attention, layers).requires_grad_(False).eval()
+        with torch.device("cpu"):  # whatever device a parent is built on, "meta" too
+            return load_backbone(backbone, attention, layers).requires_grad_(False).eval()
     if not isinstance(backbone, AttentionVGG16):
         raise InputError(
             f"`backbone` must be an AttentionVGG16, or where to load one from, got {type(backbone).__name__}"

@@ -63,6 +63,12 @@ def test_a_table_has_means_and_deviations_and_only_columns_that_are_there():
     assert report.results["a"]["deviation"]["x"] == pytest.approx(math.sqrt(2))
 
 
+def test_a_measure_that_one_seed_lacks_has_no_deviation():
+    report = Report([{"name": "a", "intra": 1.0}, {"name": "a", "intra": math.nan}], {"intra": ".1f"})
+    assert math.isnan(report.results["a"]["deviation"]["intra"])
+    assert "nan" in report.table()
+
+
 def test_a_name_is_one_line_of_the_table_and_exact_in_the_results():
     report = Report([{"name": "a\nb\x1b[2J", "x": 1.0}], {"x": ".1f"})
     assert report.table().splitlines()[1:] == ["a\\nb\\x1b[2J  1.0"]

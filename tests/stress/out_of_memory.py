@@ -74,7 +74,7 @@ STAGES = [
     ("train_johnson", STYLE, "train_johnson.draw", 1, None),
     ("train_retrieval", RETRIEVAL, "sketch_perceptual.SketchEmbedder.features", 1, 0),
     ("train_retrieval", RETRIEVAL, "train_retrieval.Head.forward", 3, 2),
-    ("train_retrieval", RETRIEVAL, "train_retrieval.evaluate", 1, 4),
+    ("train_retrieval", RETRIEVAL, "train_retrieval.evaluate", 1, 8),
     ("compare", "{drawings}/boat/0000.png {drawings}/cat/0000.png", "sketch_perceptual.PerceptualLoss.forward", 1, 0),
     (
         "stylize",
