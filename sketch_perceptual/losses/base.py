@@ -155,7 +155,8 @@ def has_values(*tensors: Tensor) -> bool:
     """Whether Python may look at values: not while tracing, nor under vmap and its like, nor of fake tensors."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
-    return all(torch.func.debug_unwrap(x) is x and not isinstance(x, FakeTensor) and not x.is_meta for x in tensors)
+    is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # torch.func.debug_unwrap is newer than torch 2.6
+    return not any(is_wrapped(x) or isinstance(x, FakeTensor) or x.is_meta for x in tensors)
 
 
 def _check_range(images: Tensor, target: Tensor) -> None:
