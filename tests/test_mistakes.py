@@ -112,7 +112,10 @@ add(
     ("--pretrained_model_name_or_path nowhere/sd", "--pretrained_model_name_or_path nowhere/sd cannot be loaded"),
     ("--pretrained_model_name_or_path xl", r"xl is a StableDiffusionXLPipeline, .*these scripts take SD-1\.x"),
     ("--pretrained_model_name_or_path net", "--pretrained_model_name_or_path net cannot be loaded"),
-    ("--pretrained_model_name_or_path pickled-sd", r"unet holds no weights as \.safetensors, .*diffusion_pytorch_model\.bin"),
+    (
+        "--pretrained_model_name_or_path pickled-sd",
+        r"unet holds no weights as \.safetensors, .*_model\.bin",
+    ),
     ("--resolution 33", "--resolution 33 must be a multiple of 4"),
     ("--caption_template x", r"--caption_template must contain \{class\}, got 'x'"),
     ("--caption_column title --train_data_dir told", "has no column 'title', --caption_column can be one of"),

@@ -128,7 +128,8 @@ def find_pipeline(
 def load_parts(source: str, folder: Path, classes: dict[str, type | None], variant: str | None) -> dict[str, Any]:
     """Load the parts of a pipeline that have a class; a network without files of the variant is read without it."""
     networks = [part for part in NETWORKS if classes.get(part)]
-    having = [part for part in networks if variant and any((folder / part).glob(f"*.{variant}*.safetensors"))]
+    files = [(part, path.name) for part in networks for path in (folder / part).glob("*.safetensors")]
+    having = {part for part, name in files if variant and f".{variant}" in name}
     if variant and not having:
         raise InputError(f"`variant` {variant}: {folder} has no such files (*.{variant}.safetensors)")
     parts: dict[str, Any] = {}
@@ -266,5 +267,5 @@ def _check_schedule(scheduler) -> None:
 
 def _finite(output: Tensor) -> Tensor:
     if not output.isfinite().all():
-        raise InputError("what it computes is not finite")
+        raise InputError(f"what it computes is not finite in {str(output.dtype).removeprefix('torch.')}")
     return output

@@ -1,6 +1,7 @@
 """What a base pipeline may hold, and what is said of anything else."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -186,8 +187,9 @@ def test_a_pickle_is_not_read(accelerator, folder):
 
 
 def test_the_variant_is_that_of_the_parts_that_have_it(accelerator, folder):
-    with pytest.raises(InputError, match=r"`variant` fp16: .* has no such files"):
-        load_pipeline(accelerator, str(folder), 32, variant="fp16")
+    for variant in ("fp16", "*", "**/x", "["):
+        with pytest.raises(InputError, match=f"`variant` {re.escape(variant)}: .* has no such files"):
+            load_pipeline(accelerator, str(folder), 32, variant=variant)
     shutil.copy(folder / UNET, folder / "unet/diffusion_pytorch_model.non_ema.safetensors")
     edit(folder / "unet/diffusion_pytorch_model.non_ema.safetensors", lambda weights: weights["conv_in.bias"].fill_(7))
     assert (load_pipeline(accelerator, str(folder), 32, variant="non_ema").unet.conv_in.bias == 7).all()
