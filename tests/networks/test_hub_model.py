@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+import safetensors.torch
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -117,7 +118,10 @@ def test_weights_that_no_network_can_have_are_named(kind, trouble, tmp_path):
     path = tmp_path / "model.safetensors"
     weights = load_file(path)
     name = sorted(weights)[-1]
-    save_file(weights | {name: WEIGHTS[trouble](weights[name])}, path)
+    broken = WEIGHTS[trouble](weights[name])
+    if broken.dtype not in safetensors.torch._SIZE:
+        pytest.skip(f"this safetensors writes no {broken.dtype}")
+    save_file(weights | {name: broken}, path)
     with pytest.raises(InputError) as error:
         LOADERS[kind](tmp_path)
     assert all(text in str(error.value) for text in (str(path), name, trouble))
