@@ -80,8 +80,8 @@ def both_ways(source, folder):
     return names
 
 
-def some_layers(pipeline, prefixes=("unet.", "text_encoder.")):
-    """Random layers, of two ranks, for the attention of a pipeline.
+def some_layers(pipeline, prefixes=("unet.", "text_encoder."), ranks=(2, 3)):
+    """Random layers, of the ranks of self and cross attention, for the attention of a pipeline.
 
     They have one alpha: of several, diffusers counts only the most common where it reads kohya's names.
     """
@@ -91,7 +91,7 @@ def some_layers(pipeline, prefixes=("unet.", "text_encoder.")):
             if name.endswith(leaves):
                 name = name if model == "unet" else f"text_model.{name.removeprefix('text_model.')}"
                 out, inputs, *kernel = module.weight.shape
-                rank = 3 if "attn2" in name else 2
+                rank = ranks["attn2" in name]
                 down = torch.randn(rank, inputs, *kernel, generator=rng)
                 up = torch.randn(out, rank, *[1] * len(kernel), generator=rng) / 8
                 layers[f"{model}.{name}"] = lora_files.Layer(down, up, 4.0)
@@ -110,10 +110,13 @@ def test_lora_te1_is_the_text_encoder(tiny_sd, tmp_path):
 
 
 def test_attention_processors_of_old_diffusers(tiny_sd, tmp_path):
-    """The names before 0.22, which diffusers still reads; they have no alphas."""
+    """The names before 0.22, which diffusers still reads; they have no alphas.
+
+    They have one rank: diffusers 0.36 gives all layers the alpha of the most common one.
+    """
     layers = {
         name: replace(layer, alpha=layer.rank)
-        for name, layer in some_layers(load(tiny_sd)[0]).items()
+        for name, layer in some_layers(load(tiny_sd)[0], ranks=(2, 2)).items()
         if "proj_in" not in name
     }
     tensors = {}
