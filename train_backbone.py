@@ -105,7 +105,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--freeze",
         choices=("convolutions", "features"),
-        help="train all but the convolutions, or the classifier alone: the accuracy of untuned features",
+        help="train all but the convolutions, or only the classifier: the accuracy of untuned features",
     )
     add("--torch_compile", action="store_true", help="compile the network: slow first step, faster training")
 

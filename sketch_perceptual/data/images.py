@@ -226,7 +226,7 @@ def _bytes(source: Source) -> bytes:
     if isinstance(source, str | os.PathLike):
         path = Path(source)
         if path.exists() and not (path.is_file() or path.is_dir()):
-            raise ValueError("it is no file")  # reading a pipe would wait for good
+            raise ValueError("not a regular file")  # reading a pipe would wait for good
         return path.read_bytes()
     raise ValueError(f"expected a path, bytes, a PIL image or a dict of bytes and path, got {source!r}")
 

@@ -102,7 +102,7 @@ def expand_models(models: list[str], seeds: str = "seed-*/config.json") -> list[
     A path may hold "=": what exists is a path as a whole, and a name holds no "/". InputError for two models that
     would share a name without being given it.
     """
-    named, sources = [], {}
+    named, sources, seen = [], {}, set()
     for model in models:
         given, source = split_name(model)
         if not source:
@@ -110,6 +110,9 @@ def expand_models(models: list[str], seeds: str = "seed-*/config.json") -> list[
         name = given or _own_name(source)
         if sources.setdefault(name, source) != source and given is None:
             raise InputError(f"`models`: two are called {name}; write NAME=MODEL")
+        if (given, source) in seen:
+            raise InputError(f"`models`: {model} is given twice")
+        seen.add((given, source))
         folders = sorted({str(path.parent) for path in Path(source).glob(seeds)})
         named += [(name, folder) for folder in folders or [source]]
     return named

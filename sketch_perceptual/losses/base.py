@@ -1,7 +1,7 @@
 """What all losses here share: networks that are nobody's parameters, checked inputs, eval mode, float32 results."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import Any
 
@@ -32,6 +32,7 @@ class FrozenParts(nn.Module):
         return {name: value for name, value in self.__dict__.items() if isinstance(value, nn.Module)}
 
     def _apply(self, fn, recurse=True):
+        _check_keeps_values(fn, type(self).__name__)
         for network in self.networks().values():
             network._apply(fn, recurse)
         return super()._apply(fn, recurse)
@@ -40,6 +41,16 @@ class FrozenParts(nn.Module):
         # Checkpoints from when the networks were registered still load strictly.
         old = tuple(f"{prefix}{name}." for name in self.networks())
         super()._load_from_state_dict({k: v for k, v in state_dict.items() if not k.startswith(old)}, prefix, *args)
+
+
+def _check_keeps_values(fn: Callable[[Tensor], Tensor], name: str) -> None:
+    """InputError if what `fn` moves a module with loses its weights, as `to_empty` and a move to "meta" do."""
+    moved = fn(probe := torch.full((8,), 0.5))
+    if moved.is_meta or (has_values(moved) and not torch.equal(moved.to(probe), probe)):
+        raise InputError(
+            f"{name} would lose its weights, which no checkpoint of its parent holds, to `to_empty` or the device"
+            " meta: build it after the parent has been moved"
+        )
 
 
 def named_networks(loss: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:

@@ -21,6 +21,7 @@ NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "bad
 # Options that decide how much memory is needed.
 BATCHES = ("train_batch_size", "batch_size", "generation_batch_size", "extraction_batch_size")
 SAVERS = ("gradient_checkpointing", "pool_after_attention")
+PATHS = ("_dir", "_file", "_path", "output", "input", "figure", "index", "checkpoint")
 SIZES = ("perceptual_crop", "resolution", "size")
 
 
@@ -42,7 +43,7 @@ def run(main: Callable, args: argparse.Namespace, name: str | None = None) -> No
         sys.exit(code)
 
     try:
-        _check_text(args)
+        _check_strings(args)
         if getattr(args, "hub_token", None) and (launcher := interruption.launcher()):
             _refuse_token(args, launcher)
         main(args)
@@ -82,9 +83,11 @@ def memory_advice(error: BaseException, args: argparse.Namespace) -> str:
     return f"out of memory ({first_line(error)[:200]})" + (f". Use {', or '.join(advice)}" if advice else "")
 
 
-def _check_text(args: argparse.Namespace) -> None:
-    """InputError for an argument with bytes that are not UTF-8, which no log, card or JSON could hold."""
+def _check_strings(args: argparse.Namespace) -> None:
+    """InputError for bytes that are not UTF-8, which no log, card or JSON could hold, and for a path that is empty."""
     for name, value in vars(args).items():
+        if value == "" and name.endswith(PATHS):
+            raise InputError(f"`{name}` is empty: name a file or folder, or leave it out")
         for text in value if isinstance(value, list) else [value]:
             try:
                 str(text).encode()

@@ -46,7 +46,7 @@ def test_pipes_are_skipped_and_named(root, caplog):
     data = captioned_folder(root)
     assert (data.names, data.captions) == ([str(root / "a/good.png")], [["a sketch of a a"]])
     assert warnings(caplog) == [f"Skipped in {root}, neither files nor folders: a/good.txt, a/pipe.png, metadata.csv"]
-    with pytest.raises(InputError, match=r"pipe\.png: it is no file"):
+    with pytest.raises(InputError, match=r"pipe\.png: not a regular file"):
         load_image(root / "a/pipe.png")
 
 

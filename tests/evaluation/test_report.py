@@ -50,6 +50,8 @@ def test_models_have_names_and_seeds(tmp_path, monkeypatch):
     assert expand_models(["x=a", "x=b"]) == [("x", "a"), ("x", "b")]  # seeds that lie apart
     with pytest.raises(InputError, match="`models`: two are called best; write NAME=MODEL"):
         expand_models(["a/best", "b/best"])
+    with pytest.raises(InputError, match="x=a is given twice"):  # not a second seed
+        expand_models(["x=a", "x=a"])
 
 
 def test_a_table_has_means_and_deviations_and_only_columns_that_are_there():

@@ -204,9 +204,14 @@ def test_it_is_cast_with_its_parent(fresh, pair, dtype):
     torch.testing.assert_close(value, expected, rtol=0.1 if dtype == torch.bfloat16 else 1e-3, atol=1e-4)
 
 
-def test_it_is_moved_with_its_parent(fresh):
-    Model(fresh).to("meta")
-    assert {weight.device.type for weight in all_weights(fresh).values()} <= {"meta"}
+def test_a_parent_without_its_weights_is_refused(fresh):
+    """No checkpoint of the parent could give them back."""
+    before = fingerprint(all_weights(fresh))
+    for lose in (lambda model: model.to("meta"), lambda model: model.to_empty(device="cpu")):
+        if before:
+            with pytest.raises(InputError, match="build it after the parent has been moved"):
+                lose(Model(fresh))
+    assert fingerprint(all_weights(fresh)) == before
 
 
 def test_copies_and_pickles_say_the_same(loss, pair):

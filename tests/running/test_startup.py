@@ -75,6 +75,13 @@ def test_out_of_memory_names_the_options_that_help():
     assert "checkpointing" not in advice
 
 
+@pytest.mark.parametrize("name", ["output_dir", "train_data_dir", "figure"])
+def test_empty_paths_are_refused(name, signals, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        entry.run(lambda args: None, argparse.Namespace(**{name: "", "negative_prompt": ""}))
+    assert f"--{name} is empty" in capsys.readouterr().err
+
+
 def test_arguments_that_are_not_utf8_are_refused(signals, capsys):
     with pytest.raises(SystemExit) as exit:
         entry.run(lambda args: None, argparse.Namespace(trigger_word="caf\udce9"))
