@@ -31,31 +31,32 @@ from huggingface_hub import ModelCardData
 from PIL import Image
 from tqdm.auto import tqdm
 
-from sketch_perceptual.arguments import at_least
-from sketch_perceptual.data.batches import make_loader
-from sketch_perceptual.data.checks import Contents
+from sketch_perceptual.cli import entry
+from sketch_perceptual.cli.arguments import at_least
+from sketch_perceptual.cli.interruption import ignore_in_worker
 from sketch_perceptual.data.class_names import are_imagenets, class_names
-from sketch_perceptual.data.image_sets import LabelledImages
+from sketch_perceptual.data.datasets import LabelledImages
+from sketch_perceptual.data.loaders import make_loader
 from sketch_perceptual.data.options import add_class_options, check_class_options, load_labelled
+from sketch_perceptual.data.preview import dry_run, read_data
+from sketch_perceptual.data.scan import Contents
 from sketch_perceptual.data.splits import Split, describe_split, split, split_hash
 from sketch_perceptual.errors import InputError
-from sketch_perceptual.evaluation.preview import dry_run, read_data
 from sketch_perceptual.figures import learning_curve
+from sketch_perceptual.files import replacing
 from sketch_perceptual.losses import calibrate
 from sketch_perceptual.networks.backbone import BUNDLED, AttentionVGG16, is_vgg16_weights, load_backbone
 from sketch_perceptual.networks.hub_model import fingerprint
-from sketch_perceptual.running import cards, entry, hub
-from sketch_perceptual.running.feature_cache import scan_folder
-from sketch_perceptual.running.files import replacing
-from sketch_perceptual.running.identity import digest
-from sketch_perceptual.running.interruption import ignore_in_worker
-from sketch_perceptual.running.options import add_training_options
-from sketch_perceptual.running.processes import on_main
-from sketch_perceptual.running.run import Run
-from sketch_perceptual.running.startup import check_space, start
-from sketch_perceptual.running.steps import Meter, Steps
-from sketch_perceptual.running.trackers import start_trackers, track_images, track_text
-from sketch_perceptual.running.training import make_lr_scheduler, make_optimizer, make_steps
+from sketch_perceptual.training import cards, hub
+from sketch_perceptual.training.distributed import on_main
+from sketch_perceptual.training.feature_cache import scan_folder
+from sketch_perceptual.training.identity import digest
+from sketch_perceptual.training.optimizer import make_lr_scheduler, make_optimizer, make_steps
+from sketch_perceptual.training.options import add_training_options
+from sketch_perceptual.training.run import Run
+from sketch_perceptual.training.startup import check_space, start
+from sketch_perceptual.training.steps import Meter, Steps
+from sketch_perceptual.training.trackers import start_trackers, track_images, track_text
 
 logger = get_logger(__name__, log_level="INFO")
 

@@ -30,36 +30,37 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sketch_perceptual.arguments import at_least
-from sketch_perceptual.data.batches import make_loader
-from sketch_perceptual.data.checks import Contents, read_once, readable, report_scan, scan
+from sketch_perceptual.cli import entry
+from sketch_perceptual.cli.arguments import at_least
+from sketch_perceptual.cli.interruption import ignore_in_worker, interruptible
+from sketch_perceptual.data.datasets import CaptionedImages, Images
 from sketch_perceptual.data.folders import find_images
-from sketch_perceptual.data.image_sets import CaptionedImages, Images
+from sketch_perceptual.data.hf_dataset import image_column_of, load_rows
 from sketch_perceptual.data.images import fit_image, to_pil, to_tensor
-from sketch_perceptual.data.look import BLANK
+from sketch_perceptual.data.loaders import make_loader
 from sketch_perceptual.data.options import add_data_options, choose_samples
 from sketch_perceptual.data.paired import find_pairs
-from sketch_perceptual.data.rows import image_column_of, load_rows
+from sketch_perceptual.data.preview import dry_run, fitted, sheet_rows, write_sheet
+from sketch_perceptual.data.scan import Contents, read_once, readable, report_scan, scan
+from sketch_perceptual.data.scan_cache import BLANK
 from sketch_perceptual.errors import InputError, TrainingError, first_line, has_complained
-from sketch_perceptual.evaluation.preview import dry_run, fitted, sheet_rows, write_sheet
 from sketch_perceptual.figures import image_grid
+from sketch_perceptual.files import replacing
 from sketch_perceptual.losses import DEFAULT_LAYERS, StyleLoss, gram_matrix, total_variation
 from sketch_perceptual.networks.backbone import BUNDLED, AttentionVGG16, load_backbone
 from sketch_perceptual.networks.hub_model import fingerprint
-from sketch_perceptual.networks.johnson import NORMS, UPSAMPLING, JohnsonNet, load_johnson
-from sketch_perceptual.running import cards, entry, hub
-from sketch_perceptual.running.feature_cache import scan_folder
-from sketch_perceptual.running.files import replacing
-from sketch_perceptual.running.identity import digest
-from sketch_perceptual.running.interruption import ignore_in_worker, interruptible
-from sketch_perceptual.running.options import add_training_options
-from sketch_perceptual.running.processes import on_main
-from sketch_perceptual.running.run import Run
-from sketch_perceptual.running.startup import check_space, start, versions
-from sketch_perceptual.running.steps import Meter, Steps
-from sketch_perceptual.running.trackers import start_trackers, track_images
-from sketch_perceptual.running.training import make_lr_scheduler, make_optimizer, make_steps
+from sketch_perceptual.networks.style_net import NORMS, UPSAMPLING, JohnsonNet, load_johnson
 from sketch_perceptual.seeds import generator
+from sketch_perceptual.training import cards, hub
+from sketch_perceptual.training.distributed import on_main
+from sketch_perceptual.training.feature_cache import scan_folder
+from sketch_perceptual.training.identity import digest
+from sketch_perceptual.training.optimizer import make_lr_scheduler, make_optimizer, make_steps
+from sketch_perceptual.training.options import add_training_options
+from sketch_perceptual.training.run import Run
+from sketch_perceptual.training.startup import check_space, start, versions
+from sketch_perceptual.training.steps import Meter, Steps
+from sketch_perceptual.training.trackers import start_trackers, track_images
 
 logger = get_logger(__name__, log_level="INFO")
 
@@ -446,7 +447,7 @@ def write_card(args, run: Run, description: str) -> None:
     where = args.hub_model_id or "path/to/this/folder"
     on_hub = cards.hub_id(args.dataset_name)
     snippet = f"""from PIL import Image
-from sketch_perceptual.johnson import load_johnson, stylize
+from sketch_perceptual.commands.stylize import load_johnson, stylize
 
 network = load_johnson("{where}")
 photo = Image.new("RGB", (300, 200), "skyblue")  # any picture, any size

@@ -34,52 +34,45 @@ from peft.tuners.lora import LoraLayer
 from PIL import Image
 from tqdm.auto import tqdm
 
-from sketch_perceptual import lora_files
-from sketch_perceptual.arguments import above, at_least, fraction, size
-from sketch_perceptual.data.batches import make_loader
-from sketch_perceptual.data.checks import Contents, check_masks, check_shapes, read_once
-from sketch_perceptual.data.image_sets import CaptionedImages
+from sketch_perceptual.cli import entry
+from sketch_perceptual.cli.arguments import above, at_least, fraction, size
+from sketch_perceptual.cli.interruption import ignore_in_worker, interruptible
+from sketch_perceptual.data.datasets import CaptionedImages
 from sketch_perceptual.data.images import INTERPOLATIONS, fit_key, to_pil
+from sketch_perceptual.data.loaders import make_loader
 from sketch_perceptual.data.options import add_caption_options, check_caption_options, load_captioned
+from sketch_perceptual.data.preview import dry_run, sheet_rows, write_sheet
+from sketch_perceptual.data.scan import Contents, check_masks, check_shapes, read_once
 from sketch_perceptual.data.splits import Split, split
 from sketch_perceptual.data.tags import with_trigger
-from sketch_perceptual.diffusion import (
-    PerceptualTerm,
-    balance,
-    decode,
-    denoising_target,
-    encode_moments,
-    min_snr_weights,
-    sample_latents,
-)
-from sketch_perceptual.diffusion_checks import PREDICTION_TYPES
-from sketch_perceptual.errors import InputError, TrainingError, first_line, has_complained
-from sketch_perceptual.evaluation.pipelines import (
+from sketch_perceptual.diffusion import Latents, PerceptualTerm, balance, process_of
+from sketch_perceptual.diffusion.pipelines import (
     add_pipeline_options,
     latent_pixels,
     load_decoder,
     load_noise_scheduler,
     load_pipeline,
 )
-from sketch_perceptual.evaluation.preview import dry_run, sheet_rows, write_sheet
+from sketch_perceptual.diffusion.process import PREDICTION_TYPES
+from sketch_perceptual.errors import InputError, TrainingError, first_line, has_complained
 from sketch_perceptual.figures import image_grid
+from sketch_perceptual.files import replacing
+from sketch_perceptual.lora import files as lora_files
 from sketch_perceptual.losses import LOSSES, all_weights, build_losses, named_networks
 from sketch_perceptual.measures.ink import chroma, ink
 from sketch_perceptual.networks.backbone import BUNDLED, AttentionVGG16, tuned_resolution
 from sketch_perceptual.networks.hub_model import fingerprint
-from sketch_perceptual.running import cards, entry, hub
-from sketch_perceptual.running.feature_cache import FeatureCache, cache_folder, fill_cache, scan_folder
-from sketch_perceptual.running.files import replacing
-from sketch_perceptual.running.identity import digest
-from sketch_perceptual.running.interruption import ignore_in_worker, interruptible
-from sketch_perceptual.running.options import add_feature_dir, add_training_options
-from sketch_perceptual.running.processes import on_main
-from sketch_perceptual.running.run import Run
-from sketch_perceptual.running.startup import check_space, start
-from sketch_perceptual.running.steps import Meter, Steps
-from sketch_perceptual.running.trackers import start_trackers, track_images
-from sketch_perceptual.running.training import make_lr_scheduler, make_optimizer, make_steps
 from sketch_perceptual.seeds import generator
+from sketch_perceptual.training import cards, hub
+from sketch_perceptual.training.distributed import on_main
+from sketch_perceptual.training.feature_cache import FeatureCache, cache_folder, fill_cache, scan_folder
+from sketch_perceptual.training.identity import digest
+from sketch_perceptual.training.optimizer import make_lr_scheduler, make_optimizer, make_steps
+from sketch_perceptual.training.options import add_feature_dir, add_training_options
+from sketch_perceptual.training.run import Run
+from sketch_perceptual.training.startup import check_space, start
+from sketch_perceptual.training.steps import Meter, Steps
+from sketch_perceptual.training.trackers import start_trackers, track_images
 
 logger = get_logger(__name__, log_level="INFO")
 
@@ -326,8 +319,8 @@ def compute_losses(
     """Denoising loss, perceptual loss and gate (1: open) of one batch, (B,); then the prediction and timesteps."""
     draw = steps.draw("noise")
     with torch.no_grad():
-        moments = batch["moments"] if "moments" in batch else encode_moments(vae, batch["pixel_values"])
-        latents = sample_latents(vae, moments, draw).float()
+        moments = batch["moments"] if "moments" in batch else Latents(vae).encode(batch["pixel_values"])
+        latents = Latents(vae).sample(moments, draw).float()
     prompt_embeds = embed(batch["caption"])
     noise = torch.randn(latents.shape, generator=draw)
     if args.noise_offset:
@@ -371,7 +364,7 @@ def score(
     """
     noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
     model_pred = unet(noisy_latents.to(prompt_embeds.dtype), timesteps, prompt_embeds, return_dict=False)[0].float()
-    target = denoising_target(latents, noise, timesteps, noise_scheduler)
+    target = process_of(noise_scheduler).target(latents, noise, timesteps)
     errors = F.mse_loss(model_pred, target, reduction="none")
     if masks is None:
         denoising = errors.flatten(1).mean(1)
@@ -379,7 +372,7 @@ def score(
         counts = F.interpolate(masks, errors.shape[-2:], mode="area").expand_as(errors).flatten(1)
         denoising = (errors.flatten(1) * counts).sum(1) / counts.sum(1).clamp(min=1)
     if args.snr_gamma is not None:
-        denoising = denoising * min_snr_weights(timesteps, args.snr_gamma, noise_scheduler)
+        denoising = denoising * process_of(noise_scheduler).min_snr_weights(timesteps, args.snr_gamma)
     perceptual = gated = torch.zeros_like(denoising)
     if perceptual_term is not None:
         perceptual = perceptual_term(model_pred, noisy_latents, timesteps, images, step, draw, masks)
@@ -414,7 +407,7 @@ class HeldOut:
     @torch.no_grad()
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         vae = self.pipeline.vae
-        mean = encode_moments(vae, pixels[None].to(vae.device)).chunk(2, dim=1)[0]
+        mean = Latents(vae).encode(pixels[None].to(vae.device)).chunk(2, dim=1)[0]
         return mean.float().cpu() * vae.config.scaling_factor
 
     def measure(self, run: Run) -> None:
@@ -667,7 +660,7 @@ def cache_latents(
         cache,
         [latents_key(keys[index], flipped) for index, flipped in places],
         partial(read_place, data, places),
-        lambda images: encode_moments(vae, images).flatten(1),
+        lambda images: Latents(vae).encode(images).flatten(1),
         lambda position: data.name(places[position][0]),
         batch_size=1,
         num_workers=args.dataloader_num_workers,
@@ -908,7 +901,7 @@ def generate(args, accelerator: Accelerator, pipeline, embed, seed: int) -> dict
                     latents = pipeline(
                         **prompts, num_inference_steps=DRAWING_STEPS, generator=draw, output_type="latent", **size
                     ).images
-                    images[prompt].append(to_pil(decode(pipeline.vae, latents)[0]))
+                    images[prompt].append(to_pil(Latents(pipeline.vae).decode(latents)[0]))
                     bar.update()
     finally:
         unet.train(was_training)

@@ -34,31 +34,32 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from sketch_perceptual.arguments import above, at_least
-from sketch_perceptual.data.batches import pk_batches
-from sketch_perceptual.data.checks import Contents
-from sketch_perceptual.data.image_sets import LabelledImages
+from sketch_perceptual.cli import entry
+from sketch_perceptual.cli.arguments import above, at_least
+from sketch_perceptual.data.datasets import LabelledImages
+from sketch_perceptual.data.loaders import pk_batches
 from sketch_perceptual.data.options import add_class_options, check_class_options, load_labelled
+from sketch_perceptual.data.preview import dry_run, fitted, read_data
+from sketch_perceptual.data.scan import Contents
 from sketch_perceptual.data.splits import Split, describe_split, split, split_hash
 from sketch_perceptual.errors import InputError, first_line
-from sketch_perceptual.evaluation.preview import dry_run, fitted, read_data
 from sketch_perceptual.evaluation.retrieval import query_sheet
+from sketch_perceptual.files import replacing
 from sketch_perceptual.losses.triplet import MINING, triplet_loss
 from sketch_perceptual.measures.ranking import Ranking, rank
 from sketch_perceptual.networks.backbone import BUNDLED, load_backbone, tuned_resolution
 from sketch_perceptual.networks.embedder import SketchEmbedder
 from sketch_perceptual.networks.hub_model import fingerprint
-from sketch_perceptual.running import cards, entry, hub
-from sketch_perceptual.running.feature_cache import extract_features, scan_folder
-from sketch_perceptual.running.files import replacing
-from sketch_perceptual.running.identity import digest
-from sketch_perceptual.running.options import add_feature_options, add_run_options
-from sketch_perceptual.running.processes import on_main
-from sketch_perceptual.running.run import Run
-from sketch_perceptual.running.startup import check_space, start, versions
-from sketch_perceptual.running.steps import Meter, Steps
-from sketch_perceptual.running.trackers import start_trackers, track_images
 from sketch_perceptual.seeds import generator
+from sketch_perceptual.training import cards, hub
+from sketch_perceptual.training.distributed import on_main
+from sketch_perceptual.training.feature_cache import extract_features, scan_folder
+from sketch_perceptual.training.identity import digest
+from sketch_perceptual.training.options import add_feature_options, add_run_options
+from sketch_perceptual.training.run import Run
+from sketch_perceptual.training.startup import check_space, start, versions
+from sketch_perceptual.training.steps import Meter, Steps
+from sketch_perceptual.training.trackers import start_trackers, track_images
 
 logger = get_logger(__name__, log_level="INFO")
 

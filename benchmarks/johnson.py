@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from sketch_perceptual.networks.backbone import AttentionVGG16
-from sketch_perceptual.networks.johnson import UPSAMPLING, JohnsonNet
+from sketch_perceptual.networks.style_net import UPSAMPLING, JohnsonNet
 
 ROOT = Path(__file__).parent.parent
 BATCH, WARM_UP = 4, 3

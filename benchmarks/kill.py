@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 from sketch_perceptual.drawings import write_folder
 from sketch_perceptual.errors import InputError
 from sketch_perceptual.networks.backbone import BUNDLED
-from sketch_perceptual.running.lock import lock_folder, unlock_folder
+from sketch_perceptual.training.lock import lock_folder, unlock_folder
 
 ROOT = Path(__file__).parent.parent
 COMMON = "--seed 0 --report_to none --mixed_precision no --output_dir out --resume_from_checkpoint latest"
@@ -50,7 +50,7 @@ DRIVER = """if __name__ == "__main__":
     import multiprocessing
 
     import {name} as script
-    from sketch_perceptual.running import entry
+    from sketch_perceptual.training import entry
 
     multiprocessing.set_start_method("spawn")
     entry.run(script.main, script.parse_args())

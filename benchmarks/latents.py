@@ -18,7 +18,7 @@ from torch import Tensor
 
 from benchmarks.make_tiny_sd import images_of
 from sketch_perceptual import PerceptualLoss, to_tensor
-from sketch_perceptual.diffusion import decode
+from sketch_perceptual.diffusion import Latents
 from sketch_perceptual.drawings import CLASSES, draw
 from sketch_perceptual.losses import PixelLoss, StyleLoss
 from sketch_perceptual.seeds import generator
@@ -57,7 +57,7 @@ def openmoji(folder: str) -> Tensor:
 def what_is_left(vae: AutoencoderTiny, loss: PerceptualLoss, pictures: dict[str, Tensor]) -> None:
     print("| | PSNR, dB | ink kept | chroma | perceptual loss |\n|---|---|---|---|---|")
     for name, images in pictures.items():
-        decoded = torch.cat([decode(vae, vae.encode(part).latents).clamp(-1, 1) for part in images.split(4)])
+        decoded = torch.cat([Latents(vae).decode(vae.encode(part).latents).clamp(-1, 1) for part in images.split(4)])
         psnr = -10 * ((decoded - images) / 2).square().mean((1, 2, 3)).log10()
         ink = (1 - images).mean(1)  # on the strokes themselves, weighted by how dark they are
         kept = ((1 - decoded).mean(1) * ink).sum() / ink.square().sum()
@@ -81,7 +81,7 @@ def which_way(vae: AutoencoderTiny, images: Tensor) -> None:
         latents = torch.cat([vae.encode(part).latents for part in images.split(4)])
         targets = {
             "image": images,
-            "reconstruction": torch.cat([decode(vae, z) for z in latents.split(4)]).clamp(-1, 1),
+            "reconstruction": torch.cat([Latents(vae).decode(z) for z in latents.split(4)]).clamp(-1, 1),
         }
     losses = {"pixel": PixelLoss(), "gram": StyleLoss(), "attention_vgg": PerceptualLoss(resolution=64)}
     for loss in losses.values():
@@ -96,7 +96,7 @@ def which_way(vae: AutoencoderTiny, images: Tensor) -> None:
                     cosines = []
                     for z, e, goal in zip(latents.split(4), error.split(4), target.split(4), strict=True):
                         own = (z + e).requires_grad_()
-                        (pull,) = torch.autograd.grad(loss(decode(vae, own), goal).sum(), own)
+                        (pull,) = torch.autograd.grad(loss(Latents(vae).decode(own), goal).sum(), own)
                         cosines.append(torch.cosine_similarity(pull.flatten(1), e.flatten(1)))
                     found = torch.cat(cosines)
                     cells.append(f"{found.mean():.3f} +- {1.96 * found.std() / len(found) ** 0.5:.3f}")

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
+from sketch_perceptual.data.hf_dataset import load_rows
 from sketch_perceptual.data.images import load_image
 from sketch_perceptual.data.near_duplicates import content_key, near_duplicates, thumbnail
-from sketch_perceptual.data.rows import load_rows
 from sketch_perceptual.data.splits import split
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from benchmarks.make_tiny_sd import SIZE, TINY_SD
 from sketch_perceptual import PerceptualLoss
 from sketch_perceptual.data.images import to_tensor
-from sketch_perceptual.diffusion import cast_decoder, decode, encode_moments, predict_x0, sample_latents
+from sketch_perceptual.diffusion import Latents, predict_x0
 from sketch_perceptual.drawings import CLASSES, STYLES, draw
 
 
@@ -26,17 +26,17 @@ def main() -> None:
     drawings = [draw(name, 10_000, style=STYLES[n % 3], size=SIZE) for n, name in enumerate(CLASSES)]
     target = torch.stack(list(map(to_tensor, drawings)))
     with torch.no_grad():
-        latents = sample_latents(vae, encode_moments(vae, target))
+        latents = Latents(vae).sample(Latents(vae).encode(target))
     noise, timesteps = torch.randn_like(latents), torch.randint(354, (len(latents),))
     noisy_latents = scheduler.add_noise(latents, noise, timesteps)
     model_pred = noise + 0.3 * torch.randn_like(noise)
     loss = PerceptualLoss(resolution=224).requires_grad_(False).eval()
     half_vae, half_loss = copy.deepcopy(vae), copy.deepcopy(loss).bfloat16()
-    cast_decoder(half_vae, torch.bfloat16)
+    Latents(half_vae).cast_decoder(torch.bfloat16)
 
     def term(vae, loss, picture: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         prediction = model_pred.clone().requires_grad_()
-        images = decode(vae, predict_x0(prediction, noisy_latents, timesteps, scheduler)).to(picture)
+        images = Latents(vae).decode(predict_x0(prediction, noisy_latents, timesteps, scheduler)).to(picture)
         values = loss(images, target.to(picture))
         (gradient,) = torch.autograd.grad(values.sum(), prediction)
         return values.detach(), gradient.flatten(1)

@@ -14,7 +14,7 @@ from diffusers import DDPMScheduler, StableDiffusionPipeline
 
 from benchmarks.make_tiny_sd import SIZE, TINY_SD
 from sketch_perceptual import PerceptualLoss, PerceptualTerm, to_tensor
-from sketch_perceptual.diffusion import encode_moments, sample_latents
+from sketch_perceptual.diffusion import Latents
 from sketch_perceptual.drawings import CLASSES, draw
 from sketch_perceptual.losses import PixelLoss
 
@@ -35,7 +35,7 @@ def main() -> None:
     images = torch.stack([to_tensor(draw(name, 0, size=SIZE)) for name in CLASSES])
     with torch.no_grad():
         embeds = pipeline.encode_prompt([f"a sketch of a {name}" for name in CLASSES], "cpu", 1, False)[0]
-        latents = sample_latents(pipeline.vae, encode_moments(pipeline.vae, images))
+        latents = Latents(pipeline.vae).sample(Latents(pipeline.vae).encode(images))
     terms = {name: PerceptualTerm(make(), pipeline.vae, scheduler, crop=args.crop) for name, make in LOSSES.items()}
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(1))
     print("| loss | t | ratio | cosine | value |\n|---|---|---|---|---|")

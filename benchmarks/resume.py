@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageOps
 
-from sketch_perceptual.running import entry
+from sketch_perceptual.cli import entry
 
 from .kill import TRAINERS, equal, make_data, options, weights
 

@@ -28,7 +28,7 @@ from sketch_perceptual.data.labels import labelled_folder
 from sketch_perceptual.measures.ranking import rank, search
 from sketch_perceptual.networks.backbone import AttentionVGG16
 from sketch_perceptual.networks.embedder import make_embedder
-from sketch_perceptual.running.feature_cache import extract_features
+from sketch_perceptual.training.feature_cache import extract_features
 
 BATCH = 32
 

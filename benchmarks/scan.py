@@ -16,8 +16,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from sketch_perceptual.data.checks import scan
-from sketch_perceptual.data.image_sets import Images
+from sketch_perceptual.data.datasets import Images
+from sketch_perceptual.data.scan import scan
 from sketch_perceptual.drawings import CLASSES, draw
 
 THREADS = 8

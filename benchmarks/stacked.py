@@ -15,16 +15,7 @@ from peft import get_peft_model_state_dict
 from torch import Tensor, nn
 
 import train_lora_sketch
-from sketch_perceptual.diffusion import (
-    PerceptualTerm,
-    balance,
-    decode,
-    denoising_target,
-    min_snr_weights,
-    predict_x0,
-    sample_latents,
-    signal,
-)
+from sketch_perceptual.diffusion import Latents, PerceptualTerm, balance, predict_x0, process_of
 from sketch_perceptual.losses import PerceptualLoss
 from sketch_perceptual.seeds import generator
 
@@ -110,14 +101,15 @@ class StepBack(LatentTerm):
     """Half of the way: the step of DDIM from t to t / 2 for the prediction and for the truth, both decoded."""
 
     def move(self, latents: Tensor, noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
-        here, there = (signal(self.noise_scheduler, t).view(-1, 1, 1, 1) for t in (timesteps, timesteps // 2))
+        alpha_bar = self.noise_scheduler.alphas_cumprod.to(timesteps.device)
+        here, there = (alpha_bar[t].view(-1, 1, 1, 1) for t in (timesteps, timesteps // 2))
         noise = (noisy_latents - here.sqrt() * latents) / (1 - here).sqrt()
         return there.sqrt() * latents + (1 - there).sqrt() * noise
 
     def compare(self, predicted: Tensor, true: Tensor) -> Tensor:
         with torch.no_grad():
-            target = decode(self.decoder, true).clamp(-1, 1)
-        return self.loss(decode(self.decoder, predicted), target)
+            target = Latents(self.decoder).decode(true).clamp(-1, 1)
+        return self.loss(Latents(self.decoder).decode(predicted), target)
 
 
 class LatentPerceptual(LatentTerm):
@@ -131,7 +123,7 @@ class LatentPerceptual(LatentTerm):
         found: list[Tensor] = []
         blocks = self.decoder.decoder.up_blocks
         hooks = [block.register_forward_hook(lambda *call: found.append(call[-1])) for block in blocks]
-        decode(self.decoder, latents)
+        Latents(self.decoder).decode(latents)
         for hook in hooks:
             hook.remove()
         return found
@@ -183,7 +175,7 @@ def draw_batch(options, vae, seed: int, step: int, data: Data):
     order = torch.randperm(len(data.moments), generator=generator(seed, "order", epoch))
     rows = order[number * size :][:size]
     draw = generator(seed, "noise", epoch, number, 0)
-    latents = sample_latents(vae, data.moments[rows], draw)
+    latents = Latents(vae).sample(data.moments[rows], draw)
     noise = torch.randn(latents.shape, generator=draw)
     noise += options.noise_offset * torch.randn(*latents.shape[:2], 1, 1, generator=draw)
     timesteps = torch.randint(1000, (size,), generator=draw)
@@ -214,10 +206,10 @@ def train(options, unet, vae, noise_scheduler, recipes: list[Recipe], seeds: Seq
         pulls = []
         for recipe, place, own, own_noisy, own_timesteps in zip(recipes, places, *parts, strict=True):
             own = own.requires_grad_()
-            target = denoising_target(latents, noise, own_timesteps, noise_scheduler)
+            target = process_of(noise_scheduler).target(latents, noise, own_timesteps)
             losses = F.mse_loss(own, target, reduction="none").flatten(1).mean(1)
             if recipe.snr_gamma is not None:
-                losses = losses * min_snr_weights(own_timesteps, recipe.snr_gamma, noise_scheduler)
+                losses = losses * process_of(noise_scheduler).min_snr_weights(own_timesteps, recipe.snr_gamma)
             loss = losses.sum() / options.train_batch_size  # the sum of what each LoRA has as its mean
             if recipe.term is not None:
                 counts = recipe.term.gate(place, step).view(len(seeds), -1).sum(1).tolist()

@@ -59,7 +59,7 @@ from benchmarks.stacked import (
     train,
 )
 from sketch_perceptual import load_embedder, to_pil, to_tensor
-from sketch_perceptual.diffusion import decode, encode_moments
+from sketch_perceptual.diffusion import Latents
 from sketch_perceptual.drawings import CLASSES, STYLES, draw
 from sketch_perceptual.errors import InputError
 from sketch_perceptual.figures import image_grid
@@ -314,7 +314,7 @@ class Bench:
             empty, *embeds = pipeline.text_encoder(tokens)[0].to(self.device).split(1)
             self.empty, self.embeds = empty, torch.cat(embeds)
             images, labels = world.learned.to(self.device), labels_of(world.learned, world.taught)
-            moments = torch.cat([encode_moments(self.vae, part) for part in images.split(32)]).cpu()
+            moments = torch.cat([Latents(self.vae).encode(part) for part in images.split(32)]).cpu()
         known = labels < args.train_classes
         known &= torch.arange(len(labels)) % (len(labels) // world.taught) < args.train_per_class
         self.data = Data(moments[known], images[known], self.embeds[labels[known]])
@@ -359,7 +359,7 @@ class Bench:
     @torch.no_grad()
     def pictures(self, latents: Tensor) -> Tensor:
         """(N, 3, size, size) in [-1, 1]; a LoRA that broke draws grey."""
-        return torch.cat([decode(self.vae, part) for part in latents.split(256)]).nan_to_num().clamp(-1, 1)
+        return torch.cat([Latents(self.vae).decode(part) for part in latents.split(256)]).nan_to_num().clamp(-1, 1)
 
     def tell(self, what: str) -> None:
         if self.device.type == "cuda":

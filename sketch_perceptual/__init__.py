@@ -1,7 +1,7 @@
 """Perceptual losses that understand drawings (Seo 2025), and what it takes to train with them."""
 
 from .data.images import load_image, to_pil, to_tensor
-from .diffusion import PerceptualTerm, predict_x0
+from .diffusion.term import PerceptualTerm, predict_x0
 from .errors import InputError
 from .losses import LOSSES, ImageLoss, PerceptualLoss, StyleLoss, build_loss, calibrate, check_loss
 from .measures.class_distances import class_distances

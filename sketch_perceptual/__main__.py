@@ -13,9 +13,9 @@ import difflib
 import sys
 
 from . import __version__
-from .arguments import Help
+from .cli.arguments import Help
+from .cli.entry import run
 from .extras import optional
-from .running.entry import run
 
 COMMANDS = {"compare": "compare", "search": "evaluation.search", "stylize": "johnson", "env": "env"}  # their modules
 

@@ -23,11 +23,11 @@ import numpy as np
 from PIL import Image, ImageChops, ImageDraw
 from tqdm import tqdm
 
-from .arguments import Help, at_least
+from .cli.arguments import Help, at_least
+from .cli.console import print_result
+from .cli.entry import run
 from .errors import InputError, shown
-from .running.console import print_result
-from .running.entry import run
-from .running.files import check_folder
+from .files import check_folder
 
 STYLES = ("pen", "marker", "hatching")
 OVERSAMPLING = 4

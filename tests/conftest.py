@@ -26,9 +26,9 @@ from huggingface_hub.utils import _http
 from PIL import Image, ImageDraw
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from sketch_perceptual.cli import interruption
 from sketch_perceptual.networks import backbone as backbone_module
 from sketch_perceptual.networks.backbone import AttentionVGG16
-from sketch_perceptual.running import interruption
 
 ROOT = Path(__file__).parent.parent
 

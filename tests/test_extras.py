@@ -12,7 +12,7 @@ from conftest import ROOT
 from sketch_perceptual import InputError
 from sketch_perceptual.__main__ import main
 from sketch_perceptual.extras import SCRIPTS, optional, require
-from sketch_perceptual.networks.johnson import JohnsonNet
+from sketch_perceptual.networks.style_net import JohnsonNet
 
 SEARCH = {"accelerate", "datasets", "faiss", "psutil"}
 NOT_IN_BASE = {*SCRIPTS, *SEARCH, "tensorboard", "lpips", "torch_fidelity", "torchmetrics", "scipy"}
@@ -66,7 +66,7 @@ def test_a_torchvision_of_another_torch_is_named(tmp_path, monkeypatch, capsys):
 
 def test_a_search_says_what_it_misses(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "accelerate", None)
-    monkeypatch.delitem(sys.modules, "sketch_perceptual.evaluation.search", raising=False)
+    monkeypatch.delitem(sys.modules, "sketch_perceptual.commands.search", raising=False)
     with pytest.raises(SystemExit) as stop:
         main(["search", "--help"])
     assert stop.value.code == 2

@@ -20,9 +20,8 @@ import train_backbone
 import train_johnson
 import train_lora_sketch
 import train_retrieval
-from sketch_perceptual import compare, convert_lora, drawings, johnson
-from sketch_perceptual.evaluation import __main__ as evaluate
-from sketch_perceptual.evaluation import search
+from sketch_perceptual import drawings
+from sketch_perceptual.commands import compare, convert, evaluate, search, stylize
 
 ROOT = Path(train_lora_sketch.__file__).parent
 PAGES = {
@@ -146,8 +145,8 @@ OPTIONS |= {
 OPTIONS |= {
     "sketch-perceptual compare": options_of(compare.main),
     "sketch-perceptual search": options_of(search.main),
-    "sketch-perceptual stylize": options_of(johnson.main),
-    "sketch_perceptual.convert_lora": options_of(convert_lora.main),
+    "sketch-perceptual stylize": options_of(stylize.main),
+    "sketch_perceptual.commands.convert": options_of(convert.main),
     "sketch_perceptual.drawings": options_of(drawings.main),
 }
 SCRIPT = re.compile(r"train_\w+\.py|(?<=-m )sketch_perceptual\.(?:evaluation )?\w+|sketch-perceptual [a-z]+")

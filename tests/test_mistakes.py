@@ -18,12 +18,10 @@ import train_backbone
 import train_johnson
 import train_lora_sketch
 import train_retrieval
-from sketch_perceptual import johnson
-from sketch_perceptual.evaluation import __main__ as evaluate
-from sketch_perceptual.evaluation import search
+from sketch_perceptual.cli import entry
+from sketch_perceptual.commands import evaluate, search, stylize
 from sketch_perceptual.networks.backbone import AttentionVGG16
-from sketch_perceptual.networks.johnson import JohnsonNet
-from sketch_perceptual.running import entry
+from sketch_perceptual.networks.style_net import JohnsonNet
 
 SMALL = "--output_dir out --train_batch_size 2 --seed 0 --report_to none --mixed_precision no"
 MEASURED = "--feature_dir features --mixed_precision no"
@@ -53,7 +51,7 @@ SCRIPTS = {
     "train_retrieval": train_retrieval,
     "evaluate": evaluate,
     "search": search,
-    "johnson": johnson,
+    "stylize": stylize,
 }
 TRAINERS = [name for name in SCRIPTS if name.startswith("train")]
 LABELLED = ["train_backbone", "train_retrieval", "evaluate distance", "evaluate retrieval"]

@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from sketch_perceptual import arguments
+from sketch_perceptual.cli import arguments
 from sketch_perceptual.errors import InputError
-from sketch_perceptual.running import checkpoints, startup
+from sketch_perceptual.training import checkpoints, startup
 
 OPTIONS = """--pretrained_model_name_or_path {sd} --train_data_dir {drawings} --resolution 32 --perceptual_loss pixel
     --train_batch_size 1 --gradient_accumulation_steps 2 --seed 0 --report_to none --mixed_precision no --random_flip
@@ -36,7 +36,7 @@ def weights(folder):
 FULL = """
 import resource, sys
 import train_lora_sketch as script
-from sketch_perceptual.running import entry
+from sketch_perceptual.training import entry
 
 save, files = script.save_adapter, []
 def full(unet, folder):

@@ -19,7 +19,7 @@ from sketch_perceptual.losses import PerceptualLoss, build_loss, check_loss
 from sketch_perceptual.networks import backbone
 from sketch_perceptual.networks.backbone import AttentionVGG16, load_backbone
 from sketch_perceptual.networks.hub_model import fingerprint
-from sketch_perceptual.running import checkpoints
+from sketch_perceptual.training import checkpoints
 
 pytestmark = pytest.mark.usefixtures("narrow")
 WHOLE = backbone.STAGES  # before they are made narrow

@@ -15,8 +15,8 @@ from sketch_perceptual.errors import InputError
 from sketch_perceptual.losses import StyleLoss
 from sketch_perceptual.networks.backbone import AttentionVGG16
 from sketch_perceptual.networks.hub_model import fingerprint
-from sketch_perceptual.networks.johnson import load_johnson
-from sketch_perceptual.running import checkpoints, steps
+from sketch_perceptual.networks.style_net import load_johnson
+from sketch_perceptual.training import checkpoints, steps
 
 pytestmark = pytest.mark.usefixtures("narrow")
 SMALL = """--width 4 --resolution 32 --train_batch_size 2 --num_train_epochs 2 --seed 0 --report_to none

@@ -22,14 +22,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import train_lora_sketch as script
-from sketch_perceptual import lora_files
-from sketch_perceptual.data.image_sets import CaptionedImages
+from sketch_perceptual.data.datasets import CaptionedImages
+from sketch_perceptual.diffusion import Latents
 from sketch_perceptual.errors import InputError, TrainingError
+from sketch_perceptual.files import files_in
+from sketch_perceptual.lora import files as lora_files
 from sketch_perceptual.losses import PixelLoss
 from sketch_perceptual.networks.backbone import load_backbone
 from sketch_perceptual.networks.hub_model import fingerprint
-from sketch_perceptual.running import checkpoints, startup
-from sketch_perceptual.running.files import files_in
+from sketch_perceptual.training import checkpoints, startup
 
 # UNet2DConditionModel of stable-diffusion-v1-5, from its published config.json.
 SD15_UNET = {
@@ -213,7 +214,7 @@ def test_caches_change_nothing(train, tmp_path, caplog, monkeypatch):
     assert "embedded; the text encoder" in caplog.text
     assert "0 of 14 images have latents in " in caplog.text
     caplog.clear()
-    monkeypatch.setattr(script, "encode_moments", None)
+    monkeypatch.setattr(Latents, "encode", None)
     assert train(*WHOLE, steps=16, output="again") == plain
     assert "have latents in" not in caplog.text
 
@@ -259,7 +260,7 @@ def test_drawings_keep_their_shapes(train, pages, caplog, monkeypatch):
     for name, weight in cached.adapter.items():  # which were encoded one by one
         torch.testing.assert_close(weight, plain.adapter[name], rtol=0, atol=1e-3)
     assert "0 of 14 images have latents in" in caplog.text
-    monkeypatch.setattr(script, "encode_moments", None)
+    monkeypatch.setattr(Latents, "encode", None)
     assert train(*BUCKET, *epoch, data=data, steps=None, output="again") == cached
 
 
@@ -549,7 +550,7 @@ def test_validation_prompts_are_read_by_the_text_encoder_as_it_is(tiny_sd):
 
 
 def test_a_validation_that_fails_does_not_end_the_training(train, monkeypatch, caplog):
-    monkeypatch.setattr(script, "decode", lambda vae, latents: torch.full((1, 3, 32, 32), torch.nan))
+    monkeypatch.setattr(Latents, "decode", lambda self, latents: torch.full((1, 3, 32, 32), torch.nan))
     run = train("--validation_prompt", "a house", "--num_validation_images", 1)
     assert len(run.logs) == 4
     assert "no validation images: " in caplog.text

@@ -17,7 +17,7 @@ from sketch_perceptual.measures.ranking import rank
 from sketch_perceptual.networks.backbone import AttentionVGG16
 from sketch_perceptual.networks.embedder import SketchEmbedder
 from sketch_perceptual.networks.hub_model import fingerprint
-from sketch_perceptual.running import checkpoints, steps
+from sketch_perceptual.training import checkpoints, steps
 
 pytestmark = pytest.mark.usefixtures("narrow")
 SMALL = """--head linear --embedding_dim 16 --resolution 32 --report_to none --num_seeds 2 --num_train_epochs 3

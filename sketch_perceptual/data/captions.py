@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 from ..errors import InputError, check_choice, complain, first_names, shown
 from .class_folders import class_folders, describe_no_classes, folder_repeats
 from .class_names import readable_class
+from .datasets import CaptionedImages
+from .filenames import by_spelling, check_unicode, match_name
 from .folders import METADATA, PICTURES, TEXTS, ending_of, find_images, is_mask, read_text
-from .image_sets import CaptionedImages
+from .hf_dataset import check_column, image_column_of, lone_label
 from .metadata import as_captions, is_caption, read_metadata
-from .names import by_spelling, check_unicode, match_name
-from .rows import check_column, image_column_of, lone_label
 
 if TYPE_CHECKING:
     import datasets

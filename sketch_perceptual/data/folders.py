@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 
 from PIL import Image
 
+from ..files import LOCK
 from ..errors import InputError, first_names, shown
 
 logger = logging.getLogger(__name__)
@@ -16,7 +17,6 @@ METADATA = ("metadata.csv", "metadata.jsonl")
 MASKS = "mask"  # a folder beside the images
 # What OneTrainer keeps beside NAME.*: its mask, and a condition image. Caches of latents are no pictures.
 MASK_FILE, CONDITION_FILE = "{}-masklabel.png", "{}-condlabel.png"
-OUTPUT = ".sketch-perceptual.lock"  # in the folder that a training or a generation writes to
 TEXTS = set(".txt .caption .cap .tags .json .jsonl .ndjson .csv .tsv .parquet .xlsx .xls .ods .yaml .yml .xml".split())
 # Left by file managers and network disks, like all names with a leading dot.
 NOT_DATA = {
@@ -146,7 +146,7 @@ def walk(root: Path, before: str = "") -> tuple[list[str], list[str]]:
         for entry in entries:
             name = folder + entry.name
             is_folder = _is_folder(entry)
-            if is_folder and os.path.exists(root / name / OUTPUT):
+            if is_folder and os.path.exists(root / name / LOCK):
                 logger.warning("Not read, since a training or a generation writes there: %s", shown(root / name))
             elif is_folder:
                 todo.append(f"{name}/")
@@ -173,7 +173,7 @@ def _is_folder(entry: os.DirEntry) -> bool:
 def _warn_about_leftovers(root: Path, files: list[str], images: list[str]) -> None:
     used = {image.split("/")[0] for image in images}
     for folder in folders_in(root):
-        if folder not in used and not (root / folder / OUTPUT).exists():
+        if folder not in used and not (root / folder / LOCK).exists():
             logger.warning("The folder %s holds no images.", shown(root / folder))
     stems = {PurePosixPath(image).stem for image in images}
     known = TEXTS | PICTURES  # what reads captions says which texts it leaves

@@ -14,7 +14,7 @@ from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from ..errors import InputError, TooLittleMemory, check_choice, shown
-from .paper import is_white_on_black, study
+from .image_stats import is_white_on_black, study
 
 logger = logging.getLogger(__name__)
 

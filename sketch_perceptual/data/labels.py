@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 from ..errors import InputError, first_names, shown
 from .class_folders import class_folders, describe_no_classes, folder_repeats
+from .datasets import LabelledImages
+from .filenames import check_unicode
 from .folders import find_images
-from .image_sets import LabelledImages
-from .names import check_unicode
-from .rows import check_column, image_column_of, lone_label
+from .hf_dataset import check_column, image_column_of, lone_label
 
 if TYPE_CHECKING:
     import datasets

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, complain, first_line, first_names, shown
+from .filenames import by_spelling, check_unicode, hint, match_name
 from .folders import METADATA, read_text
-from .names import by_spelling, check_unicode, hint, match_name
 
 # What programs write for a missing text.
 MISSING = {"", "nan", "-nan", "none", "null", "n/a", "na", "#n/a", "#na", "<na>", "undefined"}

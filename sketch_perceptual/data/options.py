@@ -5,13 +5,13 @@ from collections.abc import Callable
 
 import torch
 
-from ..arguments import at_least
+from ..cli.arguments import at_least
 from ..seeds import generator
 from .captions import CAPTION_TEMPLATE, captioned_dataset, captioned_folder
-from .image_sets import CaptionedImages, Kind, LabelledImages
+from .datasets import CaptionedImages, Kind, LabelledImages
+from .hf_dataset import load_rows
 from .images import INVERT
 from .labels import labelled_dataset, labelled_folder
-from .rows import load_rows
 
 
 def add_data_options(parser: argparse.ArgumentParser) -> Callable:

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath, PurePosixPath
 
 from ..errors import InputError, first_line, first_names, shown
+from .filenames import by_spelling, hint, match_name
 from .folders import find_images, folders_in, read_text, walk, warn_about_links
 from .metadata import csv_reader
-from .names import by_spelling, hint, match_name
 
 logger = logging.getLogger(__name__)
 

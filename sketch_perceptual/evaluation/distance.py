@@ -8,13 +8,13 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 
 from ..data.class_names import class_names
-from ..data.image_sets import LabelledImages
+from ..data.datasets import LabelledImages
 from ..data.splits import split, split_hash
 from ..errors import InputError
 from ..figures import ratio_bars
 from ..measures.class_distances import ClassDistances
 from .embedding import Drawings, Extract, embed_models, own_background
-from .report import Report
+from .tables import Report
 
 logger = get_logger(__name__, log_level="INFO")
 

@@ -9,14 +9,14 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 
-from ..data.checks import read_once
-from ..data.image_sets import LabelledImages
+from ..data.datasets import LabelledImages
 from ..data.images import fit_image
+from ..data.scan import read_once
 from ..networks.backbone import is_vgg16_weights
 from ..networks.embedder import SketchEmbedder, load_embedder
 from ..networks.hub_model import fingerprint, read_config
-from ..running.feature_cache import FeatureCache
-from ..running.processes import on_main
+from ..training.distributed import on_main
+from ..training.feature_cache import FeatureCache
 
 SETTINGS = ("embedding", "resolution", "fit", "background")
 Extract = Callable[..., FeatureCache]  # (extractor, data, keys), as `extract_features` after its first two arguments

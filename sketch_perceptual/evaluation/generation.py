@@ -14,8 +14,8 @@ from accelerate.logging import get_logger
 from PIL import Image
 from torch import Tensor
 
-from ..data.checks import read_once
-from ..data.image_sets import CaptionedImages
+from ..data.datasets import CaptionedImages
+from ..data.scan import read_once
 from ..errors import InputError
 from ..figures import image_grid
 from ..measures.image_quality import ClipFeatures, InceptionFeatures
@@ -23,13 +23,13 @@ from ..measures.ink import chroma, ink, is_black
 from ..measures.ranking import most_alike
 from ..networks.backbone import load_backbone
 from ..networks.embedder import make_embedder
-from ..running.processes import on_main
 from ..seeds import generator
-from .drawing import Drawn
+from ..training.distributed import on_main
 from .embedding import Extract
 from .prompts import find_classes
-from .report import SHEET_ROWS, SHEET_SIZE, Report, pad
-from .sets import KERNELS, set_distances, warn_of_small_sets
+from .sampling import Drawn
+from .set_distances import KERNELS, set_distances, warn_of_small_sets
+from .tables import SHEET_ROWS, SHEET_SIZE, Report, pad
 
 logger = get_logger(__name__, log_level="INFO")
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from ..data.class_names import readable_class
 from ..errors import InputError
-from .report import write_text
+from .tables import write_text
 
 METADATA, SETTINGS = "metadata.jsonl", ".settings.json"
 ADVICE = "delete the folder or choose another `output_dir`"

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..data.class_names import class_names
-from ..data.image_sets import LabelledImages
+from ..data.datasets import LabelledImages
 from ..data.splits import split, split_hash
 from ..errors import InputError, first_line, from_hub
 from ..figures import image_grid, mark
@@ -23,10 +23,10 @@ from ..measures.ranking import rank
 from ..networks.backbone import is_vgg16_weights
 from ..networks.embedder import SketchEmbedder
 from ..networks.hub_model import read_config
-from ..running.processes import on_main
 from ..seeds import generator
+from ..training.distributed import on_main
 from .embedding import Drawings, Extract, embed_cached, embed_models, own_background
-from .report import SHEET_ROWS, SHEET_SIZE, Report, pad
+from .tables import SHEET_ROWS, SHEET_SIZE, Report, pad
 
 logger = get_logger(__name__, log_level="INFO")
 

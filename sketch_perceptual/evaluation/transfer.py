@@ -19,10 +19,10 @@ from ..errors import InputError
 from ..figures import image_grid
 from ..measures.image_quality import ssim
 from ..networks.hub_model import fingerprint
-from ..networks.johnson import JohnsonNet, load_johnson
+from ..networks.style_net import JohnsonNet, load_johnson
 from ..seeds import generator
-from .report import SHEET_COLUMNS, SHEET_SIZE, Report
-from .sets import KERNELS, Features, set_distances, warn_of_small_sets
+from .set_distances import KERNELS, Features, set_distances, warn_of_small_sets
+from .tables import SHEET_COLUMNS, SHEET_SIZE, Report
 
 logger = get_logger(__name__, log_level="INFO")
 

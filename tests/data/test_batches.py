@@ -3,7 +3,7 @@ import itertools
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sketch_perceptual.data.batches import ShapeSampler, pk_batches
+from sketch_perceptual.data.loaders import ShapeSampler, pk_batches
 from sketch_perceptual.seeds import generator
 
 

@@ -5,9 +5,9 @@ import torch
 from PIL import Image
 
 from sketch_perceptual.data.captions import captioned_folder
-from sketch_perceptual.data.checks import readable, scan
-from sketch_perceptual.data.image_sets import CaptionedImages
-from sketch_perceptual.data.look import BLANK
+from sketch_perceptual.data.datasets import CaptionedImages
+from sketch_perceptual.data.scan import readable, scan
+from sketch_perceptual.data.scan_cache import BLANK
 from sketch_perceptual.errors import InputError
 
 WHITE, BLACK, RED = (255, 255, 255), (0, 0, 0), (255, 0, 0)

@@ -6,10 +6,10 @@ import pytest
 from PIL import Image
 
 from sketch_perceptual.data.captions import captioned_folder
-from sketch_perceptual.data.checks import scan
+from sketch_perceptual.data.hf_dataset import load_rows
 from sketch_perceptual.data.labels import labelled_folder
 from sketch_perceptual.data.paired import find_pairs
-from sketch_perceptual.data.rows import load_rows
+from sketch_perceptual.data.scan import scan
 from sketch_perceptual.errors import InputError
 
 READERS = {"captions": captioned_folder, "classes": labelled_folder, "pairs": find_pairs, "rows": load_rows}

@@ -6,10 +6,10 @@ import pytest
 from PIL import Image, ImageDraw, ImageOps
 
 from sketch_perceptual.data.captions import captioned_folder
-from sketch_perceptual.data.checks import scan
-from sketch_perceptual.data.image_sets import Images, LabelledImages
-from sketch_perceptual.data.paper import stroke_width
-from sketch_perceptual.data.report import data_report
+from sketch_perceptual.data.datasets import Images, LabelledImages
+from sketch_perceptual.data.image_stats import stroke_width
+from sketch_perceptual.data.scan import scan
+from sketch_perceptual.data.summary import data_report
 
 
 def drawing(shift=0, size=(40, 40), paper="white", ink="black"):

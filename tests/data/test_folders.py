@@ -12,7 +12,7 @@ from sketch_perceptual.data.images import load_image
 from sketch_perceptual.data.labels import labelled_folder
 from sketch_perceptual.data.paired import find_pairs
 from sketch_perceptual.errors import InputError
-from sketch_perceptual.running.lock import lock_folder, unlock_folder
+from sketch_perceptual.training.lock import lock_folder, unlock_folder
 
 
 def sketch(path):

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from sketch_perceptual.data.image_sets import CaptionedImages
+from sketch_perceptual.data.datasets import CaptionedImages
 from sketch_perceptual.data.images import fit_image, to_tensor
 from sketch_perceptual.errors import InputError
 

@@ -5,9 +5,9 @@ import os
 import pytest
 from PIL import Image, ImageDraw
 
-from sketch_perceptual.data import look
-from sketch_perceptual.data.checks import read_once, scan
-from sketch_perceptual.data.image_sets import Images
+from sketch_perceptual.data import scan_cache
+from sketch_perceptual.data.datasets import Images
+from sketch_perceptual.data.scan import read_once, scan
 
 
 def draw(path, number):
@@ -100,7 +100,7 @@ def test_whatever_changes_what_is_seen_is_read_for_itself(options, read):
 
 def test_other_code_reads_again(read, monkeypatch):
     read()
-    monkeypatch.setattr(look, "_version", lambda: "newer")
+    monkeypatch.setattr(scan_cache, "_version", lambda: "newer")
     assert read()[0] == ALL and read()[0] == [4]
 
 

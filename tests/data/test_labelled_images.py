@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from sketch_perceptual.data.image_sets import LabelledImages
+from sketch_perceptual.data.datasets import LabelledImages
 from sketch_perceptual.data.images import to_tensor
 
 

@@ -1,9 +1,9 @@
 import pytest
 from PIL import Image
 
-from sketch_perceptual.data.checks import read_once
-from sketch_perceptual.data.image_sets import LabelledImages
+from sketch_perceptual.data.datasets import LabelledImages
 from sketch_perceptual.data.near_duplicates import content_key
+from sketch_perceptual.data.scan import read_once
 from sketch_perceptual.errors import InputError, TooLittleMemory
 
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from sketch_perceptual.data.captions import captioned_dataset
-from sketch_perceptual.data.rows import load_rows
+from sketch_perceptual.data.hf_dataset import load_rows
 from sketch_perceptual.errors import InputError
 
 

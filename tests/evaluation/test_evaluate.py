@@ -7,16 +7,17 @@ import torch
 from conftest import NARROW, draw_class, reset_accelerate, torchrun
 from PIL import Image, ImageOps
 
+from sketch_perceptual.commands import evaluate as script
+from sketch_perceptual.commands import search
 from sketch_perceptual.data.images import fit_image, load_image, to_tensor
 from sketch_perceptual.data.near_duplicates import content_key
 from sketch_perceptual.errors import InputError
-from sketch_perceptual.evaluation import __main__ as script
-from sketch_perceptual.evaluation import search, sets
+from sketch_perceptual.evaluation import set_distances
 from sketch_perceptual.measures.class_distances import class_distances
 from sketch_perceptual.measures.image_quality import frechet_distance, ssim
 from sketch_perceptual.networks.backbone import AttentionVGG16
 from sketch_perceptual.networks.embedder import SketchEmbedder, load_embedder
-from sketch_perceptual.networks.johnson import JohnsonNet, load_johnson
+from sketch_perceptual.networks.style_net import JohnsonNet, load_johnson
 
 pytestmark = pytest.mark.usefixtures("narrow")
 
@@ -408,7 +409,7 @@ def test_inception_and_what_is_all_the_same(models, pairs, styles, monkeypatch, 
         def features(self, images):
             return images.mean((2, 3)).cpu()
 
-    monkeypatch.setattr(sets, "InceptionFeatures", Inception)
+    monkeypatch.setattr(set_distances, "InceptionFeatures", Inception)
     monkeypatch.setattr(JohnsonNet, "forward", lambda self, images: torch.zeros_like(images))
     found = transfer(pairs, styles, "--inception_weights", "weights.safetensors")["models"]["a"]["mean"]
     assert found["fid"] is None

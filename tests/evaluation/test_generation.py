@@ -15,11 +15,11 @@ from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 from tiny_clip import save_clip
 
+from sketch_perceptual.commands import evaluate as script
 from sketch_perceptual.data.images import fit_image, to_tensor
 from sketch_perceptual.errors import InputError
-from sketch_perceptual.evaluation import __main__ as script
-from sketch_perceptual.evaluation import drawing
-from sketch_perceptual.evaluation.drawing import draw_prompts
+from sketch_perceptual.evaluation import sampling
+from sketch_perceptual.evaluation.sampling import draw_prompts
 from sketch_perceptual.measures.image_quality import frechet_distance
 from sketch_perceptual.networks.backbone import AttentionVGG16
 from sketch_perceptual.networks.embedder import load_embedder
@@ -120,7 +120,7 @@ def test_models_and_folders_are_scored_side_by_side(evaluate, adapters, clip, dr
     assert base["mean"]["frechet"] == pytest.approx(expected, rel=1e-3)
     assert Image.open(tmp_path / "sheet.png").width > 6 * 160
 
-    monkeypatch.setattr(drawing, "draw_prompts", None)  # all is there
+    monkeypatch.setattr(sampling, "draw_prompts", None)  # all is there
     paths[0].touch()
     again = evaluate("base=none", f"folder={folder}")[1]["models"]
     assert again["base"]["mean"] == pytest.approx(again["folder"]["mean"])
@@ -138,7 +138,7 @@ def test_an_interrupted_drawing_goes_on(evaluate, tmp_path, monkeypatch):
         drawn.extend(path.name for path in paths)
         draw_prompts(pipeline, prompts, paths, **options)
 
-    monkeypatch.setattr(drawing, "draw_prompts", note)
+    monkeypatch.setattr(sampling, "draw_prompts", note)
     evaluate("none")
     assert drawn == ["00003.png", "00006.png"]
     for name in drawn:
@@ -198,7 +198,7 @@ def test_a_path_with_an_equals_sign_is_a_model(evaluate, adapters, tmp_path, mon
 
 HOLD = """
 import sys
-from sketch_perceptual.running.lock import lock_folder
+from sketch_perceptual.training.lock import lock_folder
 
 lock_folder(sys.argv[1])
 print("held", flush=True)

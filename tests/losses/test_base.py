@@ -7,9 +7,7 @@ from PIL import Image
 
 from sketch_perceptual.data.images import to_tensor
 from sketch_perceptual.errors import InputError
-from sketch_perceptual.losses import (
-    PixelLoss,
-)
+from sketch_perceptual.losses import PixelLoss
 
 
 @pytest.fixture(scope="module")

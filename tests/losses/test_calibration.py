@@ -3,14 +3,7 @@ import torch
 from loss_backbones import images, make_sources
 
 from sketch_perceptual.errors import InputError
-from sketch_perceptual.losses import (
-    LOSSES,
-    PerceptualLoss,
-    build_loss,
-    calibrate,
-    calibration,
-    soft_distance,
-)
+from sketch_perceptual.losses import LOSSES, PerceptualLoss, build_loss, calibrate, calibration, soft_distance
 from sketch_perceptual.networks.backbone import AttentionVGG16
 
 

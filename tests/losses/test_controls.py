@@ -2,9 +2,7 @@ import pytest
 import torch
 from loss_backbones import images, make_sources
 
-from sketch_perceptual.losses import (
-    build_loss,
-)
+from sketch_perceptual.losses import build_loss
 from sketch_perceptual.networks.backbone import AttentionVGG16
 
 

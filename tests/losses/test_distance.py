@@ -3,11 +3,7 @@ import torch
 from loss_backbones import images, make_sources
 
 from sketch_perceptual.errors import InputError
-from sketch_perceptual.losses import (
-    PerceptualLoss,
-    PixelLoss,
-    build_loss,
-)
+from sketch_perceptual.losses import PerceptualLoss, PixelLoss, build_loss
 from sketch_perceptual.networks.backbone import AttentionVGG16
 
 

@@ -7,15 +7,7 @@ from loss_backbones import images, make_sources
 from torch import nn
 
 from sketch_perceptual.errors import InputError
-from sketch_perceptual.losses import (
-    LOSSES,
-    ImageLoss,
-    PerceptualLoss,
-    PixelLoss,
-    build_loss,
-    build_losses,
-    check_loss,
-)
+from sketch_perceptual.losses import LOSSES, ImageLoss, PerceptualLoss, PixelLoss, build_loss, build_losses, check_loss
 from sketch_perceptual.losses.registry import MeanLoss
 from sketch_perceptual.networks.backbone import AttentionVGG16
 

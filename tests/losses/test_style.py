@@ -3,13 +3,7 @@ import torch
 from loss_backbones import images, make_sources
 
 from sketch_perceptual.errors import InputError
-from sketch_perceptual.losses import (
-    StyleLoss,
-    calibration,
-    check_loss,
-    gram_matrix,
-    total_variation,
-)
+from sketch_perceptual.losses import StyleLoss, calibration, check_loss, gram_matrix, total_variation
 from sketch_perceptual.networks.backbone import AttentionVGG16
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from sketch_perceptual.errors import InputError
 from sketch_perceptual.networks.backbone import AttentionVGG16, load_backbone
 from sketch_perceptual.networks.embedder import SketchEmbedder, load_embedder
-from sketch_perceptual.networks.johnson import JohnsonNet, load_johnson
+from sketch_perceptual.networks.style_net import JohnsonNet, load_johnson
 
 pytestmark = pytest.mark.usefixtures("narrow")
 SMALL = {"attention": "cbam", "pool_after_attention": True, "reduction": 2, "num_classes": 0}

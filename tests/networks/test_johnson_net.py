@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from sketch_perceptual.errors import InputError
-from sketch_perceptual.networks.johnson import JohnsonNet, load_johnson
+from sketch_perceptual.networks.style_net import JohnsonNet, load_johnson
 
 
 @pytest.fixture(scope="module")

@@ -30,12 +30,12 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sketch_perceptual.diffusion import decode
+from sketch_perceptual.diffusion import Latents
+from sketch_perceptual.diffusion.pipelines import load_noise_scheduler, load_pipeline
 from sketch_perceptual.errors import InputError
-from sketch_perceptual.evaluation.pipelines import load_noise_scheduler, load_pipeline
 from sketch_perceptual.networks.backbone import BUNDLED, load_backbone
 from sketch_perceptual.networks.hub_model import fingerprint
-from sketch_perceptual.running.startup import silence
+from sketch_perceptual.training.startup import silence
 
 TINY_SD = BUNDLED.parent / "tiny-sd"
 TIMEOUT = 30
@@ -87,7 +87,7 @@ def load_all(accelerator: Accelerator, folder: Path) -> str:
         with torch.no_grad():
             size = {"height": 32, "width": 32}
             latents = pipeline("a fox", **size, num_inference_steps=1, guidance_scale=1, output_type="latent").images
-            decode(pipeline.vae, latents)
+            Latents(pipeline.vae).decode(latents)
             noise_scheduler.add_noise(latents, latents, torch.tensor([500]))
     except Exception as error:
         raise RuntimeError(f"cannot be used, {type(error).__name__}: {error}") from error

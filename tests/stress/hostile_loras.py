@@ -2,7 +2,7 @@
 
     python tests/stress/hostile_loras.py
 
-Each file is made in a temporary folder and given to `sketch_perceptual.convert_lora`. Right is exit 0 and an output
+Each file is made in a temporary folder and given to `sketch-perceptual convert`. Right is exit 0 and an output
 with finite weights and as many modules as the file has, or exit 2 with one sentence, no traceback and no output.
 Prints a line for each, exits with 1 if any is wrong.
 """
@@ -24,8 +24,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save, save_file
 
-from sketch_perceptual import lora_files
-from sketch_perceptual.convert_lora import main as convert_lora
+from sketch_perceptual.commands.convert import main as convert_lora
+from sketch_perceptual.lora import files as lora_files
 
 BLOCK = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0"
 QUERY, KEY, OUT = (f"{BLOCK}_attn1_to_{name}" for name in ("q", "k", "out_0"))
@@ -312,7 +312,7 @@ def run_here(source: Path, target: Path) -> tuple[int, str, str]:
 
 
 def run_program(source: Path, target: Path) -> tuple[int, str, str]:
-    command = [sys.executable, "-m", "sketch_perceptual.convert_lora", str(source), str(target)]
+    command = [sys.executable, "-m", "sketch_perceptual.commands.convert", str(source), str(target)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     return done.returncode, done.stdout, done.stderr
 

@@ -23,13 +23,12 @@ import train_backbone
 import train_johnson
 import train_lora_sketch
 import train_retrieval
-from sketch_perceptual import compare, drawings, johnson
-from sketch_perceptual.evaluation import __main__ as evaluate
-from sketch_perceptual.evaluation import search
-from sketch_perceptual.networks.johnson import JohnsonNet
-from sketch_perceptual.running import entry, interruption
-from sketch_perceptual.running.checkpoints import find_checkpoints
-from sketch_perceptual.running.lock import unlock_folder
+from sketch_perceptual import drawings
+from sketch_perceptual.cli import entry, interruption
+from sketch_perceptual.commands import compare, evaluate, search, stylize
+from sketch_perceptual.networks.style_net import JohnsonNet
+from sketch_perceptual.training.checkpoints import find_checkpoints
+from sketch_perceptual.training.lock import unlock_folder
 
 ASSETS = Path(train_lora_sketch.__file__).parent / "sketch_perceptual/assets"
 ERRORS = {
@@ -60,8 +59,8 @@ STAGES = [
     ("train_lora_sketch", LORA, "diffusers.UNet2DConditionModel.forward", 3, 2),
     ("train_lora_sketch", LORA, "accelerate.Accelerator.backward", 3, 2),
     ("train_lora_sketch", LORA, "train_lora_sketch.balance", 2, 1),
-    ("train_lora_sketch", LORA, "sketch_perceptual.diffusion.decode", 4, 3),
-    ("train_lora_sketch", LORA, "train_lora_sketch.encode_moments", 2, 0),
+    ("train_lora_sketch", LORA, "sketch_perceptual.diffusion.latents.Latents.decode", 4, 3),
+    ("train_lora_sketch", LORA, "sketch_perceptual.diffusion.latents.Latents.encode", 2, 0),
     ("train_lora_sketch", LORA, "diffusers.StableDiffusionPipeline.__call__", 1, None),
     ("train_lora_sketch", LORA, "train_lora_sketch.export", 1, 4),
     ("train_lora_sketch", LORA, "train_lora_sketch.load_pipeline", 1, 0),
@@ -79,7 +78,7 @@ STAGES = [
     (
         "stylize",
         "--model {style} --input {drawings} --output {folder}/drawn",
-        "sketch_perceptual.johnson.stylize",
+        "sketch_perceptual.commands.stylize.stylize",
         2,
         0,
     ),
@@ -94,7 +93,7 @@ PROGRAMS = {
     "train_retrieval": train_retrieval,
     "evaluation": evaluate,
 }
-COMMANDS = {"compare": compare, "stylize": johnson, "search": search, "drawings": drawings}
+COMMANDS = {"compare": compare, "stylize": stylize, "search": search, "drawings": drawings}
 
 
 def failing(path: str, number: int, error: BaseException):

@@ -20,11 +20,11 @@ from typing import NamedTuple
 
 import torch
 
-from sketch_perceptual import lora_files
+from sketch_perceptual.cli import entry
 from sketch_perceptual.drawings import write_folder
+from sketch_perceptual.lora import files as lora_files
 from sketch_perceptual.networks.backbone import BUNDLED
-from sketch_perceptual.networks.johnson import JohnsonNet
-from sketch_perceptual.running import entry
+from sketch_perceptual.networks.style_net import JohnsonNet
 
 TINY_SD = Path(__file__).resolve().parents[2] / "sketch_perceptual" / "assets" / "tiny-sd"
 SPELLINGS = ("path", "absolute", "dots", "symlink", "hardlink")

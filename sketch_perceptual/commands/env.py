@@ -1,0 +1,56 @@
+"""Print versions and devices, for a bug report.
+
+    sketch-perceptual env
+
+No path, no name of a machine or user, and no setting that could be a secret is shown.
+"""
+
+import argparse
+import importlib.metadata
+import os
+import platform
+
+import torch
+
+from .. import __version__
+from ..cli.arguments import Help
+from ..cli.console import print_result
+from ..cli.entry import run
+
+PACKAGES = """torch torchvision numpy Pillow safetensors huggingface_hub accelerate datasets diffusers peft
+    transformers bitsandbytes faiss-cpu lpips torch-fidelity torchmetrics""".split()
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="sketch-perceptual env", description=__doc__, formatter_class=Help)
+    run(print_environment, parser.parse_args(argv), "sketch-perceptual env")
+
+
+def print_environment(args: argparse.Namespace) -> None:
+    print_result("\n".join(f"- {name}: {value}" for name, value in environment().items()))
+
+
+def environment() -> dict[str, str]:
+    """Return what a result may depend on, by name."""
+    base = {"sketch-perceptual": __version__, "python": platform.python_version(), "platform": platform.platform()}
+    packages = {name: version(name) for name in PACKAGES}
+    return base | packages | {"CPUs": str(os.cpu_count()), "accelerators": ", ".join(accelerators()) or "none"}
+
+
+def version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def accelerators() -> list[str]:
+    """Names and memory of the devices beside the CPU; only the kind where torch knows no more."""
+    if not torch.accelerator.is_available():
+        return []
+    kind = torch.accelerator.current_accelerator()
+    devices = torch.get_device_module(kind)
+    if not hasattr(devices, "get_device_properties"):  # Apple's
+        return [str(kind)]
+    properties = map(devices.get_device_properties, range(torch.accelerator.device_count()))
+    return [f"{kind} {device.name} {device.total_memory / 2**30:.0f} GiB" for device in properties]

@@ -1,0 +1,116 @@
+"""Cards of what was trained."""
+
+import logging
+import os
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from ..errors import shown
+from ..files import CARD as README
+from ..files import MARK, OTHER_CARD, card_path
+
+logger = logging.getLogger(__name__)
+
+TEMPLATE = """---
+{metadata}
+---
+{mark}
+
+# {title}
+
+{description}
+
+{pictures}
+
+## Use
+
+{install}
+
+```python
+{snippet}
+```
+
+## Training
+
+| option | value |
+|---|---|
+{options}
+"""
+TRAINING = "\n## Training\n"
+OWN_PACKAGE = "It needs the package of these scripts, sketch-perceptual: `pip install .` in its folder."
+
+
+def write_card(
+    folder: str | Path,
+    *,
+    data: ModelCardData,
+    title: str,
+    description: str,
+    snippet: str,
+    options: dict,
+    pictures=(),
+    install: str = OWN_PACKAGE,
+) -> None:
+    """Write the model card of `folder`: description, use, and the options that made it; checks its metadata.
+
+    It is the README.md, or stands beside one that this program did not write, which is kept.
+    """
+    path = card_path(folder)
+    if path.name == OTHER_CARD:
+        logger.warning(f"{path.with_name(README)} was not written by this program and is kept: the card is {path}")
+    text = TEMPLATE.format(
+        mark=MARK,
+        metadata=data.to_yaml(),
+        title=_one_line(title),
+        description=description,
+        install=install,
+        snippet=snippet,
+        pictures="\n".join(f"![{Path(p).stem}](./{p})" for p in pictures),
+        options="\n".join(f"| {name} | {_one_line(value)} |" for name, value in options.items()),
+    )
+    ModelCard(text, ignore_metadata_errors=False).save(path)
+
+
+def set_section(folder: str | Path, title: str, lines: list[list[str]], about: str) -> Path | None:
+    """Put a table, its head first, into the card of `folder`, in place of one of this title.
+
+    Returns the card's path; None where there is no card with a section on training.
+    """
+    path = next((path for name in (OTHER_CARD, README) if (path := Path(folder, name)).is_file()), None)
+    if path is None or TRAINING not in (text := path.read_text(encoding="utf-8")):
+        return None
+    start, _, rest = text.partition(TRAINING)
+    start = start.partition(f"\n## {title}\n")[0]
+    text = f"{start}\n## {title}\n\n{markdown_table(lines)}\n\n{about}\n{TRAINING}{rest}"
+    partial = path.with_suffix(".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+    return path
+
+
+def markdown_table(lines: list[list[str]]) -> str:
+    """Cells by line, the head first."""
+    head, *rows = lines
+    return "\n".join(f"| {' | '.join(map(_one_line, line))} |" for line in (head, ["---"] * len(head), *rows))
+
+
+def listing(folder: str | Path, files: dict[str, str]) -> str:
+    """Return what was made, for the end of a program: each file of `folder` and its use, a line each."""
+    width = max(map(len, files))
+    return "\n".join([str(folder), *(f"  {name:<{width}}  {use}" for name, use in files.items())])
+
+
+def model_name(model_id: str | None, output_dir: str | Path) -> str:
+    """What the model is called: its id on the Hub, or else the name of its folder."""
+    return model_id or Path(output_dir).resolve().name
+
+
+def hub_id(name: str | None) -> str | None:
+    """A model or data set as a card may name it: its id on the Hub, never a folder of this machine."""
+    return name if name and not Path(name).exists() else None
+
+
+def _one_line(value) -> str:
+    value = " ".join(map(str, value)) if isinstance(value, list) else value
+    return shown(" ".join(str(value).split())).replace("|", "\\|")

@@ -1,0 +1,64 @@
+"""Uploads to the Hugging Face Hub."""
+
+import argparse
+import glob
+import json
+import shlex
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from huggingface_hub import HfApi
+
+from ..errors import HUB_ERRORS, InputError, hub_reason
+from ..files import CARD, card_path
+from .cards import model_name
+
+logger = get_logger(__name__, log_level="INFO")
+
+
+def create_repo(args: argparse.Namespace, accelerator: Accelerator) -> str | None:
+    """With `push_to_hub`, create the repository, or find it, before training; the model's id on the Hub.
+
+    That is `hub_model_id` with its owner, where it was told without.
+    """
+    if not (args.push_to_hub and accelerator.is_main_process):
+        return args.hub_model_id
+    repo_id, api = model_name(args.hub_model_id, args.output_dir), HfApi(token=args.hub_token)
+    try:
+        repo_id = api.create_repo(repo_id, private=args.hub_private_repo or None, exist_ok=True).repo_id
+        is_public = args.hub_private_repo and not api.model_info(repo_id).private
+    except HUB_ERRORS as error:
+        raise InputError(
+            f"`push_to_hub` cannot create {repo_id}: {hub_reason(error)}. Or train without it, and upload later"
+        ) from error
+    if is_public:
+        raise InputError(
+            f"`hub_private_repo`: {repo_id} exists and is public; make it private in its settings, or choose another"
+            " `hub_model_id`"
+        )
+    return repo_id
+
+
+def push(args: argparse.Namespace, folder: str | Path, made: list[str], at_times: tuple[str, ...] = ()) -> None:
+    """With `push_to_hub`, upload the files `made` in `folder` and nothing else. What fails keeps the local files.
+
+    `at_times` names what other runs of the script make: what such a run left in the repository is removed.
+    """
+    if not args.push_to_hub:
+        return
+    card = card_path(folder)
+    made = [card.name if name == CARD and card.exists() else name for name in made]
+    what = {"repo_id": args.hub_model_id, "folder_path": str(folder), "allow_patterns": list(map(glob.escape, made))}
+    if at_times:
+        what["delete_patterns"] = list(map(glob.escape, at_times))
+    try:
+        url = HfApi(token=args.hub_token).upload_folder(**what, commit_message="End of training").commit_url
+    except HUB_ERRORS as error:
+        keywords = ", ".join(f"{name}={json.dumps(value)}" for name, value in what.items())
+        command = f"from huggingface_hub import upload_folder; upload_folder({keywords})"
+        raise InputError(
+            f"the upload to {args.hub_model_id} failed: {hub_reason(error)}. All files are in {folder}. To upload"
+            f" them: python -c {shlex.quote(command)}"
+        ) from error
+    logger.info(f"uploaded: {url}")

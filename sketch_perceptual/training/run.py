@@ -1,0 +1,296 @@
+"""A run in its folder: what it is, where it stands, how it goes on; the same for every trainer."""
+
+import json
+import secrets
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from ..cli import interruption
+from ..errors import InputError, first_line
+from .checkpoints import OPTIMIZER_FILE, choose, find_checkpoints, flatten, place, unflatten, write_checkpoint
+from .distributed import on_main
+from .identity import SHAPES
+from .lock import lock_folder
+from .steps import Meter, Steps
+from .trackers import keep_training
+
+logger = get_logger(__name__, log_level="INFO")
+
+
+class Run:
+    """One training in one folder: what it is, and how it goes on from where it was stopped.
+
+    Knows no network, loss or data set: what it saves it is handed by `begin`. On several processes the main one
+    writes; every process makes the same calls.
+
+    Args:
+        output_dir: locked for as long as this process lives.
+        options: what a resumed run must share, see `identity_of`; `seed` may be None.
+        resume_from: a checkpoint, its name in `output_dir`, or "latest".
+        resume_with: names of what may differ from the saved run; the new value then takes effect and is recorded.
+        total_limit: how many checkpoints stay.
+
+    Attributes:
+        seed: the run's, saved or new where none was given.
+        state: the trainer's own, JSON, as it was saved; saved with each checkpoint.
+        changes: what resumed runs changed, and at which step.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        output_dir: str | Path,
+        options: dict,
+        *,
+        resume_from: str | None = None,
+        resume_with: list[str] | None = None,
+        total_limit: int | None = None,
+    ):
+        self.accelerator, self.folder, self.total_limit = accelerator, Path(output_dir), total_limit
+        self.resume_with, self.identity, self.state, self.changes = resume_with or [], {}, {}, []
+        if resume_with and resume_from is None:
+            raise InputError("`resume_with` is for a resumed run: add `resume_from_checkpoint`")
+        if fixed := sorted(set(self.resume_with) & SHAPES):
+            raise InputError(f"`resume_with`: {', '.join(fixed)} must be as it was, or the saved weights do not fit")
+        self.checkpoint, self.saved = on_main(accelerator, self._open, resume_from)
+        if self.saved:
+            self.state = self.saved["state"]
+        self._last_saved: int | None = None
+        self._stepping: int | None = None  # the step whose update of the weights has begun
+        seed = options.get("seed")
+        if seed is None:
+            seed = self.saved["identity"].get("seed") if self.saved else secrets.randbelow(2**31)
+            (seed,) = broadcast_object_list([seed])
+        self.seed: int = seed
+        self.settle(**options | {"seed": seed})
+
+    def settle(self, **identity) -> None:
+        """What more makes the run what it is; InputError where the saved run was another."""
+        new = json.loads(json.dumps(identity))
+        self.identity |= new
+        if not self.saved:
+            return
+        saved = self.saved["identity"]
+        different = {name: (saved[name], value) for name, value in new.items() if saved.get(name, value) != value}
+        refused = {name: values for name, values in different.items() if name not in self.resume_with}
+        if refused:
+            lines = [f"{name} was {old!r}, is {now!r}" for name, (old, now) in refused.items()]
+            advice = f"To continue with the new values: `resume_with` {' '.join(refused)}"
+            if fixed := [name for name in refused if name in SHAPES]:
+                advice = f"{', '.join(fixed)} must stay: the saved weights have another shape or number"
+            raise InputError(f"{self.checkpoint} belongs to another run: {'; '.join(lines)}. {advice}")
+        for name, (old, now) in different.items():
+            logger.warning(f"resumed with {name}={now!r}, which was {old!r}")
+            self.changes.append({"step": self.saved["step"], "name": name, "from": old, "to": now})
+
+    def begin(
+        self,
+        steps: Steps,
+        meter: Meter,
+        optimizer: torch.optim.Optimizer,
+        save_model: Callable[[Path], None],
+        load_model: Callable[[Path], None],
+        lr_scheduler: torch.optim.lr_scheduler.LambdaLR | None = None,
+    ) -> None:
+        """Go on from the checkpoint, or begin; from now on a signal waits for the end of a step.
+
+        `save_model` writes what is trained into a folder, as files that `load_model` reads.
+        """
+        if unknown := sorted(set(self.resume_with) - set(self.identity)):
+            raise InputError(
+                f"`resume_with` {' '.join(unknown)}: not compared on resume, so there is nothing to override. Choose"
+                f" from {', '.join(sorted(set(self.identity) - SHAPES))}"
+            )
+        self.steps, self.meter, self.optimizer = steps, meter, optimizer
+        self.save_model = save_model
+        optimizer.register_step_pre_hook(self._note_update)
+        if self.saved:
+            if self.saved["step"] > steps.total:
+                raise InputError(
+                    f"{self.checkpoint} is past the end: this run has {steps.total} steps; see `max_train_steps`"
+                )
+            try:
+                load_model(self.checkpoint)
+                self._load_optimizer()
+            except (RuntimeError, ValueError, KeyError, IndexError) as error:
+                raise InputError(
+                    f"{self.checkpoint} does not fit the model of this run ({first_line(error)}): options that change"
+                    " the shape or the number of weights must be as they were"
+                ) from error
+            steps.go_to(self.saved["step"])
+            meter.skipped = self.saved["skipped_steps"]
+            meter.epoch = self.saved["epoch"]
+            self.changes = self.saved["changes"] + self.changes
+            if lr_scheduler is not None:
+                place(lr_scheduler, steps.done)
+            logger.info(f"resumed from {self.checkpoint}")
+        interruption.install()
+        interruption.defer()
+
+    def log(self, logs: dict[str, float]) -> None:
+        """To the progress bar and the trackers."""
+        self.steps.show(logs)
+        with keep_training(self.accelerator):
+            self.accelerator.log(logs, self.steps.done)
+
+    def close(self) -> None:
+        """Close the trackers, and what connects the processes."""
+        try:
+            self.accelerator.end_training()
+        except OSError as error:
+            logger.warning(f"the trackers could not be closed: {first_line(error)}")
+
+    def stopped(self) -> int:
+        """The signal that any of the processes received; 0: none."""
+        number = interruption.received()
+        if self.accelerator.num_processes > 1:
+            numbers = self.accelerator.gather(torch.tensor([number], device=self.accelerator.device))
+            number = int(numbers.max())
+        return number
+
+    def end_step(self, save: bool, stopped: int | None = None) -> None:
+        """Save if it is time to, or if a process was told to stop; then end the script. `stopped`: if known."""
+        stopped = self.stopped() if stopped is None else stopped
+        if save or stopped:
+            self.save()
+        if stopped:
+            self._exit(stopped)
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """For the loop: whatever error ends it, the last whole step is saved."""
+        try:
+            yield
+        except Exception:
+            self._rescue()
+            raise
+
+    @contextmanager
+    def finishing(self) -> Iterator[None]:
+        """For what follows the last step: whatever goes wrong there, the training is saved."""
+        interruption.defer(False)
+        try:
+            self.check_weights()
+            yield
+        except BaseException as error:
+            interruption.defer()
+            self._rescue()
+            if isinstance(error, interruption.Interrupted):
+                self._exit(error.number, alone=True)
+            raise
+
+    def _rescue(self) -> None:
+        """Save the last whole step, if it is not saved yet; what prevents that is a warning."""
+        step = self.steps.done
+        if self._last_saved == step:
+            return
+        if self._stepping == step:
+            logger.warning(f"the update of the weights in step {step + 1} was not finished, and is not saved")
+            return
+        try:
+            if self.meter.steps:
+                with suppress(FloatingPointError):
+                    self.meter.read()
+            self.save()
+        except FloatingPointError:  # the weights are not finite, which is said elsewhere
+            pass
+        except Exception as error:  # the first error is the one to tell
+            logger.warning(f"no checkpoint of step {step}: {first_line(error)}")
+
+    def _note_update(self, *_) -> None:
+        self._stepping = self.steps.done
+
+    def check_weights(self) -> None:
+        """FloatingPointError where a trained weight is not finite, or where all steps of the run were skipped."""
+        if self.steps.at_end and self.meter.skipped >= self.steps.total:
+            raise FloatingPointError(
+                f"all {self.steps.total} steps were skipped, since their loss or gradient was not finite: nothing was"
+                " trained. Lower `learning_rate` or a weight of the loss, or use `mixed_precision` bf16"
+            )
+        weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
+        if torch.stack([weight.detach().isfinite().all() for weight in weights]).all():
+            return
+        last = find_checkpoints(self.folder)
+        where = f"the last checkpoint, {last[-1]}, is good" if last else "there is no checkpoint"
+        raise FloatingPointError(
+            f"after step {self.steps.done} weights are not finite and are not saved; {where}. Lower `learning_rate`"
+        )
+
+    def record(self) -> dict:
+        """What made the result, for its card: all that is not off, and what resumed runs changed."""
+        changes = [f"{one['name']} from {one['from']} to {one['to']} after step {one['step']}" for one in self.changes]
+        options = {name: value for name, value in self.identity.items() if value is not None and value is not False}
+        return options | ({"changed": "; ".join(changes)} if changes else {})
+
+    def save(self) -> Path:
+        """Write `checkpoint-N` aside and move it into place when it is complete; only then the oldest goes."""
+        final = self.folder / f"checkpoint-{self.steps.done}"
+        self._last_saved = self.steps.done
+        self.check_weights()
+        if not self.accelerator.is_main_process:
+            return final
+        try:
+            self._write(final)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise InputError(
+                f"{final} could not be written: {first_line(error)}. Older checkpoints are as they were: make room and"
+                " go on with `resume_from_checkpoint` latest"
+            ) from error
+        if self.total_limit is not None:
+            others = [path for path in find_checkpoints(self.folder) if path != final]
+            for old in others[: max(0, len(others) + 1 - self.total_limit)]:
+                shutil.rmtree(old)
+        logger.info(f"saved {final}")
+        return final
+
+    def _write(self, final: Path) -> None:
+        tensors, numbers = flatten(self.optimizer.state_dict()["state"])
+        scaler = self.accelerator.scaler
+        state = {
+            "step": self.steps.done,
+            "skipped_steps": self.meter.skipped,
+            "identity": self.identity,
+            "changes": self.changes,
+            "state": self.state,
+            "epoch": self.meter.epoch,
+            "optimizer": numbers,
+            "scaler": None if scaler is None else scaler.state_dict(),
+        }
+
+        def write_weights(folder: Path) -> None:
+            self.save_model(folder)
+            save_file(tensors, folder / OPTIMIZER_FILE)
+
+        write_checkpoint(final, write_weights, state)
+
+    def _load_optimizer(self) -> None:
+        state = unflatten(load_file(self.checkpoint / OPTIMIZER_FILE), self.saved["optimizer"])
+        groups = self.optimizer.state_dict()["param_groups"]  # of this run, whose rate may be another
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        for weight, values in self.optimizer.state.items():
+            for name, value in values.items():
+                if torch.is_tensor(value) and value.shape == weight.shape:  # fused optimizers go by memory
+                    values[name] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
+        if self.accelerator.scaler is not None and self.saved["scaler"]:
+            self.accelerator.scaler.load_state_dict(self.saved["scaler"])
+
+    def _open(self, resume_from: str | None) -> tuple[Path | None, dict | None]:
+        lock_folder(self.folder)
+        return choose(self.folder, resume_from)
+
+    def _exit(self, number: int, alone: bool = False) -> None:
+        logger.warning(f"interrupted after step {self.steps.done}; go on with `resume_from_checkpoint` latest")
+        if not alone:
+            self.accelerator.wait_for_everyone()  # whoever ends first ends the others, who may still be writing
+            self.close()
+        sys.exit(128 + number)
