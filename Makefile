@@ -61,7 +61,7 @@ demo: $(INSTALLED)
 	  --train_data_dir demo/drawings --resolution 128 --noise_offset 0.3 --rank 32 \
 	  --learning_rate 2e-3 --train_batch_size 4 --max_train_steps 120 --seed 42 \
 	  --validation_prompt $(DEMO_PROMPTS) --num_validation_images 2 --validation_epochs 100 --output_dir demo/lora
-	HF_HUB_OFFLINE=1 $(BIN)/python -m sketch_perceptual.evaluation generation --train_data_dir demo/drawings \
+	HF_HUB_OFFLINE=1 $(BIN)/sketch-perceptual evaluate generation --train_data_dir demo/drawings \
 	  --pretrained_model_name_or_path $(TINY_SD) --resolution 128 --models before=none after=demo/lora \
 	  --num_images 16 --generation_batch_size 16 --output_dir demo/generated --output demo/scores.json \
 	  --figure demo/scores.png

@@ -38,7 +38,7 @@ from sketch_perceptual.data.class_names import are_imagenets, class_names
 from sketch_perceptual.data.datasets import LabelledImages
 from sketch_perceptual.data.loaders import make_loader
 from sketch_perceptual.data.options import add_class_options, check_class_options, load_labelled
-from sketch_perceptual.data.preview import dry_run, read_data
+from sketch_perceptual.data.preview import read_data
 from sketch_perceptual.data.scan import Contents
 from sketch_perceptual.data.splits import Split, describe_split, split, split_hash
 from sketch_perceptual.errors import InputError
@@ -54,7 +54,7 @@ from sketch_perceptual.training.identity import digest
 from sketch_perceptual.training.optimizer import make_lr_scheduler, make_optimizer, make_steps
 from sketch_perceptual.training.options import add_training_options
 from sketch_perceptual.training.run import Run
-from sketch_perceptual.training.startup import check_space, start
+from sketch_perceptual.training.startup import check_space, dry_run, start
 from sketch_perceptual.training.steps import Meter, Steps
 from sketch_perceptual.training.trackers import start_trackers, track_images, track_text
 

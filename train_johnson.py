@@ -40,7 +40,7 @@ from sketch_perceptual.data.images import fit_image, to_pil, to_tensor
 from sketch_perceptual.data.loaders import make_loader
 from sketch_perceptual.data.options import add_data_options, choose_samples
 from sketch_perceptual.data.paired import find_pairs
-from sketch_perceptual.data.preview import dry_run, fitted, sheet_rows, write_sheet
+from sketch_perceptual.data.preview import fitted, sheet_rows, write_sheet
 from sketch_perceptual.data.scan import Contents, read_once, readable, report_scan, scan
 from sketch_perceptual.data.scan_cache import BLANK
 from sketch_perceptual.errors import InputError, TrainingError, first_line, has_complained
@@ -58,7 +58,7 @@ from sketch_perceptual.training.identity import digest
 from sketch_perceptual.training.optimizer import make_lr_scheduler, make_optimizer, make_steps
 from sketch_perceptual.training.options import add_training_options
 from sketch_perceptual.training.run import Run
-from sketch_perceptual.training.startup import check_space, start, versions
+from sketch_perceptual.training.startup import check_space, dry_run, start, versions
 from sketch_perceptual.training.steps import Meter, Steps
 from sketch_perceptual.training.trackers import start_trackers, track_images
 

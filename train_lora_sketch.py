@@ -41,7 +41,7 @@ from sketch_perceptual.data.datasets import CaptionedImages
 from sketch_perceptual.data.images import INTERPOLATIONS, fit_key, to_pil
 from sketch_perceptual.data.loaders import make_loader
 from sketch_perceptual.data.options import add_caption_options, check_caption_options, load_captioned
-from sketch_perceptual.data.preview import dry_run, sheet_rows, write_sheet
+from sketch_perceptual.data.preview import sheet_rows, write_sheet
 from sketch_perceptual.data.scan import Contents, check_masks, check_shapes, read_once
 from sketch_perceptual.data.splits import Split, split
 from sketch_perceptual.data.tags import with_trigger
@@ -70,7 +70,7 @@ from sketch_perceptual.training.identity import digest
 from sketch_perceptual.training.optimizer import make_lr_scheduler, make_optimizer, make_steps
 from sketch_perceptual.training.options import add_feature_dir, add_training_options
 from sketch_perceptual.training.run import Run
-from sketch_perceptual.training.startup import check_space, start
+from sketch_perceptual.training.startup import check_space, dry_run, start
 from sketch_perceptual.training.steps import Meter, Steps
 from sketch_perceptual.training.trackers import start_trackers, track_images
 

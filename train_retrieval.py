@@ -39,7 +39,7 @@ from sketch_perceptual.cli.arguments import above, at_least
 from sketch_perceptual.data.datasets import LabelledImages
 from sketch_perceptual.data.loaders import pk_batches
 from sketch_perceptual.data.options import add_class_options, check_class_options, load_labelled
-from sketch_perceptual.data.preview import dry_run, fitted, read_data
+from sketch_perceptual.data.preview import fitted, read_data
 from sketch_perceptual.data.scan import Contents
 from sketch_perceptual.data.splits import Split, describe_split, split, split_hash
 from sketch_perceptual.errors import InputError, first_line
@@ -57,7 +57,7 @@ from sketch_perceptual.training.feature_cache import extract_features, scan_fold
 from sketch_perceptual.training.identity import digest
 from sketch_perceptual.training.options import add_feature_options, add_run_options
 from sketch_perceptual.training.run import Run
-from sketch_perceptual.training.startup import check_space, start, versions
+from sketch_perceptual.training.startup import check_space, dry_run, start, versions
 from sketch_perceptual.training.steps import Meter, Steps
 from sketch_perceptual.training.trackers import start_trackers, track_images
 

@@ -1,8 +1,10 @@
-"""Compare drawings, find them, and turn photos into them.
+"""Compare drawings, find them, turn photos into them, and measure models that draw.
 
     sketch-perceptual compare fox.png other-fox.png --figure difference.png
     sketch-perceptual search --query fox.png --gallery drawings --figure found.png
     sketch-perceptual stylize --model sketch-style --input photos --output sketches
+    sketch-perceptual convert pytorch_lora_weights.safetensors fox.safetensors
+    sketch-perceptual evaluate generation --train_data_dir drawings --models lora=sketch-lora ...
     sketch-perceptual env
 
 `env` prints versions and devices, for a bug report. `python -m sketch_perceptual` is the same program.
@@ -17,7 +19,7 @@ from .cli.arguments import Help
 from .cli.entry import run
 from .extras import optional
 
-COMMANDS = {"compare": "compare", "search": "evaluation.search", "stylize": "johnson", "env": "env"}  # their modules
+COMMANDS = ("compare", "search", "stylize", "convert", "evaluate", "env")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -35,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv[:1])
 
     def start(args: argparse.Namespace) -> None:
-        module = optional(f"{__package__}.{COMMANDS[args.command]}", "search")  # the others need no extra
+        module = optional(f"{__package__}.commands.{args.command}", "search")  # the others need no extra
         module.main(argv[1:])
 
     run(start, args, f"sketch-perceptual {args.command}")  # a signal while it imports is a sentence too

@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from .errors import printable
 from .extras import optional
+from .files import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+SHEET_SIZE = 160  # pixels a picture in a grid
 LONGEST = 80  # letters of a name
 FONT_SIZE = 14
 # Tried after Pillow's own, which has hardly more than ASCII; Pillow looks for them where the system keeps its fonts.
@@ -30,7 +32,9 @@ FONTS = (
 NO_LETTER = "\U0010ffff"  # which no font has
 
 
-def image_grid(rows: dict[str, list[Image.Image]], columns: list[str] | None = None, size: int = 160) -> Image.Image:
+def image_grid(
+    rows: dict[str, list[Image.Image]], columns: list[str] | None = None, size: int = SHEET_SIZE
+) -> Image.Image:
     """One labelled row of images a name, the longer side of each `size` pixels; columns may have heads."""
     gap, head = 4, 20
     labels = [fit_font(as_label(name)) for name in rows]
@@ -51,7 +55,11 @@ def image_grid(rows: dict[str, list[Image.Image]], columns: list[str] | None = N
     return page
 
 
-sheet = image_grid
+def write_figure(path: str | Path, figure) -> None:
+    """Write a matplotlib figure or a PIL image whole, or not at all. InputError."""
+    write_whole(
+        path, lambda partial: figure.savefig(partial, dpi=150) if hasattr(figure, "savefig") else figure.save(partial)
+    )
 
 
 def with_caption(image: Image.Image, name: str) -> Image.Image:

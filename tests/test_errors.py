@@ -122,7 +122,6 @@ def test_an_error_in_a_worker_arrives_without_its_traceback(kind):
     [
         ("train_johnson.py", "train_johnson.py"),
         ("/home/x/site-packages/train_johnson.py", "train_johnson.py"),
-        ("/home/x/sketch_perceptual/commands/evaluate.py", "evaluation"),
         ("/home/x/bin/sketch-perceptual", "sketch-perceptual"),
     ],
 )

@@ -6,7 +6,8 @@ import pytest
 from PIL import Image
 
 from sketch_perceptual.errors import InputError
-from sketch_perceptual.evaluation.tables import write_figure, write_json
+from sketch_perceptual.evaluation.tables import write_json
+from sketch_perceptual.figures import write_figure
 from sketch_perceptual.files import LOCK, PICTURES, Output, check_folder, check_outputs, check_target, write_whole
 
 

@@ -35,38 +35,41 @@ PACKAGE = ROOT / "sketch_perceptual"
 # The floors: what each room, or module beside them, may import of the others.
 MAY_IMPORT = {
     "errors": set(),
-    "arguments": set(),
     "seeds": set(),
     "extras": {"errors"},
-    "figures": {"errors", "extras"},
-    "drawings": {"arguments", "errors", "running"},
-    "lora_names": set(),
-    "lora_files": {"errors", "lora_names"},
-    "convert_lora": {"arguments", "errors", "lora_files", "running"},
-    "data": {"errors", "extras", "arguments", "seeds"},
-    "networks": {"errors", "extras", "data"},
+    "files": {"errors"},
+    "cli": {"errors"},
+    "figures": {"errors", "extras", "files"},
+    "drawings": {"cli", "errors", "files"},
+    "data": {"cli", "errors", "extras", "figures", "files", "seeds"},
+    "networks": {"errors", "extras", "data", "files"},
     "losses": {"errors", "extras", "data", "drawings", "networks"},
-    "diffusion": {"errors", "losses", "diffusion_checks"},
-    "diffusion_checks": {"errors", "losses"},
     "measures": {"errors", "extras", "data", "networks", "seeds"},
-    "running": {"errors", "arguments", "seeds"},
+    "training": {"__version__", "cli", "errors", "files", "seeds"},
+    "diffusion": {"errors", "losses", "networks", "training"},
+    "lora": {"errors"},
     "evaluation": {
-        *("errors", "extras", "arguments", "seeds", "figures", "lora_files"),
-        *("data", "diffusion", "losses", "measures", "networks", "running"),
+        *("cli", "errors", "extras", "figures", "files", "seeds"),
+        *("data", "diffusion", "lora", "losses", "measures", "networks", "training"),
     },
-    "johnson": {"errors", "arguments", "data", "networks", "running"},
-    "compare": {"errors", "arguments", "data", "figures", "losses", "networks", "running"},
-    "env": {"__version__", "arguments", "running"},
-    "__main__": {"__version__", "arguments", "extras", "running"},
+    "commands": {
+        *("__version__", "cli", "errors", "extras", "figures", "files", "seeds"),
+        *("data", "diffusion", "evaluation", "lora", "losses", "measures", "networks", "training"),
+    },
+    "__main__": {"__version__", "cli", "extras"},
 }
 MAY_KNOW = {  # who may import what trains and draws
-    "accelerate": {"running", "evaluation"},
-    "diffusers": {"running", "evaluation"},
+    "accelerate": {"training", "diffusion", "evaluation", "commands"},
+    "diffusers": {"training", "diffusion", "evaluation"},
     "peft": {"evaluation"},
-    "transformers": {"running", "evaluation"},
+    "transformers": {"training", "evaluation"},
 }
 # Where options may be named: a library function's error names its argument, and the script the option.
-COMMANDS = {"compare.py", "convert_lora.py", "johnson.py", "drawings.py", "running/options.py", "data/options.py"}
+COMMANDS = {
+    *("commands/compare.py", "commands/convert.py", "commands/stylize.py", "commands/search.py"),
+    *("commands/evaluate.py", "drawings.py"),
+}
+OPTIONS_FILES = {"training/options.py", "data/options.py", "diffusion/pipelines.py"}
 
 FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 MODULES = sorted({file.split("/")[0].removesuffix(".py") for file in FILES} - {"__init__"})
@@ -99,14 +102,14 @@ def test_modules_import_one_way_only(module):
 
 @pytest.mark.parametrize("file", FILES)
 def test_only_commands_name_options(file):
-    if file in {*COMMANDS, "__main__.py"} or file.startswith("evaluation/"):
+    if file in {*COMMANDS, *OPTIONS_FILES, "__main__.py"} or file.startswith("evaluation/"):
         return
     texts = [node.value for node in ast.walk(tree(PACKAGE / file)) if isinstance(node, ast.Constant)]
     ours = set.union(*OPTIONS.values())
     assert [text for text in texts if isinstance(text, str) and set(re.findall(r"--\w+", text)) & ours] == []
 
 
-@pytest.mark.parametrize("file", sorted(COMMANDS - {"running/options.py", "data/options.py"}))
+@pytest.mark.parametrize("file", sorted(COMMANDS))
 def test_errors_of_commands_name_arguments(file):
     """Their help may name options, what they raise is put into options by `in_options`."""
     raised = [node for node in ast.walk(tree(PACKAGE / file)) if isinstance(node, ast.Raise)]
@@ -139,17 +142,17 @@ TRAINERS = {
 }
 OPTIONS = {name: options_of(script.parse_args) for name, script in TRAINERS.items()}
 OPTIONS |= {
-    f"sketch_perceptual.evaluation {task}": options_of(evaluate.parse_args, task)
+    f"sketch-perceptual evaluate {task}": options_of(evaluate.parse_args, task)
     for task in ("distance", "retrieval", "transfer", "generation")
 }
 OPTIONS |= {
     "sketch-perceptual compare": options_of(compare.main),
     "sketch-perceptual search": options_of(search.main),
     "sketch-perceptual stylize": options_of(stylize.main),
-    "sketch_perceptual.commands.convert": options_of(convert.main),
+    "sketch-perceptual convert": options_of(convert.main),
     "sketch_perceptual.drawings": options_of(drawings.main),
 }
-SCRIPT = re.compile(r"train_\w+\.py|(?<=-m )sketch_perceptual\.(?:evaluation )?\w+|sketch-perceptual [a-z]+")
+SCRIPT = re.compile(r"train_\w+\.py|(?<=-m )sketch_perceptual\.\w+|sketch-perceptual (?:evaluate )?[a-z]+")
 NOT_OURS = {"--mixed_precision"}  # of `accelerate launch`, where it stands before the script
 
 

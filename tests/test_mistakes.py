@@ -42,7 +42,7 @@ WORKS = {
     "evaluate generation": f"""{MEASURED} --train_data_dir drawings --pretrained_model_name_or_path sd --models none
         --backbone net --resolution 32 --num_inference_steps 1 --num_images 2 --output found.json""",
     "search": f"{MEASURED} --query one.png --gallery drawings --model net --resolution 32",
-    "johnson": "--model style --input drawings --output drawn",
+    "stylize": "--model style --input drawings --output drawn",
 }
 SCRIPTS = {
     "train_lora_sketch": train_lora_sketch,
@@ -254,7 +254,7 @@ add(
     ("- --gallery drawings", "required: --query"),
 )
 add(
-    "johnson",
+    "stylize",
     ("--model nowhere/net", "no style network at nowhere/net"),
     ("--model net", "net"),
     ("--input nowhere", "--input nowhere: there is no such file"),
@@ -334,10 +334,10 @@ def run(name, options, workplace, monkeypatch):
     monkeypatch.chdir(workplace)
     monkeypatch.setattr("sys.argv", [f"{name.split()[0]}.py", *arguments])
     with pytest.raises(SystemExit) as exit:
-        if name in ("johnson", "search"):
-            script.main(arguments)
-        else:
+        if name.startswith("train"):
             entry.run(script.main, script.parse_args(arguments))
+        else:
+            script.main(arguments)
     return exit.value.code
 
 

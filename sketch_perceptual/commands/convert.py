@@ -1,6 +1,6 @@
 """Convert a LoRA of Stable Diffusion 1 or 2 into kohya's names, or from them into diffusers'.
 
-    python -m sketch_perceptual.commands.convert pytorch_lora_weights.safetensors fox.safetensors
+    sketch-perceptual convert pytorch_lora_weights.safetensors fox.safetensors
 
 A file in kohya's names is written in diffusers', any other (diffusers' of all versions, PEFT's, those in the original
 model's names) in kohya's. The text encoder's weights, DoRA's magnitudes and what the file says of its training come
@@ -53,20 +53,14 @@ def _write(file: lora_files.LoraFile, target: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m sketch_perceptual.commands.convert", description=__doc__, formatter_class=Help
-    )
+    parser = argparse.ArgumentParser(prog="sketch-perceptual convert", description=__doc__, formatter_class=Help)
     add = parser.add_argument
     add("source", metavar="input", type=Path, help="a .safetensors of any trainer, or a folder with one")
     add("target", metavar="output", type=Path, help="a .safetensors, written in the other form")
     add("--overwrite", action="store_true", help="replace output if it exists")
-    run(convert_file, parser.parse_args(argv), "python -m sketch_perceptual.commands.convert")
+    run(convert_file, parser.parse_args(argv), "sketch-perceptual convert")
 
 
 def convert_file(args: argparse.Namespace) -> None:
     check_outputs([Output("output", args.target, (".safetensors",))], [lora_files.find_file(args.source)])
     print_result(convert(args.source, args.target, args.overwrite))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,12 +1,12 @@
 """Measure what backbones and embedders make of drawings, and what models draw.
 
-    python -m sketch_perceptual.evaluation distance --train_data_dir ImageNet-Sketch/sketch \\
+    sketch-perceptual evaluate distance --train_data_dir ImageNet-Sketch/sketch \\
       --models neither=imagenet tuned=vgg16-tuned/best both=attention-vgg16/best --figure ratios.png
-    python -m sketch_perceptual.evaluation retrieval --train_data_dir ImageNet-Sketch/sketch \\
+    sketch-perceptual evaluate retrieval --train_data_dir ImageNet-Sketch/sketch \\
       --models neither=imagenet-retrieval both=sketch-retrieval --figure nearest.png
-    python -m sketch_perceptual.evaluation transfer --paired_data_dir FS2K --paired_style 1 \\
+    sketch-perceptual evaluate transfer --paired_data_dir FS2K --paired_style 1 \\
       --models both=sketch-style --figure transfer.png
-    python -m sketch_perceptual.evaluation generation --train_data_dir drawings \\
+    sketch-perceptual evaluate generation --train_data_dir drawings \\
       --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \\
       --models base=none lora=sketch-lora --figure generation.png
 
@@ -49,8 +49,9 @@ from ..evaluation.prompts import cycle_prompts, read_prompts
 from ..evaluation.retrieval import rank_models
 from ..evaluation.sampling import draw_models, is_pictures
 from ..evaluation.set_distances import load_features
-from ..evaluation.tables import Report, expand_models, write_figure, write_json
+from ..evaluation.tables import Report, expand_models, write_json
 from ..evaluation.transfer import compare_styles
+from ..figures import write_figure
 from ..measures.image_quality import check_installed
 from ..networks.backbone import BUNDLED
 from ..training.cards import hub_id, set_section
@@ -69,7 +70,7 @@ RECORDED = """dataset_name train_data_dir group_column validation_share max_trai
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m sketch_perceptual.evaluation",
+        prog="sketch-perceptual evaluate",
         description=__doc__,
         formatter_class=Help,
     )
@@ -179,7 +180,11 @@ def add_generation_options(parser: argparse.ArgumentParser) -> None:
     add("--write_scores", action="store_true", help="put the table into the card of each of --models that has one")
 
 
-def main(args: argparse.Namespace) -> None:
+def main(argv: list[str] | None = None) -> None:
+    run(evaluate, parse_args(argv), "sketch-perceptual evaluate")
+
+
+def evaluate(args: argparse.Namespace) -> None:
     accelerator = begin(args, drawn_folders(args) if args.task == "generation" else ())
     tasks = {"distance": distance, "retrieval": retrieval, "transfer": transfer, "generation": generation}
     report = tasks[args.task](args, accelerator)
@@ -300,7 +305,3 @@ def draw(args: argparse.Namespace, accelerator: Accelerator, prompts: list[str])
         batch_size=args.generation_batch_size,
         **{name: getattr(args, name) for name in settings},
     )
-
-
-if __name__ == "__main__":
-    run(main, parse_args())

@@ -23,12 +23,12 @@ from ..cli.entry import run
 from ..data.datasets import Images
 from ..data.folders import find_images
 from ..data.images import INVERT, load_image
+from ..data.preview import pad
 from ..data.scan import readable, scan
 from ..errors import InputError, shown
 from ..evaluation.embedding import Extract, embed_cached
 from ..evaluation.options import add_embedder_options, begin, embedder, extractor
-from ..evaluation.tables import pad, write_figure
-from ..figures import image_grid, with_caption
+from ..figures import image_grid, with_caption, write_figure
 from ..measures.ranking import search
 from ..networks.backbone import BUNDLED
 from ..networks.embedder import SketchEmbedder, load_embedder

@@ -173,7 +173,3 @@ def save(image: Image.Image, path: Path, alpha: Image.Image | None, exif: bytes)
         image.putalpha(alpha)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, lambda partial: image.save(partial, quality=95, lossless=True, **options))
-
-
-if __name__ == "__main__":
-    main()

@@ -8,8 +8,8 @@ from pathlib import Path, PurePosixPath
 
 from PIL import Image
 
-from ..files import LOCK
 from ..errors import InputError, first_names, shown
+from ..files import LOCK
 
 logger = logging.getLogger(__name__)
 

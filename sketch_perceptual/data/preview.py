@@ -1,24 +1,17 @@
-"""What a training will see, before it begins: the report on its data, and a sheet of pictures as the model gets
-them."""
+"""A sheet of pictures as a model gets them, drawn before the training begins."""
 
 import argparse
 import logging
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 
-from ..errors import all_troubles, has_complained, shown
-from ..evaluation.tables import SHEET_SIZE, pad, write_figure
-from ..figures import image_grid
-from ..files import Output, check_outputs
+from ..errors import has_complained, shown
+from ..figures import SHEET_SIZE, image_grid, write_figure
 from ..seeds import generator
-from ..training.distributed import on_main
-from ..training.startup import inputs_of, start_logging
 from .datasets import CaptionedImages, Images, LabelledImages
 from .images import fit_image, to_pil, to_tensor
 from .scan import Contents, read_once
@@ -29,26 +22,6 @@ ROWS, EPOCHS = 8, 4
 BESIDE = "#808080"  # beside pictures that are not square
 
 See = Callable[[Images, int], list[Tensor]]
-
-
-def dry_run(args: argparse.Namespace, show: Callable[[int], object]) -> bool:
-    """Whether this is one: then all of it is `show(seed)` on the main process. Checks `figure_data` for any run.
-
-    InputError lists all that `show` complains of.
-    """
-    if args.figure_data:
-        check_outputs([Output("figure_data", args.figure_data, (".png",))], inputs_of(args))
-    if args.dry_run:
-        accelerator = Accelerator()
-        start_logging(accelerator, args)
-        on_main(accelerator, partial(_show_all_troubles, show), args.seed or 0)
-        accelerator.end_training()
-    return args.dry_run
-
-
-def _show_all_troubles(show: Callable[[int], object], seed: int) -> None:
-    with all_troubles():
-        show(seed)
 
 
 def in_epochs(data: Images, index: int) -> list[Tensor]:
@@ -82,8 +55,13 @@ def sheet_rows(data: Images, see: See = in_epochs, what: str = "") -> dict[str, 
 def write_sheet(path: str | Path, rows: dict[str, list[Image.Image]]) -> None:
     columns = max(map(len, rows.values()))
     heads = [f"epoch {number + 1}" for number in range(columns)] if columns > 1 else None
-    write_figure(path, image_grid(rows, heads, SHEET_SIZE))
+    write_figure(path, image_grid(rows, heads))
     logger.info("what the model will see: %s", path)
+
+
+def pad(picture: Image.Image, background: str) -> Image.Image:
+    """A whole picture in a square, as a grid shows it."""
+    return fit_image(picture, SHEET_SIZE, "pad", background)
 
 
 def _title(data: Images, index: int) -> str:

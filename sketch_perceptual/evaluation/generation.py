@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..data.datasets import CaptionedImages
+from ..data.preview import pad
 from ..data.scan import read_once
 from ..errors import InputError
 from ..figures import image_grid
@@ -29,7 +30,7 @@ from .embedding import Extract
 from .prompts import find_classes
 from .sampling import Drawn
 from .set_distances import KERNELS, set_distances, warn_of_small_sets
-from .tables import SHEET_ROWS, SHEET_SIZE, Report, pad
+from .tables import SHEET_ROWS, Report
 
 logger = get_logger(__name__, log_level="INFO")
 
@@ -185,4 +186,4 @@ def generation_sheet(drawings: Pictures, nearest: dict[str, tuple[Pictures, list
             for name, index in row.items()
             for picture in (nearest[name][0].data.image(index), drawings.data.image(nearest[name][1][index]))
         ]
-    return image_grid(shown, [head for name in nearest for head in (name, "nearest drawing")], SHEET_SIZE)
+    return image_grid(shown, [head for name in nearest for head in (name, "nearest drawing")])

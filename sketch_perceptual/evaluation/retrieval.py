@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..data.class_names import class_names
 from ..data.datasets import LabelledImages
+from ..data.preview import pad
 from ..data.splits import split, split_hash
 from ..errors import InputError, first_line, from_hub
 from ..figures import image_grid, mark
@@ -26,7 +27,7 @@ from ..networks.hub_model import read_config
 from ..seeds import generator
 from ..training.distributed import on_main
 from .embedding import Drawings, Extract, embed_cached, embed_models, own_background
-from .tables import SHEET_ROWS, SHEET_SIZE, Report, pad
+from .tables import SHEET_ROWS, Report
 
 logger = get_logger(__name__, log_level="INFO")
 
@@ -159,7 +160,7 @@ def query_sheet(
                 picture = pad(gallery.image(position), gallery.background)
                 row.append(mark(picture, gallery.labels[position] == label))
             rows[names[label] if len(nearest) == 1 else f"{names[label]}: {name}"] = row
-    return image_grid(rows, ["query", *"12345"], SHEET_SIZE)
+    return image_grid(rows, ["query", *"12345"])
 
 
 def _choose_queries(queries: LabelledImages, gallery: LabelledImages, count: int, seed: int) -> list[int]:

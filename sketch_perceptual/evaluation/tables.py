@@ -10,14 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from ..data.images import fit_image
 from ..errors import InputError, shown
 from ..files import write_whole
 
 SHEET_ROWS, SHEET_COLUMNS = 12, 6
-SHEET_SIZE = 160  # pixels a picture
 
 
 @dataclass
@@ -80,13 +77,6 @@ def write_text(path: str | Path, text: str) -> None:
     write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
-def write_figure(path: str | Path, figure) -> None:
-    """A matplotlib figure or a PIL image."""
-    write_whole(
-        path, lambda partial: figure.savefig(partial, dpi=150) if hasattr(figure, "savefig") else figure.save(partial)
-    )
-
-
 def without_nan(value):
     """The same with None for numbers that are not finite, in any depth."""
     if isinstance(value, dict):
@@ -140,8 +130,3 @@ def _exists(path: str) -> bool:
         return bool(path) and Path(path).exists()
     except (OSError, ValueError):  # too long, or a NUL
         return False
-
-
-def pad(picture: Image.Image, background: str) -> Image.Image:
-    """A picture whole, as a sheet shows it."""
-    return fit_image(picture, SHEET_SIZE, "pad", background)

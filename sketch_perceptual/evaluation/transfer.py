@@ -22,7 +22,7 @@ from ..networks.hub_model import fingerprint
 from ..networks.style_net import JohnsonNet, load_johnson
 from ..seeds import generator
 from .set_distances import KERNELS, Features, set_distances, warn_of_small_sets
-from .tables import SHEET_COLUMNS, SHEET_SIZE, Report
+from .tables import SHEET_COLUMNS, Report
 
 logger = get_logger(__name__, log_level="INFO")
 
@@ -141,4 +141,4 @@ def transfer_sheet(
     for name, network in networks:
         drawn = [stylise(accelerator, network, photo[None].to(accelerator.device))[0] for photo in photos]
         rows[name] = drawn
-    return image_grid({name: list(map(to_pil, row)) for name, row in rows.items()}, size=SHEET_SIZE)
+    return image_grid({name: list(map(to_pil, row)) for name, row in rows.items()})

@@ -8,7 +8,9 @@ import platform
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -18,8 +20,9 @@ from accelerate.logging import get_logger
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration, set_seed
 
 from ..cli import interruption
-from ..errors import InputError, in_options, printable
+from ..errors import InputError, all_troubles, in_options, printable
 from ..files import Output, check_outputs
+from .distributed import on_main
 from .identity import identity_of
 from .run import Run
 from .trackers import check_trackers
@@ -79,6 +82,26 @@ def start(args: argparse.Namespace) -> Run:
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     return run
+
+
+def dry_run(args: argparse.Namespace, show: Callable[[int], object]) -> bool:
+    """Whether this is one: then all of it is `show(seed)` on the main process. Checks `figure_data` for any run.
+
+    InputError lists all that `show` complains of.
+    """
+    if args.figure_data:
+        check_outputs([Output("figure_data", args.figure_data, (".png",))], inputs_of(args))
+    if args.dry_run:
+        accelerator = Accelerator()
+        start_logging(accelerator, args)
+        on_main(accelerator, partial(_show_all_troubles, show), args.seed or 0)
+        accelerator.end_training()
+    return args.dry_run
+
+
+def _show_all_troubles(show: Callable[[int], object], seed: int) -> None:
+    with all_troubles():
+        show(seed)
 
 
 class _InOptions(logging.Formatter):

@@ -77,8 +77,8 @@ def test_a_missing_package_is_said_to_be_missing(monkeypatch):
 
 
 @pytest.mark.slow
-def test_errors_of_a_module_name_it():
-    command = [sys.executable, "-m", "sketch_perceptual.evaluation", "transfer", "--paired_data_dir", "nowhere"]
+def test_errors_name_the_command():
+    command = [sys.executable, "-m", "sketch_perceptual", "evaluate", "transfer", "--paired_data_dir", "nowhere"]
     done = subprocess.run([*command, "--models", "x"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("evaluation: error: ")
+    assert done.stderr.splitlines()[-1].startswith("sketch-perceptual evaluate: error: ")

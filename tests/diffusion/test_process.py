@@ -53,9 +53,7 @@ def test_flows_min_snr_weights_are_those_of_the_same_error_of_x0():
     wrong = target + 0.5
     x0_error = (process.predict_x0(wrong, noisy, timesteps) - latents).square().mean((1, 2, 3))
     capped = process.snr(timesteps).clamp(max=5)
-    torch.testing.assert_close(
-        0.25 * process.min_snr_weights(timesteps, 5.0), capped * x0_error, rtol=2e-3, atol=1e-5
-    )
+    torch.testing.assert_close(0.25 * process.min_snr_weights(timesteps, 5.0), capped * x0_error, rtol=2e-3, atol=1e-5)
 
 
 def test_other_schedulers_are_refused():

@@ -55,7 +55,7 @@ def evaluate(pictures, models, tmp_path, capsys):
         capsys.readouterr()
         fixed = [*data, "--feature_dir", tmp_path / "features", "--resolution", resolution]
         fixed += ["--output", tmp_path / f"{task}.json"]
-        script.main(script.parse_args([task, *map(str, [*fixed, *options])]))
+        script.evaluate(script.parse_args([task, *map(str, [*fixed, *options])]))
         return capsys.readouterr().out.splitlines(), json.loads((tmp_path / f"{task}.json").read_text())
 
     return evaluate
@@ -328,7 +328,7 @@ from sketch_perceptual.evaluation import __main__ as script
 from sketch_perceptual.networks import backbone
 
 backbone.STAGES = {NARROW}
-script.run(script.main, script.parse_args(sys.argv[1:]))
+script.main(sys.argv[1:])
 """
 
 
@@ -374,7 +374,7 @@ def transfer(pairs, styles, *options):
     reset_accelerate()
     fixed = ["--paired_data_dir", pairs, "--resolution", 32, "--output", styles / "transfer.json"]
     fixed += ["--models", styles / "a", f"second={styles / 'b'}", "--backbone", styles / "one"]
-    script.main(script.parse_args(["transfer", *map(str, [*fixed, *options])]))
+    script.evaluate(script.parse_args(["transfer", *map(str, [*fixed, *options])]))
     return json.loads((styles / "transfer.json").read_text())
 
 

@@ -60,7 +60,7 @@ def evaluate(narrow, tiny_sd, drawings, tmp_path, capsys):
     def evaluate(*models, **options):
         reset_accelerate()
         capsys.readouterr()
-        script.main(script.parse_args(command(tiny_sd, drawings, tmp_path, *models, **options)))
+        script.evaluate(script.parse_args(command(tiny_sd, drawings, tmp_path, *models, **options)))
         return capsys.readouterr().out.splitlines(), json.loads((tmp_path / "generation.json").read_text())
 
     return evaluate
@@ -222,7 +222,7 @@ from sketch_perceptual.evaluation import __main__ as script
 from sketch_perceptual.networks import backbone
 
 backbone.STAGES = {NARROW}
-script.run(script.main, script.parse_args(sys.argv[1:]))
+script.main(sys.argv[1:])
 """
 
 

@@ -84,16 +84,15 @@ STAGES = [
     ),
     ("search", SEARCH, "sketch_perceptual.SketchEmbedder.features", 1, 0),
     ("drawings", "--output_dir {folder}/more --per_class 1 --size 32", "sketch_perceptual.drawings.draw", 3, 0),
-    ("evaluation", DISTANCE, "sketch_perceptual.SketchEmbedder.features", 1, 0),
+    ("evaluate", DISTANCE, "sketch_perceptual.SketchEmbedder.features", 1, 0),
 ]
 PROGRAMS = {
     "train_lora_sketch": train_lora_sketch,
     "train_backbone": train_backbone,
     "train_johnson": train_johnson,
     "train_retrieval": train_retrieval,
-    "evaluation": evaluate,
 }
-COMMANDS = {"compare": compare, "stylize": stylize, "search": search, "drawings": drawings}
+COMMANDS = {"compare": compare, "stylize": stylize, "search": search, "evaluate": evaluate, "drawings": drawings}
 
 
 def failing(path: str, number: int, error: BaseException):

@@ -53,22 +53,28 @@ DATA = {"figure_data": ".png"}
 LABELLED = "--train_data_dir drawings --models a=vgg"
 TRAINED = "--train_data_dir drawings --max_train_steps 1"
 COMMANDS = (
-    Command("compare", "one.png two.png --backbone vgg", {"figure": ".png"}, (), ("one.png", "two.png", *BACKBONE)),
-    Command("compare", "drawings photos", {"figure": ".png"}, (), (*DRAWINGS, "photos", "photos/cat/0000.png")),
     Command(
-        "evaluation.search",
+        "commands.compare", "one.png two.png --backbone vgg", {"figure": ".png"}, (), ("one.png", "two.png", *BACKBONE)
+    ),
+    Command(
+        "commands.compare", "drawings photos", {"figure": ".png"}, (), (*DRAWINGS, "photos", "photos/cat/0000.png")
+    ),
+    Command(
+        "search",
         "--query one.png --gallery drawings --model vgg",
         {"figure": ".png"},
         (),
         ("one.png", *DRAWINGS, *BACKBONE),
     ),
-    Command("johnson", "--model net --input one.png", {"output": ".png"}, (), ("one.png", *NETWORK)),
-    Command("johnson", "--model net --input drawings", {}, ("output",), ("drawings", "drawings/cat/0000.png")),
-    Command("convert_lora", "lora.safetensors", {"": ".safetensors"}, (), ("lora.safetensors",)),
+    Command("stylize", "--model net --input one.png", {"output": ".png"}, (), ("one.png", *NETWORK)),
+    Command(
+        "commands.stylize", "--model net --input drawings", {}, ("output",), ("drawings", "drawings/cat/0000.png")
+    ),
+    Command("convert", "lora.safetensors", {"": ".safetensors"}, (), ("lora.safetensors",)),
     Command("drawings", "--per_class 1 --size 32", {}, ("output_dir",), ("one.png",)),
     *(
         Command(
-            "evaluation.__main__",
+            "evaluate",
             f"{task} {LABELLED}",
             {"output": ".json", "figure": ".png"},
             (),
@@ -77,14 +83,14 @@ COMMANDS = (
         for task in ("distance", "retrieval")
     ),
     Command(
-        "evaluation.__main__",
+        "evaluate",
         "transfer --paired_data_dir pairs --models a=net",
         {"output": ".json", "figure": ".png"},
         (),
         ("pairs/photos/0000.png", "pairs", *NETWORK),
     ),
     Command(
-        "evaluation.__main__",
+        "evaluate",
         "generation --train_data_dir drawings --pretrained_model_name_or_path sd --prompts prompts.txt --models"
         " cat=none a=lora --classifier vgg",
         {"output": ".json", "figure": ".png"},
@@ -175,13 +181,20 @@ def states(paths: Iterable[str]) -> list[tuple[int, ...] | None]:
 
 def load(command: Command) -> ModuleType:
     name = command.module
-    return importlib.import_module(name if name.startswith("train_") else f"sketch_perceptual.{name}")
+    room = (
+        ""
+        if name.startswith("train_")
+        else "sketch_perceptual."
+        if name == "drawings"
+        else "sketch_perceptual.commands."
+    )
+    return importlib.import_module(room + name)
 
 
 def run(attempt: Attempt) -> None:
     """The command in this process; ends it by SystemExit."""
     module = load(attempt.command)
-    if attempt.command.module.startswith(("train_", "evaluation.__main__")):
+    if attempt.command.module.startswith("train_"):
         entry.run(module.main, module.parse_args(attempt.argv()))
     else:
         module.main(attempt.argv())
