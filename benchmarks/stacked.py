@@ -15,7 +15,7 @@ from peft import get_peft_model_state_dict
 from torch import Tensor, nn
 
 import train_lora_sketch
-from sketch_perceptual.diffusion import Latents, PerceptualTerm, balance, predict_x0, process_of
+from sketch_perceptual.diffusion import Latents, PerceptualTerm, balance, process_of
 from sketch_perceptual.losses import PerceptualLoss
 from sketch_perceptual.seeds import generator
 
@@ -85,9 +85,9 @@ class LatentTerm(Term):
         if len(rows) == 0:
             return per_row
         noisy_latents, timesteps = noisy_latents[rows], timesteps[rows]
-        predicted = predict_x0(model_pred[rows], noisy_latents, timesteps, self.noise_scheduler)
+        predicted = self.process.predict_x0(model_pred[rows], noisy_latents, timesteps)
         pair = [self.move(x, noisy_latents, timesteps) for x in (predicted, images[rows])]
-        squares = self._random_squares(pair[0], pair[1], self.crop // self.pixels, generator)
+        squares = self._random_squares(pair[0], pair[1], self.crop // self.latents.pixels, generator)
         return per_row.index_put((rows,), self.compare(*squares))
 
     def move(self, latents: Tensor, noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
@@ -101,15 +101,13 @@ class StepBack(LatentTerm):
     """Half of the way: the step of DDIM from t to t / 2 for the prediction and for the truth, both decoded."""
 
     def move(self, latents: Tensor, noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
-        alpha_bar = self.noise_scheduler.alphas_cumprod.to(timesteps.device)
-        here, there = (alpha_bar[t].view(-1, 1, 1, 1) for t in (timesteps, timesteps // 2))
-        noise = (noisy_latents - here.sqrt() * latents) / (1 - here).sqrt()
-        return there.sqrt() * latents + (1 - there).sqrt() * noise
+        alpha, sigma = (factor.view(-1, 1, 1, 1) for factor in self.process.factors(timesteps))
+        return self.process.add_noise(latents, (noisy_latents - alpha * latents) / sigma, timesteps // 2)
 
     def compare(self, predicted: Tensor, true: Tensor) -> Tensor:
         with torch.no_grad():
-            target = Latents(self.decoder).decode(true).clamp(-1, 1)
-        return self.loss(Latents(self.decoder).decode(predicted), target)
+            target = self.decoder.decode(true).clamp(-1, 1)
+        return self.loss(self.decoder.decode(predicted), target)
 
 
 class LatentPerceptual(LatentTerm):
@@ -121,9 +119,9 @@ class LatentPerceptual(LatentTerm):
 
     def features(self, latents: Tensor) -> list[Tensor]:
         found: list[Tensor] = []
-        blocks = self.decoder.decoder.up_blocks
+        blocks = self.decoder.vae.decoder.up_blocks
         hooks = [block.register_forward_hook(lambda *call: found.append(call[-1])) for block in blocks]
-        Latents(self.decoder).decode(latents)
+        self.decoder.decode(latents)
         for hook in hooks:
             hook.remove()
         return found

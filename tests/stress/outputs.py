@@ -181,14 +181,9 @@ def states(paths: Iterable[str]) -> list[tuple[int, ...] | None]:
 
 def load(command: Command) -> ModuleType:
     name = command.module
-    room = (
-        ""
-        if name.startswith("train_")
-        else "sketch_perceptual."
-        if name == "drawings"
-        else "sketch_perceptual.commands."
-    )
-    return importlib.import_module(room + name)
+    if not name.startswith("train_"):
+        name = f"sketch_perceptual.{name}" if name == "drawings" else f"sketch_perceptual.commands.{name}"
+    return importlib.import_module(name)
 
 
 def run(attempt: Attempt) -> None:
