@@ -10,7 +10,6 @@ with the best validation accuracy, `last/` that of the last; both load with `Att
 into `train_lora_sketch.py --backbone`.
 """
 
-import argparse
 import json
 import math
 import shutil
@@ -32,7 +31,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from sketch_perceptual.cli import entry
-from sketch_perceptual.cli.arguments import at_least
+from sketch_perceptual.cli.arguments import Options, Parser, at_least
 from sketch_perceptual.cli.interruption import ignore_in_worker
 from sketch_perceptual.data.class_names import are_imagenets, class_names
 from sketch_perceptual.data.datasets import LabelledImages
@@ -72,39 +71,64 @@ ARCHITECTURE = ("attention", "pool_after_attention", "open_gates", "spatial_kern
 FILES = ["config.json", "model.safetensors", "README.md", "metrics.json", "split.json", "curve.png"]
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_args(argv: list[str] | None = None) -> Options:
+    parser = Parser(description=__doc__)
     count = at_least(1)
 
-    add = parser.add_argument_group("model").add_argument
+    add = parser.group("model")
     add(
         "--attention",
+        shared=False,
+        fixed=True,
         choices=("cbam", "identity", "none"),
         help="in place of the first two max-pools; identity: nothing, the control; none: VGG-16; default: cbam",
     )
     add(
         "--pool_after_attention",
+        shared=False,
+        fixed=True,
         action="store_true",
         default=None,
         help="keep the two max-pools: a twelfth of the cost, not the paper's network",
     )
     add(
         "--open_gates",
+        shared=False,
         action="store_true",
         default=None,
         help="start the attention as if it were not there, not at random as the paper's",
     )
-    add("--spatial_kernel", type=count, help="kernel size of the spatial attention; default: 7")
-    add("--reduction", type=count, help="reduction ratio of the channel attention; default: 16")
-    add("--head", choices=("vgg", "linear"), default="vgg", help="classifier: VGG-16's, or one layer for small data")
+    add(
+        "--spatial_kernel",
+        shared=False,
+        fixed=True,
+        type=count,
+        help="kernel size of the spatial attention; default: 7",
+    )
+    add(
+        "--reduction",
+        shared=False,
+        fixed=True,
+        type=count,
+        help="reduction ratio of the channel attention; default: 16",
+    )
+    add(
+        "--head",
+        fixed=True,
+        choices=("vgg", "linear"),
+        default="vgg",
+        help="classifier: VGG-16's, or one layer for small data",
+    )
     add(
         "--init_weights",
+        shared=False,
         default="imagenet",
         help='"imagenet", a .safetensors with the names of torchvision\'s vgg16, "none", or a saved network, whose'
         ' attention is kept: a folder, a Hub id, or "bundled", the one that comes with the package',
     )
     add(
         "--freeze",
+        fixed=True,
         choices=("convolutions", "features"),
         help="train all but the convolutions, or only the classifier: the accuracy of untuned features",
     )
@@ -114,8 +138,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--resolution", type=at_least(32), default=224, help="size of the square training crops, in pixels")
 
     add_training_options(parser, output_dir="attention-vgg16")
-    add = parser.add_argument_group("backbone training").add_argument
-    add("--logging_steps", type=count, default=10, help="log every N optimizer steps")
+    add = parser.group("backbone training")
+    add("--logging_steps", shared=False, type=count, default=10, help="log every N optimizer steps")
     parser.set_defaults(
         train_batch_size=32,
         num_train_epochs=25,
@@ -132,7 +156,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def main(args: argparse.Namespace) -> None:
+def main(args: Options) -> None:
     if dry_run(args, lambda seed: read_drawings(args, open_data(args, seed))):
         return
     run = start(args)

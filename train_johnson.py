@@ -31,7 +31,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sketch_perceptual.cli import entry
-from sketch_perceptual.cli.arguments import at_least
+from sketch_perceptual.cli.arguments import Options, Parser, at_least
 from sketch_perceptual.cli.interruption import ignore_in_worker, interruptible
 from sketch_perceptual.data.datasets import CaptionedImages, Images
 from sketch_perceptual.data.folders import find_images
@@ -68,17 +68,34 @@ PROBES = 8  # content pictures on which the losses of the untrained network are 
 FILES = ["config.json", "model.safetensors", "README.md", "metrics.json", "validation.png"]
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_args(argv: list[str] | None = None) -> Options:
+    parser = Parser(description=__doc__)
     count, rate = at_least(1), at_least(0.0, float)
 
-    add = parser.add_argument_group("model").add_argument
-    add("--norm", choices=tuple(NORMS), default="instance", help="normalization layers; the 2016 paper used batch")
-    add("--upsampling", choices=UPSAMPLING, default="transposed", help="resize: nearest neighbours, then convolution")
-    add("--width", type=count, default=32, help="channels of the first layer")
+    add = parser.group("model")
+    add(
+        "--norm",
+        fixed=True,
+        choices=tuple(NORMS),
+        default="instance",
+        help="normalization layers; the 2016 paper used batch",
+    )
+    add(
+        "--upsampling",
+        fixed=True,
+        choices=UPSAMPLING,
+        default="transposed",
+        help="resize: nearest neighbours, then convolution",
+    )
+    add("--width", fixed=True, type=count, default=32, help="channels of the first layer")
 
-    add = parser.add_argument_group("loss").add_argument
-    add("--backbone", default=str(BUNDLED), help='a folder or Hub id, a .safetensors with VGG-16 weights, "imagenet"')
+    add = parser.group("loss")
+    add(
+        "--backbone",
+        shared=False,
+        default=str(BUNDLED),
+        help='a folder or Hub id, a .safetensors with VGG-16 weights, "imagenet"',
+    )
     add("--content_layer", default="relu2_2")
     add("--style_layers", nargs="+", metavar="LAYER", default=list(DEFAULT_LAYERS))
     add("--content_weight", type=rate, default=1.0)
@@ -99,23 +116,24 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
 
     add = add_data_options(parser)
-    add("--train_data_dir", help="a folder of photos, searched recursively")
-    add("--style", help="a drawing, or a folder of drawings")
-    add("--paired_data_dir", help="CUFS, FS2K or another paired set: see sketch_perceptual.data.paired")
-    add("--paired_style", type=int, choices=(1, 2, 3), help="style of FS2K")
+    add("--train_data_dir", shared=False, help="a folder of photos, searched recursively")
+    add("--style", shared=False, help="a drawing, or a folder of drawings")
+    add("--paired_data_dir", shared=False, help="CUFS, FS2K or another paired set: see sketch_perceptual.data.paired")
+    add("--paired_style", shared=False, type=int, choices=(1, 2, 3), help="style of FS2K")
     add("--resolution", type=at_least(32), default=256, help="size of the square photos and drawings, in pixels")
     add("--fit", choices=("crop", "pad"), default="crop", help="how images that are not square are made square")
     add("--random_flip", action="store_true", help="mirror half of the photos")
 
     add_training_options(parser, output_dir="sketch-style")
-    add = parser.add_argument_group("validation").add_argument
+    add = parser.group("validation")
     add(
         "--num_validation_images",
+        shared=False,
         type=at_least(1),
         default=4,
         help="number of training photos to stylize for validation",
     )
-    add("--validation_steps", type=count, default=1000, help="stylize them every N optimizer steps")
+    add("--validation_steps", shared=False, type=count, default=1000, help="stylize them every N optimizer steps")
     parser.set_defaults(
         train_batch_size=4,
         num_train_epochs=1,
@@ -136,7 +154,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def main(args: argparse.Namespace) -> None:
+def main(args: Options) -> None:
     if dry_run(args, lambda seed: read_data(args, *open_data(args, seed))):
         return
     run = start(args)

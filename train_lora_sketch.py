@@ -35,7 +35,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from sketch_perceptual.cli import entry
-from sketch_perceptual.cli.arguments import above, at_least, fraction, size
+from sketch_perceptual.cli.arguments import Options, Parser, above, at_least, fraction, size
 from sketch_perceptual.cli.interruption import ignore_in_worker, interruptible
 from sketch_perceptual.data.datasets import CaptionedImages
 from sketch_perceptual.data.images import INTERPOLATIONS, fit_key, to_pil
@@ -91,21 +91,27 @@ NEW_ENCODER = "--train_text_encoder changes what captions mean"
 RANDOM_CROPS = "images that are not square are cropped at random: add --fit pad or --center_crop"
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_args(argv: list[str] | None = None) -> Options:
+    parser = Parser(description=__doc__)
     count, natural, rate = at_least(1), at_least(0), at_least(0.0, float)
 
-    add = parser.add_argument_group("model").add_argument
+    add = parser.group("model")
     add_pipeline_options(add, required=True)
-    add("--rank", type=count, default=4, help="rank of the LoRA")
+    add("--rank", fixed=True, type=count, default=4, help="rank of the LoRA")
     add("--lora_alpha", type=count, help="scale of the LoRA is alpha / rank; default: the rank")
     add(
         "--use_dora",
+        fixed=True,
         action="store_true",
         help="DoRA: also learn the length of each row; of the two files take diffusers', others compute it otherwise",
     )
     add("--use_rslora", action="store_true", help="scale by alpha / sqrt(rank) instead of alpha / rank")
-    add("--train_text_encoder", action="store_true", help="a LoRA for the text encoder too; captions are not cached")
+    add(
+        "--train_text_encoder",
+        fixed=True,
+        action="store_true",
+        help="a LoRA for the text encoder too; captions are not cached",
+    )
     add("--text_encoder_lr", type=above(0), help="its learning rate; default: --learning_rate")
     add("--prediction_type", choices=PREDICTION_TYPES, help="default: the scheduler's own")
     add("--noise_offset", type=rate, default=0.0, help="scale of an extra noise that is constant within each channel")
@@ -148,7 +154,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add_feature_dir(add, "cache of latents, keyed by image, VAE, resolution, fit and precision")
 
-    add = parser.add_argument_group("perceptual term").add_argument
+    add = parser.group("perceptual term")
     add(
         "--perceptual_weight",
         type=rate,
@@ -162,7 +168,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default=["gram"],
         help=f"{', '.join(LOSSES)}, an entry point, or module:Class; several, NAME=WEIGHT, are averaged",
     )
-    add("--backbone", help="network of the loss: folder, Hub id, .safetensors of VGG-16; default: the loss's own")
+    add(
+        "--backbone",
+        shared=False,
+        help="network of the loss: folder, Hub id, .safetensors of VGG-16; default: the loss's own",
+    )
     add("--perceptual_layers", nargs="+", metavar="LAYER", help="layers to compare, e.g. relu1_2 relu3_3")
     add(
         "--perceptual_resolution",
@@ -193,28 +203,35 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default="image",
         help="compare with the image, or with its VAE reconstruction",
     )
-    add("--perceptual_decoder", default="vae", help='"vae", or an AutoencoderTiny, e.g. madebyollin/taesd')
+    add(
+        "--perceptual_decoder",
+        shared=False,
+        default="vae",
+        help='"vae", or an AutoencoderTiny, e.g. madebyollin/taesd',
+    )
     add("--perceptual_dtype", choices=("float32", "bfloat16"), default="float32")
 
     add_training_options(parser, output_dir="sd-model-finetuned-lora")
     parser.set_defaults(license="creativeml-openrail-m")
-    parser.add_argument("--use_8bit_adam", action="store_true", help="use the 8-bit AdamW of bitsandbytes")
+    parser.add_argument("--use_8bit_adam", fixed=True, action="store_true", help="use the 8-bit AdamW of bitsandbytes")
 
-    add = parser.add_argument_group("validation").add_argument
+    add = parser.group("validation")
     add(
         "--validation_prompt",
+        shared=False,
         nargs="+",
         metavar="PROMPT",
         help="prompts to generate from during training and at its end",
     )
-    add("--num_validation_images", type=natural, default=4, help="number of images per prompt")
+    add("--num_validation_images", shared=False, type=natural, default=4, help="number of images per prompt")
     add(
         "--validation_size",
+        shared=False,
         type=size,
         metavar="WIDTHxHEIGHT",
         help="of these images; default: a square of --resolution",
     )
-    add("--validation_epochs", type=count, default=1, help="generate them every N epochs")
+    add("--validation_epochs", shared=False, type=count, default=1, help="generate them every N epochs")
 
     args = parser.parse_args(argv)
     check_caption_options(parser, args)
@@ -233,7 +250,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def main(args: argparse.Namespace) -> None:
+def main(args: Options) -> None:
     if dry_run(args, lambda seed: read_drawings(args, open_data(args, seed))):
         return
     if args.perceptual_resolution is None:

@@ -11,7 +11,6 @@ All is done for five seeds, from `--seed` on. `seed-42/` and its like hold what 
 queries find. `metrics.json` has the accuracies, mean and deviation.
 """
 
-import argparse
 import json
 import shutil
 import statistics
@@ -35,7 +34,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sketch_perceptual.cli import entry
-from sketch_perceptual.cli.arguments import above, at_least
+from sketch_perceptual.cli.arguments import Options, Parser, above, at_least
 from sketch_perceptual.data.datasets import LabelledImages
 from sketch_perceptual.data.loaders import pk_batches
 from sketch_perceptual.data.options import add_class_options, check_class_options, load_labelled
@@ -68,14 +67,25 @@ QUANTITIES = ("cross_entropy", "triplet_loss", "active_triplets", "embedding_std
 COLLAPSED = 0.1  # deviation of embeddings of length 1: 0 if all are one, nearly 1 if they point everywhere
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_args(argv: list[str] | None = None) -> Options:
+    parser = Parser(description=__doc__)
     count, rate = at_least(1), at_least(0.0, float)
 
-    add = parser.add_argument_group("model").add_argument
-    add("--backbone", default=str(BUNDLED), help='a folder or Hub id, a .safetensors with VGG-16 weights, "imagenet"')
-    add("--head", choices=("vgg", "linear"), default="vgg", help="VGG-16's classifier, or one layer for small data")
-    add("--embedding_dim", type=count, default=512)
+    add = parser.group("model")
+    add(
+        "--backbone",
+        shared=False,
+        default=str(BUNDLED),
+        help='a folder or Hub id, a .safetensors with VGG-16 weights, "imagenet"',
+    )
+    add(
+        "--head",
+        fixed=True,
+        choices=("vgg", "linear"),
+        default="vgg",
+        help="VGG-16's classifier, or one layer for small data",
+    )
+    add("--embedding_dim", fixed=True, type=count, default=512)
 
     add = add_class_options(parser, "the queries; the others are trained on and are the gallery")
     add("--resolution", type=at_least(32), help="size of the square drawings in pixels; default: the backbone's")
@@ -83,8 +93,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_feature_options(add)
 
     add = add_run_options(parser, output_dir="sketch-retrieval")
-    add("--num_seeds", type=count, default=5, help="number of trainings, with seeds from --seed on")
-    add("--num_train_epochs", type=count, default=20)
+    add("--num_seeds", shared=False, type=count, default=5, help="number of trainings, with seeds from --seed on")
+    add("--num_train_epochs", shared=False, type=count, default=20)
     add("--train_batch_size", type=count, default=32, help="batch size per process")
     add("--images_per_class", type=count, default=4, help="images per class in a batch; must divide the batch size")
     add("--triplet_weight", type=rate, default=0.1, help="weight of the triplet loss; that of the cross-entropy is 1")
@@ -102,7 +112,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def main(args: argparse.Namespace) -> None:
+def main(args: Options) -> None:
     if args.resolution is None:
         args.resolution = tuned_resolution(args.backbone)
     if dry_run(args, lambda seed: read_drawings(args, open_data(args, seed))):

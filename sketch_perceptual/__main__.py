@@ -15,7 +15,7 @@ import difflib
 import sys
 
 from . import __version__
-from .cli.arguments import Help
+from .cli.arguments import Parser
 from .cli.entry import run
 from .extras import optional
 
@@ -23,11 +23,10 @@ COMMANDS = ("compare", "search", "stylize", "convert", "evaluate", "env")
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="sketch-perceptual",
         usage="%(prog)s [-h] [--version] command ...",
         description=__doc__,
-        formatter_class=Help,
     )
     parser.add_argument("--version", action="version", version=__version__)
     parser.add_argument("command", choices=COMMANDS, help="run %(prog)s COMMAND --help for its options")

@@ -7,7 +7,6 @@ only. It is laid out in hundredths of the picture's side: x from -50 to 50, y fr
 sketches of one index are painted from the same scene, so they match pixel for pixel.
 """
 
-import argparse
 import colorsys
 import io
 import json
@@ -23,7 +22,7 @@ import numpy as np
 from PIL import Image, ImageChops, ImageDraw
 from tqdm import tqdm
 
-from .cli.arguments import Help, at_least
+from .cli.arguments import Parser, at_least
 from .cli.console import print_result
 from .cli.entry import run
 from .errors import InputError, shown
@@ -761,10 +760,9 @@ def _write(path, data):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m sketch_perceptual.drawings",
         description=__doc__,
-        formatter_class=Help,
     )
     add = parser.add_argument
     add("--output_dir", required=True, help="folder to write to; it is made if missing")

@@ -1,8 +1,25 @@
-"""Types of command-line arguments, and how their help is shown."""
+"""Parsers of command-line options, and the types of these."""
 
 import argparse
+import difflib
 import math
+import re
 from collections.abc import Callable
+from typing import Any, NoReturn
+
+
+class Options(argparse.Namespace):
+    """Parsed options.
+
+    Attributes:
+        shared: names of the options that a resumed run must share.
+        fixed: names of those of them that change the shape or the number of the weights, so that no resumed run can
+            have another value.
+    """
+
+    __slots__ = ("fixed", "shared")
+    shared: set[str]
+    fixed: set[str]
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
@@ -14,7 +31,53 @@ class Help(argparse.RawDescriptionHelpFormatter):
         hides = default is None or isinstance(default, bool) or default == argparse.SUPPRESS or "/" in shown
         if hides or "default" in text or not action.option_strings:
             return action.help
-        return f"{text}; default: {shown}"
+        return f"{text}; default: {shown}" if text.strip() else f"default: {shown}"
+
+
+class Parser(argparse.ArgumentParser):
+    """`ArgumentParser` with short usage, defaults in the help, and a suggestion for an option that is misspelt."""
+
+    def __init__(self, **options: Any):
+        self.shared: set[str] = set()
+        self.fixed: set[str] = set()
+        options.setdefault("usage", "%(prog)s [options]")
+        super().__init__(**options, formatter_class=Help)
+
+    def add_argument(self, *flags: str, shared: bool = True, fixed: bool = False, **options) -> argparse.Action:
+        """`ArgumentParser.add_argument` with two more keywords.
+
+        Args:
+            shared: whether a resumed run must have the same value. False for what changes only where things are read
+                or written, how fast, or what is shown, and for what is compared by its contents.
+            fixed: whether another value changes the shape or the number of the weights.
+        """
+        return self._add(super().add_argument, flags, shared, fixed, options)
+
+    def group(self, title: str) -> Callable:
+        """Return `add_argument` of a new group, with the same keywords."""
+        add = self.add_argument_group(title).add_argument
+
+        def add_argument(*flags: str, shared: bool = True, fixed: bool = False, **options) -> argparse.Action:
+            return self._add(add, flags, shared, fixed, options)
+
+        return add_argument
+
+    def _add(self, add: Callable, flags: tuple[str, ...], shared: bool, fixed: bool, options: dict) -> argparse.Action:
+        action = add(*flags, **{"help": " "} | options)  # without a help the default is not shown
+        self.shared |= {action.dest} if shared else set()
+        self.fixed |= {action.dest} if fixed else set()
+        return action
+
+    def parse_args(self, args=None, namespace=None) -> Options:  # type: ignore[override]
+        options = super().parse_args(args, Options())
+        options.shared, options.fixed = self.shared, self.fixed
+        return options
+
+    def error(self, message: str) -> NoReturn:
+        unknown = re.search(r"unrecognized arguments: .*?(--\w+)", message)
+        if unknown and (near := difflib.get_close_matches(unknown[1], self._option_string_actions, 1)):
+            message += f"; did you mean {near[0]}?"
+        super().error(message)
 
 
 def at_least(minimum, kind=int) -> Callable[[str], int | float]:

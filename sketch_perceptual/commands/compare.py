@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from ..cli.arguments import Help, at_least
+from ..cli.arguments import Parser, at_least
 from ..cli.console import print_result
 from ..cli.entry import run
 from ..data.folders import find_images
@@ -36,7 +36,7 @@ FULL_RED = 1.5  # what a map shows as plain red; 1 is what unrelated drawings ha
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="sketch-perceptual compare", description=__doc__, formatter_class=Help)
+    parser = Parser(prog="sketch-perceptual compare", description=__doc__)
     add = parser.add_argument
     add("first", type=Path, metavar="A", help="an image, or a folder of images")
     add("second", type=Path, metavar="B", help="another image, or the folder with the other images")

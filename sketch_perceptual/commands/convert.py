@@ -12,7 +12,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from ..cli.arguments import Help
+from ..cli.arguments import Parser
 from ..cli.console import print_result
 from ..cli.entry import run
 from ..errors import InputError
@@ -53,7 +53,7 @@ def _write(file: lora_files.LoraFile, target: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="sketch-perceptual convert", description=__doc__, formatter_class=Help)
+    parser = Parser(prog="sketch-perceptual convert", description=__doc__)
     add = parser.add_argument
     add("source", metavar="input", type=Path, help="a .safetensors of any trainer, or a folder with one")
     add("target", metavar="output", type=Path, help="a .safetensors, written in the other form")

@@ -13,7 +13,7 @@ import platform
 import torch
 
 from .. import __version__
-from ..cli.arguments import Help
+from ..cli.arguments import Parser
 from ..cli.console import print_result
 from ..cli.entry import run
 
@@ -22,7 +22,7 @@ PACKAGES = """torch torchvision numpy Pillow safetensors huggingface_hub acceler
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="sketch-perceptual env", description=__doc__, formatter_class=Help)
+    parser = Parser(prog="sketch-perceptual env", description=__doc__)
     run(print_environment, parser.parse_args(argv), "sketch-perceptual env")
 
 

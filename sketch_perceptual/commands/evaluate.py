@@ -28,7 +28,7 @@ require("eval")
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 
-from ..cli.arguments import Help, at_least
+from ..cli.arguments import Parser, at_least
 from ..cli.console import print_result
 from ..cli.entry import run
 from ..data.options import (
@@ -69,14 +69,13 @@ RECORDED = """dataset_name train_data_dir group_column validation_share max_trai
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="sketch-perceptual evaluate",
         description=__doc__,
-        formatter_class=Help,
     )
-    tasks = parser.add_subparsers(dest="task", required=True)
+    tasks = parser.add_subparsers(dest="task", required=True, parser_class=Parser)
     parsers = {
-        name: tasks.add_parser(name, help=text, description=text, formatter_class=Help)
+        name: tasks.add_parser(name, help=text, description=text)
         for name, text in {
             "distance": "distances within and across classes",
             "retrieval": "how well queries find their class in a gallery",
@@ -96,7 +95,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def add_distance_options(parser: argparse.ArgumentParser) -> None:
+def add_distance_options(parser: Parser) -> None:
     add_labelled_options(parser, "for --subset validation")
     parser.add_argument(
         "--subset",
@@ -107,17 +106,17 @@ def add_distance_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--figure", help="write a picture with a bar for each ratio")
 
 
-def add_retrieval_options(parser: argparse.ArgumentParser) -> None:
+def add_retrieval_options(parser: Parser) -> None:
     add_labelled_options(parser, "as queries; what a model of train_retrieval.py held out comes before it")
     parser.add_argument("--figure", help="write a sheet of queries and the five nearest to each")
 
 
-def add_labelled_options(parser: argparse.ArgumentParser, role: str) -> None:
+def add_labelled_options(parser: Parser, role: str) -> None:
     """The options that distance and retrieval share; `role` of the held-out drawings."""
     add = add_class_options(parser, role)
     parser.set_defaults(background=None)
     add_embedder_options(add)
-    add = parser.add_argument_group("evaluation").add_argument
+    add = parser.group("evaluation")
     add(
         "--models",
         nargs="+",
@@ -145,11 +144,11 @@ def add_transfer_options(add: Callable) -> None:
     add("--figure", help="write a sheet of photos, true sketches and what each model makes of them")
 
 
-def add_generation_options(parser: argparse.ArgumentParser) -> None:
+def add_generation_options(parser: Parser) -> None:
     add = add_caption_options(parser)
     add("--resolution", type=at_least(32), default=512, help="of what is drawn and of what is compared, in pixels")
     add("--fit", choices=("crop", "pad"), default="crop", help="how images that are not square are made square")
-    add = parser.add_argument_group("generation").add_argument
+    add = parser.group("generation")
     add_pipeline_options(add, required=False)
     add(
         "--models",
@@ -168,7 +167,7 @@ def add_generation_options(parser: argparse.ArgumentParser) -> None:
     add("--disable_safety_checker", action="store_true", help="what it flags becomes black and is not scored")
     add("--seed", type=at_least(0), default=0, help="of the noise, with the prompt; of the shuffled prompts")
     add_precision(add)
-    add = parser.add_argument_group("evaluation").add_argument
+    add = parser.group("evaluation")
     add("--backbone", default=str(BUNDLED), help="of the Frechet distance and the nearest drawing")
     add("--inception_weights", help=".safetensors of FID's Inception, for FID and KID")
     add("--clip_model", help="a CLIP of transformers, for the CLIP score, e.g. openai/clip-vit-large-patch14")

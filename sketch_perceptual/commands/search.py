@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from PIL import Image
 from tqdm import tqdm
 
-from ..cli.arguments import Help, at_least
+from ..cli.arguments import Parser, at_least
 from ..cli.console import print_result
 from ..cli.entry import run
 from ..data.datasets import Images
@@ -37,7 +37,7 @@ from ..training.feature_cache import FeatureCache, feature_folder
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="sketch-perceptual search", description=__doc__, formatter_class=Help)
+    parser = Parser(prog="sketch-perceptual search", description=__doc__)
     add = parser.add_argument
     add("--query", required=True, help="a picture")
     add("--gallery", required=True, help="a folder of images, searched recursively")

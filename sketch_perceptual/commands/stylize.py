@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from ..cli.arguments import Help, at_least
+from ..cli.arguments import Parser, at_least
 from ..cli.entry import run
 from ..data.folders import find_images, is_inside
 from ..data.images import HALVED, load_extras, load_image, to_pil, to_tensor
@@ -71,7 +71,7 @@ def to_batch(network: JohnsonNet, images: list[Image.Image]) -> torch.Tensor:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="sketch-perceptual stylize", description=__doc__, formatter_class=Help)
+    parser = Parser(prog="sketch-perceptual stylize", description=__doc__)
     add = parser.add_argument
     add("--model", required=True, help="a folder or Hub id of train_johnson.py")
     add("--input", required=True, type=Path, help="an image or a folder")

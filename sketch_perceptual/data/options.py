@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import torch
 
-from ..cli.arguments import at_least
+from ..cli.arguments import Parser, at_least
 from ..seeds import generator
 from .captions import CAPTION_TEMPLATE, captioned_dataset, captioned_folder
 from .datasets import CaptionedImages, Kind, LabelledImages
@@ -14,27 +14,38 @@ from .images import INVERT
 from .labels import labelled_dataset, labelled_folder
 
 
-def add_data_options(parser: argparse.ArgumentParser) -> Callable:
+def add_data_options(parser: Parser) -> Callable:
     """The options that say where pictures come from; returns `add_argument` of their group for more of them."""
-    add = parser.add_argument_group("data").add_argument
-    add("--dataset_name", help="dataset on the Hub, or a folder that `datasets` can read")
-    add("--dataset_config_name")
-    add("--image_column", default="image")
+    add = parser.group("data")
+    add("--dataset_name", shared=False, help="dataset on the Hub, or a folder that `datasets` can read")
     add(
-        "--on_bad_image", choices=("error", "skip"), default="error", help="what to do with images that cannot be read"
+        "--dataset_config_name",
+        shared=False,
+    )
+    add("--image_column", shared=False, default="image")
+    add(
+        "--on_bad_image",
+        shared=False,
+        choices=("error", "skip"),
+        default="error",
+        help="what to do with images that cannot be read",
     )
     add("--background", default="white", help="colour behind transparent drawings")
     add("--invert", choices=INVERT, default="never", help="make negatives: auto, of what is white on black")
-    add("--max_train_samples", type=at_least(1), help="use a random subset of N images")
-    add("--cache_dir", help="where downloads are cached")
+    add("--max_train_samples", shared=False, type=at_least(1), help="use a random subset of N images")
+    add("--cache_dir", shared=False, help="where downloads are cached")
     return add
 
 
-def add_caption_options(parser: argparse.ArgumentParser) -> Callable:
+def add_caption_options(parser: Parser) -> Callable:
     """`add_data_options` and where captions come from; returns `add_argument` of their group for more of them."""
     add = add_data_options(parser)
-    add("--train_data_dir", help="a folder of images with metadata.jsonl or .csv, .txt side-cars, or class folders")
-    add("--caption_column", default="text", help="captions, lists of captions, or class labels")
+    add(
+        "--train_data_dir",
+        shared=False,
+        help="a folder of images with metadata.jsonl or .csv, .txt side-cars, or class folders",
+    )
+    add("--caption_column", shared=False, default="text", help="captions, lists of captions, or class labels")
     add("--caption_template", default=CAPTION_TEMPLATE, help="caption of an image of a class; {class} is its name")
     add("--default_caption", help="caption of images that have none")
     add(
@@ -47,25 +58,30 @@ def add_caption_options(parser: argparse.ArgumentParser) -> Callable:
     return add
 
 
-def check_caption_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+def check_caption_options(parser: Parser, args: argparse.Namespace) -> None:
     if args.dataset_name is None and args.train_data_dir is None:
         parser.error("pass --train_data_dir with a folder of drawings, or --dataset_name")
 
 
-def add_class_options(parser: argparse.ArgumentParser, role: str) -> Callable:
+def add_class_options(parser: Parser, role: str) -> Callable:
     """`add_data_options` and what drawings with classes need; `role` of the held-out drawings."""
     add = add_data_options(parser)
-    add("--train_data_dir", help="a folder with one folder of images per class, named after it or by an ImageNet id")
-    add("--label_column", default="label", help="class labels, or names of classes")
+    add(
+        "--train_data_dir",
+        shared=False,
+        help="a folder with one folder of images per class, named after it or by an ImageNet id",
+    )
+    add("--label_column", shared=False, default="label", help="class labels, or names of classes")
     add(
         "--group_column",
+        shared=False,
         help="keep images with equal values in this column on one side of the split, e.g. those of one artist",
     )
     add("--validation_share", type=float, default=0.1, help=f"held-out fraction of the images, {role}")
     return add
 
 
-def check_class_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+def check_class_options(parser: Parser, args: argparse.Namespace) -> None:
     if args.dataset_name is None and args.train_data_dir is None:
         parser.error("pass --train_data_dir with a folder of class folders, or --dataset_name")
     if args.group_column is not None and args.dataset_name is None:

@@ -44,9 +44,11 @@ SIDE = 8  # of a latent that a part is tried on
 
 def add_pipeline_options(add: Callable, required: bool) -> None:
     """The options of `load_pipeline`, beside `--cache_dir`."""
-    add("--pretrained_model_name_or_path", required=required, help="an SD-1.x pipeline: Hub id or folder")
-    add("--revision", help="revision of the pipeline on the Hub")
-    add("--variant", help='variant of its files, e.g. "fp16"')
+    add(
+        "--pretrained_model_name_or_path", shared=False, required=required, help="an SD-1.x pipeline: Hub id or folder"
+    )
+    add("--revision", shared=False, help="revision of the pipeline on the Hub")
+    add("--variant", shared=False, help='variant of its files, e.g. "fp16"')
 
 
 def load_pipeline(

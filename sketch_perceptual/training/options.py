@@ -1,61 +1,92 @@
 """The options that trainers share."""
 
-import argparse
 from collections.abc import Callable
 
-from ..cli.arguments import above, at_least, fraction
+from ..cli.arguments import Parser, above, at_least, fraction
 
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 
 
-def add_run_options(parser: argparse.ArgumentParser, output_dir: str) -> Callable:
+def add_run_options(parser: Parser, output_dir: str) -> Callable:
     """The options that every trainer has beside its own; returns `add_argument` of their group for more of them."""
-    add = parser.add_argument_group("training").add_argument
+    add = parser.group("training")
     count, natural = at_least(1), at_least(0)
-    add("--output_dir", default=output_dir, help="where the model, the checkpoints and the logs are written")
-    add("--dry_run", action="store_true", help="read the data, report on them and stop")
-    add("--figure_data", help="a .png: draw what the model will see of the data, cropped or padded as it gets them")
+    add(
+        "--output_dir",
+        shared=False,
+        default=output_dir,
+        help="where the model, the checkpoints and the logs are written",
+    )
+    add("--dry_run", shared=False, action="store_true", help="read the data, report on them and stop")
+    add(
+        "--figure_data",
+        shared=False,
+        help="a .png: draw what the model will see of the data, cropped or padded as it gets them",
+    )
     add("--seed", type=natural, help="seed of every random draw; default: a random one, which is saved")
     add("--mixed_precision", choices=("no", "fp16", "bf16"), help="default: accelerate's own setting")
     add("--allow_tf32", action="store_true", help="allow TF32 on Ampere GPUs and newer")
     add(
         "--dataloader_num_workers",
+        shared=False,
         type=natural,
         default=0,
         help="number of data loading processes; 0: load in the main process",
     )
-    add("--logging_dir", default="logs", help="where logs are written, inside --output_dir")
+    add("--logging_dir", shared=False, default="logs", help="where logs are written, inside --output_dir")
     add(
         "--report_to",
+        shared=False,
         default="tensorboard",
         help="tensorboard, wandb, comet_ml, another tracker of accelerate's, all or none",
     )
-    add("--local_rank", type=int, default=-1, help="accepted for launchers that pass it; not used")
-    add("--checkpoints_total_limit", type=count, help="keep only the newest N checkpoints")
-    add("--resume_from_checkpoint", help='a checkpoint\'s folder or its name in --output_dir, or "latest"')
+    add("--local_rank", shared=False, type=int, default=-1, help="accepted for launchers that pass it; not used")
+    add("--checkpoints_total_limit", shared=False, type=count, help="keep only the newest N checkpoints")
+    add(
+        "--resume_from_checkpoint",
+        shared=False,
+        help='a checkpoint\'s folder or its name in --output_dir, or "latest"',
+    )
     add(
         "--resume_with",
+        shared=False,
         nargs="+",
         metavar="NAME",
         help="what a resumed run may change, e.g. learning_rate or data; all else must be as it was",
     )
-    add("--push_to_hub", action="store_true", help="upload the result to the Hugging Face Hub")
-    add("--hub_token", type=lambda token: token or None, help="token of the Hub; better: `hf auth login`")
-    add("--hub_model_id", help="the Hub repository; default: the name of --output_dir")
-    add("--hub_private_repo", action="store_true", help="create it private; one that exists and is public is refused")
-    add("--license", help="licence that the card names, e.g. cc-by-4.0; default: SD-1.5's for a LoRA, else none")
+    add("--push_to_hub", shared=False, action="store_true", help="upload the result to the Hugging Face Hub")
+    add(
+        "--hub_token", shared=False, type=lambda token: token or None, help="token of the Hub; better: `hf auth login`"
+    )
+    add("--hub_model_id", shared=False, help="the Hub repository; default: the name of --output_dir")
+    add(
+        "--hub_private_repo",
+        shared=False,
+        action="store_true",
+        help="create it private; one that exists and is public is refused",
+    )
+    add(
+        "--license",
+        shared=False,
+        help="licence that the card names, e.g. cc-by-4.0; default: SD-1.5's for a LoRA, else none",
+    )
     return add
 
 
-def add_training_options(parser: argparse.ArgumentParser, output_dir: str) -> None:
+def add_training_options(parser: Parser, output_dir: str) -> None:
     """The options that diffusers' training scripts share, with their names, defaults and meaning."""
     add = add_run_options(parser, output_dir)
     count, natural, rate = at_least(1), at_least(0), at_least(0.0, float)
     add("--train_batch_size", type=count, default=16, help="batch size per process")
-    add("--num_train_epochs", type=count, default=100)
-    add("--max_train_steps", type=count, help="total number of optimizer steps; overrides --num_train_epochs")
+    add("--num_train_epochs", shared=False, type=count, default=100)
+    add(
+        "--max_train_steps",
+        shared=False,
+        type=count,
+        help="total number of optimizer steps; overrides --num_train_epochs",
+    )
     add("--gradient_accumulation_steps", type=count, default=1, help="number of batches per optimizer step")
-    add("--gradient_checkpointing", action="store_true", help="save memory with a slower backward pass")
+    add("--gradient_checkpointing", shared=False, action="store_true", help="save memory with a slower backward pass")
     add("--learning_rate", type=above(0), default=1e-4)
     add(
         "--scale_lr",
@@ -69,14 +100,20 @@ def add_training_options(parser: argparse.ArgumentParser, output_dir: str) -> No
     add("--adam_weight_decay", type=rate, default=1e-2)
     add("--adam_epsilon", type=rate, default=1e-8)
     add("--max_grad_norm", type=at_least(1e-12, float), default=1.0, help="maximum gradient norm, for clipping")
-    add("--checkpointing_steps", type=count, default=500, help="save a checkpoint every N optimizer steps")
+    add(
+        "--checkpointing_steps",
+        shared=False,
+        type=count,
+        default=500,
+        help="save a checkpoint every N optimizer steps",
+    )
 
 
 def add_feature_options(add: Callable) -> None:
     """The options of `extract_features`."""
-    add("--extraction_batch_size", type=at_least(1), default=64, help="batch size of the frozen network")
+    add("--extraction_batch_size", shared=False, type=at_least(1), default=64, help="batch size of the frozen network")
     add_feature_dir(add, "cache of features, keyed by image, weights, resolution and precision")
 
 
 def add_feature_dir(add: Callable, what: str) -> None:
-    add("--feature_dir", help=f"{what}; default: ~/.cache/sketch-perceptual/features")
+    add("--feature_dir", shared=False, help=f"{what}; default: ~/.cache/sketch-perceptual/features")

@@ -4,7 +4,7 @@ import json
 import secrets
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -19,7 +19,6 @@ from ..cli import interruption
 from ..errors import InputError, first_line
 from .checkpoints import OPTIMIZER_FILE, choose, find_checkpoints, flatten, place, unflatten, write_checkpoint
 from .distributed import on_main
-from .identity import SHAPES
 from .lock import lock_folder
 from .steps import Meter, Steps
 from .trackers import keep_training
@@ -38,6 +37,7 @@ class Run:
         options: what a resumed run must share, see `identity_of`; `seed` may be None.
         resume_from: a checkpoint, its name in `output_dir`, or "latest".
         resume_with: names of what may differ from the saved run; the new value then takes effect and is recorded.
+        fixed: names of `options` that no resumed run can change, since the saved weights would not fit.
         total_limit: how many checkpoints stay.
 
     Attributes:
@@ -54,14 +54,16 @@ class Run:
         *,
         resume_from: str | None = None,
         resume_with: list[str] | None = None,
+        fixed: Iterable[str] = (),
         total_limit: int | None = None,
     ):
         self.accelerator, self.folder, self.total_limit = accelerator, Path(output_dir), total_limit
         self.resume_with, self.identity, self.state, self.changes = resume_with or [], {}, {}, []
         if resume_with and resume_from is None:
             raise InputError("`resume_with` is for a resumed run: add `resume_from_checkpoint`")
-        if fixed := sorted(set(self.resume_with) & SHAPES):
-            raise InputError(f"`resume_with`: {', '.join(fixed)} must be as it was, or the saved weights do not fit")
+        self.fixed = set(fixed)
+        if shapes := sorted(self.fixed.intersection(self.resume_with)):
+            raise InputError(f"`resume_with`: {', '.join(shapes)} must be as it was, or the saved weights do not fit")
         self.checkpoint, self.saved = on_main(accelerator, self._open, resume_from)
         if self.saved:
             self.state = self.saved["state"]
@@ -86,8 +88,8 @@ class Run:
         if refused:
             lines = [f"{name} was {old!r}, is {now!r}" for name, (old, now) in refused.items()]
             advice = f"To continue with the new values: `resume_with` {' '.join(refused)}"
-            if fixed := [name for name in refused if name in SHAPES]:
-                advice = f"{', '.join(fixed)} must stay: the saved weights have another shape or number"
+            if shapes := [name for name in refused if name in self.fixed]:
+                advice = f"{', '.join(shapes)} must stay: the saved weights have another shape or number"
             raise InputError(f"{self.checkpoint} belongs to another run: {'; '.join(lines)}. {advice}")
         for name, (old, now) in different.items():
             logger.warning(f"resumed with {name}={now!r}, which was {old!r}")
@@ -109,7 +111,7 @@ class Run:
         if unknown := sorted(set(self.resume_with) - set(self.identity)):
             raise InputError(
                 f"`resume_with` {' '.join(unknown)}: not compared on resume, so there is nothing to override. Choose"
-                f" from {', '.join(sorted(set(self.identity) - SHAPES))}"
+                f" from {', '.join(sorted(set(self.identity) - self.fixed))}"
             )
         self.steps, self.meter, self.optimizer = steps, meter, optimizer
         self.save_model = save_model

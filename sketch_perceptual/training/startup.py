@@ -20,6 +20,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration, set_seed
 
 from ..cli import interruption
+from ..cli.arguments import Options
 from ..errors import InputError, all_troubles, in_options, printable
 from ..files import Output, check_outputs
 from .distributed import on_main
@@ -36,7 +37,7 @@ RESULTS = ("best", "last", "model.safetensors", "pytorch_lora_weights.safetensor
 PATIENCE = timedelta(hours=2)  # the other processes wait while the main one draws or exports
 
 
-def start(args: argparse.Namespace) -> Run:
+def start(args: Options) -> Run:
     """The run of a trainer, after what can be checked first: trackers, precision, strategy, the folder, a resume.
 
     Seeds every process alike.
@@ -76,6 +77,7 @@ def start(args: argparse.Namespace) -> Run:
         identity_of(args, accelerator),
         resume_from=args.resume_from_checkpoint,
         resume_with=args.resume_with,
+        fixed=args.fixed,
         total_limit=args.checkpoints_total_limit,
     )
     set_seed(run.seed)

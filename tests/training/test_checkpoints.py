@@ -53,7 +53,7 @@ def train(tmp_path, signals):
         resume = {name: options.pop(name) for name in ("resume_from", "resume_with") if name in options}
         options = OPTIONS | options
         try:
-            run = Run(accelerator, tmp_path / folder, options, total_limit=limit, **resume)
+            run = Run(accelerator, tmp_path / folder, options, fixed=["rank"], total_limit=limit, **resume)
             run.settle(data=data)
             torch.manual_seed(run.seed)
             model = torch.nn.Linear(2, 1)

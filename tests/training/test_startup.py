@@ -12,6 +12,7 @@ import torch
 from conftest import ROOT
 
 from sketch_perceptual.cli import entry
+from sketch_perceptual.cli.arguments import Parser
 from sketch_perceptual.cli.console import protect_console
 from sketch_perceptual.errors import InputError, TrainingError
 from sketch_perceptual.training import startup
@@ -135,7 +136,7 @@ def test_a_closed_pipe_ends_nothing(tmp_path):
     "option", ["--adam_beta1 1", "--adam_beta2 1.5", "--learning_rate 0", "--learning_rate nan", "--max_grad_norm 0"]
 )
 def test_numbers_that_cannot_train_are_refused_by_name(option, capsys):
-    parser = argparse.ArgumentParser()
+    parser = Parser()
     add_training_options(parser, "out")
     with pytest.raises(SystemExit):
         parser.parse_args(option.split())
@@ -143,7 +144,7 @@ def test_numbers_that_cannot_train_are_refused_by_name(option, capsys):
 
 
 def test_an_empty_token_is_none():
-    parser = argparse.ArgumentParser()
+    parser = Parser()
     add_training_options(parser, "out")
     assert parser.parse_args(["--hub_token", ""]).hub_token is None
 
