@@ -229,7 +229,7 @@ add(
     "evaluate generation",
     ("--models nowhere/lora", "--models nowhere/lora does not load into the pipeline as a LoRA"),
     ("--models stranger.safetensors", r"--models stranger\.safetensors"),
-    ("--models a=none a=none", "--models: two are called a; write NAME=MODEL"),
+    ("--models a=none a=none", "--models: a=none is given twice"),
     ("--output_dir /proc/nothing", "--output_dir /proc/nothing cannot be written to"),
     ("--output_dir one.png", "--output_dir one.png/none cannot be written to: .*one.png is not a folder"),
     ("--clip_model nowhere/clip", "--clip_model nowhere/clip cannot be loaded"),
