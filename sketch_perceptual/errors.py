@@ -50,9 +50,9 @@ class TrainingError(Exception):
 
 
 def program() -> str:
-    """What a script calls itself in its messages: its file, or the package that `python -m` was given."""
+    """Return the name of the program for its messages: the file of a script, or sketch-perceptual."""
     path = Path(sys.argv[0])
-    return path.parent.name if path.name == "__main__.py" else path.name
+    return "sketch-perceptual" if path.name == "__main__.py" else path.name
 
 
 def in_options(message: str, args: argparse.Namespace) -> str:

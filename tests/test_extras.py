@@ -17,7 +17,6 @@ from sketch_perceptual.networks.style_net import JohnsonNet
 SEARCH = {"accelerate", "datasets", "faiss", "psutil"}
 NOT_IN_BASE = {*SCRIPTS, *SEARCH, "tensorboard", "lpips", "torch_fidelity", "torchmetrics", "scipy"}
 TRAINERS = ("train_lora_sketch", "train_backbone", "train_johnson", "train_retrieval")
-EVALUATION = "sketch_perceptual.evaluation"
 
 
 def run_without(modules, arguments, folder):
@@ -39,15 +38,24 @@ def test_what_is_missing_is_named_with_its_extra(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules")
-@pytest.mark.parametrize(("module", "extra"), {**dict.fromkeys(TRAINERS, "train"), EVALUATION: "eval"}.items())
+@pytest.mark.parametrize(("module", "extra"), dict.fromkeys(TRAINERS, "train").items())
 def test_scripts_say_what_they_miss_before_they_import_it(module, extra, monkeypatch, capsys):
     for package in ("accelerate", "peft"):
         monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(SystemExit) as stop:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
-    name = "evaluation" if module == EVALUATION else f"{module}.py"
     assert stop.value.code == 2
-    says = f"{name}: error: this needs accelerate, peft: pip install 'sketch-perceptual[{extra}]'\n"
+    says = f"{module}.py: error: this needs accelerate, peft: pip install 'sketch-perceptual[{extra}]'\n"
+    assert capsys.readouterr().err == says
+
+
+def test_evaluate_says_what_it_misses(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    monkeypatch.delitem(sys.modules, "sketch_perceptual.commands.evaluate", raising=False)
+    monkeypatch.setattr("sys.argv", ["/home/x/sketch_perceptual/__main__.py"])
+    with pytest.raises(SystemExit, match="2"):
+        main(["evaluate", "distance"])
+    says = "sketch-perceptual: error: this needs peft: pip install 'sketch-perceptual[eval]'\n"
     assert capsys.readouterr().err == says
 
 

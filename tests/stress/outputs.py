@@ -54,10 +54,10 @@ LABELLED = "--train_data_dir drawings --models a=vgg"
 TRAINED = "--train_data_dir drawings --max_train_steps 1"
 COMMANDS = (
     Command(
-        "commands.compare", "one.png two.png --backbone vgg", {"figure": ".png"}, (), ("one.png", "two.png", *BACKBONE)
+        "compare", "one.png two.png --backbone vgg", {"figure": ".png"}, (), ("one.png", "two.png", *BACKBONE)
     ),
     Command(
-        "commands.compare", "drawings photos", {"figure": ".png"}, (), (*DRAWINGS, "photos", "photos/cat/0000.png")
+        "compare", "drawings photos", {"figure": ".png"}, (), (*DRAWINGS, "photos", "photos/cat/0000.png")
     ),
     Command(
         "search",
@@ -68,7 +68,7 @@ COMMANDS = (
     ),
     Command("stylize", "--model net --input one.png", {"output": ".png"}, (), ("one.png", *NETWORK)),
     Command(
-        "commands.stylize", "--model net --input drawings", {}, ("output",), ("drawings", "drawings/cat/0000.png")
+        "stylize", "--model net --input drawings", {}, ("output",), ("drawings", "drawings/cat/0000.png")
     ),
     Command("convert", "lora.safetensors", {"": ".safetensors"}, (), ("lora.safetensors",)),
     Command("drawings", "--per_class 1 --size 32", {}, ("output_dir",), ("one.png",)),
