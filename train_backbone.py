@@ -164,7 +164,7 @@ def main(args: Options) -> None:
     data = open_data(args, run.seed)
     network, untouched, origin = build_network(args, data.classes, run.seed)
     train_data, validation_data, split_record = split_data(args, run, data, origin)
-    args.hub_model_id = hub.create_repo(args, accelerator)
+    hub.create_repo(args, run)
     start_trackers(accelerator, "sketch-backbone", args)
 
     network.to(memory_format=torch.channels_last)
@@ -228,8 +228,7 @@ def main(args: Options) -> None:
         if accelerator.is_main_process:
             finish(args, run, accelerator.unwrap_model(model))
     run.close()
-    if accelerator.is_main_process:
-        hub.push(args, Path(args.output_dir, "best"), FILES)
+    hub.push(args, run, Path(args.output_dir, "best"), FILES)
 
 
 class Clock:
@@ -553,7 +552,7 @@ def finish(args, run: Run, network: AttentionVGG16) -> None:
 
 def write_card(args, folder: Path, network: AttentionVGG16, run: Run, split_record: dict) -> None:
     best, before = best_epoch(run.state), run.state.get("before_tuning")
-    where = args.hub_model_id or "path/to/this/folder"
+    where = run.hub_model_id or "path/to/this/folder"
     on_hub = cards.hub_id(args.dataset_name)
     kind = KINDS[network.attention, network.pool_after_attention or network.attention == "none"]
     apart = f" by {args.group_column}" if args.group_column else ""
@@ -574,7 +573,7 @@ print(PerceptualLoss(network)(cat, boat))  # about 1 for unrelated drawings"""
             datasets=on_hub and [on_hub],
             tags=["sketch", "perceptual-loss", "vgg16", "attention"],
         ),
-        title=f"Sketch backbone - {cards.model_name(args.hub_model_id, args.output_dir)}",
+        title=f"Sketch backbone - {cards.model_name(run.hub_model_id, args.output_dir)}",
         description=f"{kind} (Seo 2025), tuned to tell {network.num_classes} classes of drawings apart, on"
         f" {on_hub or 'a data set of its own'}. On {split_record['validation_images']} held-out drawings{apart},"
         f" which share no copy with the {split_record['train_images']} trained on: {accuracies(best)} after epoch"

@@ -165,7 +165,7 @@ def main(args: Options) -> None:
     style_loss = StyleLoss(backbone, args.style_layers).to(accelerator.device)
     content, style, data = load_data(args, accelerator, seed)
     run.settle(data=data, backbone=digest([fingerprint(backbone), backbone.attention, backbone.calibration]))
-    args.hub_model_id = hub.create_repo(args, accelerator)
+    hub.create_repo(args, run)
     start_trackers(accelerator, "sketch-style", args)
 
     set_seed(seed)  # new weights depend on the seed alone
@@ -183,7 +183,7 @@ def main(args: Options) -> None:
     meter = Meter(accelerator)
     logger.info(run_summary(args, run, steps, network, len(content), len(style)))
     save, load = partial(save_weights, network), partial(load_weights, network)
-    run.begin(steps, meter, optimizer, save, load, lr_scheduler)
+    run.begin(steps, meter, prepared_optimizer, save, load, lr_scheduler)
     photos = [content.image(index) for index in spaced(len(content), args.num_validation_images)]
 
     model.train()
@@ -197,19 +197,14 @@ def main(args: Options) -> None:
                 meter.add(batch["name"], {"train_loss": total} | losses)
                 if not accelerator.sync_gradients:
                     continue
-                grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-                meter.close(steps.done, grad_norm)
-                logs = step_logs(meter.read(), lr_scheduler, meter)  # before the step, which no NaN must take
-                if meter.may_step():
-                    prepared_optimizer.step()
-                lr_scheduler.step()
-                prepared_optimizer.zero_grad()
+                rate = lr_scheduler.get_last_lr()[0]
+                logs = step_logs(run.optimize(model.parameters(), args.max_grad_norm), rate, meter)
 
             steps.advance()
             run.log(logs)
             if steps.due(args.validation_steps) or steps.at_end:
                 run.state["history"].append({"step": steps.done} | logs)
-                with interruptible():  # nobody waits for pictures to stop a run
+                with interruptible():  # Ctrl-C does not wait for pictures
                     if accelerator.is_main_process:
                         validate(args, accelerator, network, photos, steps.done)
             run.end_step(save=steps.due(args.checkpointing_steps))
@@ -219,8 +214,7 @@ def main(args: Options) -> None:
             accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # takes accelerate's autocast off the network
             finish(args, run, network, photos, describe(backbone, len(content), len(style), steps.total))
     run.close()
-    if accelerator.is_main_process:
-        hub.push(args, args.output_dir, FILES)
+    hub.push(args, run, args.output_dir, FILES)
 
 
 def load_data(args, accelerator: Accelerator, seed: int) -> tuple[CaptionedImages, Images, str]:
@@ -245,7 +239,9 @@ def read_data(args, content: CaptionedImages, style: Images) -> tuple[list[int],
     drawings = read_once(style, args.on_bad_image)
     if args.figure_data and not has_complained():
         photos = sheet_rows(content.select(positions), what="photo ")
-        strokes = sheet_rows(style.select(drawings.positions), partial(fitted, args), "drawing ")
+        strokes = sheet_rows(
+            style.select(drawings.positions), partial(fitted, args.resolution, args.fit, args.background), "drawing "
+        )
         write_sheet(args.figure_data, photos | strokes)
     return positions, keys, drawings
 
@@ -381,9 +377,9 @@ def load_weights(network: JohnsonNet, folder: Path) -> None:
     network.load_state_dict(load_johnson(folder).state_dict())
 
 
-def step_logs(totals: dict[str, float], lr_scheduler, meter: Meter) -> dict[str, float]:
+def step_logs(totals: dict[str, float], rate: float, meter: Meter) -> dict[str, float]:
     """Means of one optimizer step."""
-    logs = {"grad_norm": totals["grad_norm"], "lr": lr_scheduler.get_last_lr()[0]}
+    logs = {"grad_norm": totals["grad_norm"], "lr": rate}
     if rows := totals["rows"]:
         names = {"train_loss": "train_loss", "content_loss": "content", "style_loss": "style"}
         names["total_variation"] = "total_variation"
@@ -462,7 +458,7 @@ def describe(backbone: AttentionVGG16, photos: int, drawings: int, steps: int) -
 
 
 def write_card(args, run: Run, description: str) -> None:
-    where = args.hub_model_id or "path/to/this/folder"
+    where = run.hub_model_id or "path/to/this/folder"
     on_hub = cards.hub_id(args.dataset_name)
     snippet = f"""from PIL import Image
 from sketch_perceptual.commands.stylize import load_johnson, stylize
@@ -479,7 +475,7 @@ stylize(network, [photo])[0].save("sketch.png")"""
             datasets=on_hub and [on_hub],
             tags=["sketch", "style-transfer", "image-to-image"],
         ),
-        title=f"Sketch style - {cards.model_name(args.hub_model_id, args.output_dir)}",
+        title=f"Sketch style - {cards.model_name(run.hub_model_id, args.output_dir)}",
         description=description,
         snippet=snippet,
         options=run.record(),

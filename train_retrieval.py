@@ -88,7 +88,12 @@ def parse_args(argv: list[str] | None = None) -> Options:
     add("--embedding_dim", fixed=True, type=count, default=512)
 
     add = add_class_options(parser, "the queries; the others are trained on and are the gallery")
-    add("--resolution", type=at_least(32), help="size of the square drawings in pixels; default: the backbone's")
+    add(
+        "--resolution",
+        shared=False,
+        type=at_least(32),
+        help="size of the square drawings in pixels; default: the backbone's",
+    )
     add("--fit", choices=("pad", "crop"), default="pad", help="pad to a square, or crop the longer side")
     add_feature_options(add)
 
@@ -113,15 +118,13 @@ def parse_args(argv: list[str] | None = None) -> Options:
 
 
 def main(args: Options) -> None:
-    if args.resolution is None:
-        args.resolution = tuned_resolution(args.backbone)
     if dry_run(args, lambda seed: read_drawings(args, open_data(args, seed))):
         return
     run = start(args)
     accelerator = run.accelerator
     embedder = build_embedder(args)
     gallery, queries, record = load_data(args, run, embedder)
-    args.hub_model_id = hub.create_repo(args, accelerator)
+    hub.create_repo(args, run)
     start_trackers(accelerator, "sketch-retrieval", args)
 
     head = Head(embedder.backbone.classifier, args.embedding_dim, len(record["classes"]))
@@ -133,7 +136,7 @@ def main(args: Options) -> None:
     logger.info(run_summary(args, run, embedder, head, gallery, queries))
     run.state = {"runs": []} | run.state
     keep_finished_seeds(args, run)
-    run.begin(steps, meter, optimizer, partial(save_head, embedder, head), partial(load_head, embedder, head))
+    run.begin(steps, meter, prepared_optimizer, partial(save_head, embedder, head), partial(load_head, embedder, head))
 
     if accelerator.is_main_process and seed_is_over(args, run):  # the run ended before it was scored
         end_seed(args, run, embedder, head, gallery, queries, record, batches.seed(steps.epoch))
@@ -155,11 +158,7 @@ def main(args: Options) -> None:
             spread = (1 - embeddings.detach().mean(0).square().sum()).clamp(min=0).sqrt()
             values = (cross_entropy, triplet, triplet.new_tensor(active), spread)
             meter.add([], {name: value[None] for name, value in zip(QUANTITIES, values, strict=True)})
-            meter.close(steps.done, accelerator.clip_grad_norm_(model.parameters(), float("inf")))
-            meter.read()  # before the step, which no NaN must take
-            if meter.may_step():
-                prepared_optimizer.step()
-            prepared_optimizer.zero_grad()
+            run.optimize(model.parameters(), float("inf"))
 
             steps.advance()
             if steps.at_epoch_end:
@@ -172,8 +171,7 @@ def main(args: Options) -> None:
         if accelerator.is_main_process:
             finish(args, run)
     run.close()
-    if accelerator.is_main_process:
-        hub.push(args, Path(args.output_dir, f"seed-{run.seed}"), FILES)
+    hub.push(args, run, Path(args.output_dir, f"seed-{run.seed}"), FILES)
 
 
 class Embedded(NamedTuple):
@@ -193,7 +191,8 @@ def open_data(args, seed: int) -> LabelledImages:
 
 def read_drawings(args, data: LabelledImages) -> tuple[Contents, Split]:
     """What can be read of the drawings, and how that is split."""
-    scanned = read_data(data, args.on_bad_image, args.figure_data, copies=True, see=partial(fitted, args))
+    see = partial(fitted, resolution_of(args), args.fit, args.background)
+    scanned = read_data(data, args.on_bad_image, args.figure_data, copies=True, see=see)
     data = data.select(scanned.positions)
     return scanned, split(data.labels, scanned.keys, scanned.copies, data.groups, args.validation_share)
 
@@ -209,7 +208,8 @@ def load_data(args, run: Run, embedder: SketchEmbedder) -> tuple[Embedded, Embed
     rows = digest(zip(keys, (data.classes[label] for label in data.labels), strict=True))
     weights = fingerprint(embedder.backbone.features)
     run.settle(data=f"{len(data)} images {rows}", split=split_hash(record), backbone=weights)
-    run.settle(num_train_epochs=args.num_train_epochs)  # of each seed, the finished ones too
+    # Epochs are those of each seed, the finished ones too.
+    run.settle(resolution=resolution_of(args), num_train_epochs=args.num_train_epochs)
     cache = extract_features(
         accelerator,
         args.feature_dir,
@@ -274,11 +274,16 @@ class Head(nn.Module):
         return embeddings, self.classes(embeddings)
 
 
+def resolution_of(args) -> int:
+    """What is asked for, or what the backbone was tuned at."""
+    return args.resolution or tuned_resolution(args.backbone)
+
+
 def build_embedder(args) -> SketchEmbedder:
     """The frozen backbone under a new head."""
     backbone = load_backbone(args.backbone, attention="none")
     config = backbone.settings | {"num_classes": args.embedding_dim, "head": args.head, "classes": None}
-    embedder = SketchEmbedder(config, "head", args.resolution, args.fit, args.background)
+    embedder = SketchEmbedder(config, "head", resolution_of(args), args.fit, args.background)
     embedder.backbone.features.load_state_dict(backbone.features.state_dict())
     return embedder
 
@@ -420,8 +425,8 @@ def finish(args, run: Run) -> None:
 
 
 def write_card(args, folder: Path, run: Run, record: dict, scores: dict) -> None:
-    is_pushed = args.hub_model_id and scores["seed"] == run.seed  # the first of the seeds alone
-    where = args.hub_model_id if is_pushed else "path/to/this/folder"
+    is_pushed = run.hub_model_id and scores["seed"] == run.seed  # the first of the seeds alone
+    where = run.hub_model_id if is_pushed else "path/to/this/folder"
     on_hub = cards.hub_id(args.dataset_name)
     apart = f" by {args.group_column}" if args.group_column else ""
     snippet = f"""from PIL import Image
@@ -439,7 +444,7 @@ print(vectors @ vectors.T)  # cosine similarities"""
             datasets=on_hub and [on_hub],
             tags=["sketch", "image-retrieval", "vgg16", "attention"],
         ),
-        title=f"Sketch embedder - {cards.model_name(args.hub_model_id, args.output_dir)}",
+        title=f"Sketch embedder - {cards.model_name(run.hub_model_id, args.output_dir)}",
         description=f"Drawings to vectors of {args.embedding_dim} numbers and length 1 (Seo 2025, section 4.2), from"
         f" {on_hub or 'a data set of its own'}. Of {scores['queries']} held-out drawings{apart}, which share no copy"
         f" with the {record['train_images']} trained on, {scores['top1']:.1%} find one of their class first among"

@@ -17,6 +17,7 @@ import train_lora_sketch
 from benchmarks.make_tiny_sd import SIZE, TINY_SD
 from sketch_perceptual import PerceptualLoss, PerceptualTerm
 from sketch_perceptual.diffusion import balance
+from sketch_perceptual.lora.adapter import Adapter
 
 TURNS, WARM_UP, ROWS = 40, 4, 4
 
@@ -26,12 +27,9 @@ def main() -> None:
     torch.manual_seed(0)
     pipeline = StableDiffusionPipeline.from_pretrained(TINY_SD, safety_checker=None)
     noise_scheduler = DDPMScheduler.from_pretrained(TINY_SD, subfolder="scheduler")
-    args = train_lora_sketch.parse_args(
-        f"--pretrained_model_name_or_path {TINY_SD} --train_data_dir none --rank 32".split()
-    )
     unet = pipeline.unet.requires_grad_(False).to(memory_format=torch.channels_last)
     pipeline.vae.to(memory_format=torch.channels_last)
-    train_lora_sketch.add_lora(args, unet, seed=0)
+    Adapter(pipeline, {"unet": train_lora_sketch.TARGETS["unet"]}, 0, r=32, lora_alpha=32)
     term = PerceptualTerm(PerceptualLoss(resolution=64), pipeline.vae, noise_scheduler, crop=SIZE // 2)
     images, latents = torch.rand(ROWS, 3, SIZE, SIZE) * 2 - 1, torch.randn(ROWS, 4, SIZE // 8, SIZE // 8)
     prompt_embeds = torch.randn(ROWS, 77, unet.config.cross_attention_dim)

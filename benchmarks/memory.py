@@ -20,7 +20,7 @@ from benchmarks.step import UNET, VAE
 from sketch_perceptual import PerceptualLoss
 from sketch_perceptual.losses import named_networks
 from sketch_perceptual.networks.backbone import AttentionVGG16
-from train_lora_sketch import TARGET_MODULES
+from train_lora_sketch import TARGETS
 
 SIDE, RANK = 512, 4
 
@@ -42,7 +42,7 @@ def main() -> None:
     for batch_size in (1, 4):
         for checkpointing in (False, True):
             unet = UNet2DConditionModel(**UNET).requires_grad_(False).train()
-            unet.add_adapter(LoraConfig(r=RANK, target_modules=TARGET_MODULES))
+            unet.add_adapter(LoraConfig(r=RANK, target_modules=TARGETS["unet"]))
             name = f"U-Net, batch {batch_size}"
             if checkpointing:
                 unet.enable_gradient_checkpointing()

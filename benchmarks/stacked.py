@@ -8,6 +8,7 @@ gradients, clipping and AdamW, whose arithmetic is element by element.
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 import train_lora_sketch
 from sketch_perceptual.diffusion import Latents, PerceptualTerm, balance, process_of
+from sketch_perceptual.lora.adapter import Adapter
 from sketch_perceptual.losses import PerceptualLoss
 from sketch_perceptual.seeds import generator
 
@@ -42,8 +44,9 @@ def add_loras(options, unet, seeds: Sequence[int], arms: int, device: torch.devi
     starts = []
     for seed in seeds:
         with_one = copy.deepcopy(unet)
-        train_lora_sketch.add_lora(options, with_one, seed)
-        starts.append(get_peft_model_state_dict(with_one, adapter_name=train_lora_sketch.ADAPTER))
+        targets = {"unet": train_lora_sketch.TARGETS["unet"]}
+        Adapter(SimpleNamespace(unet=with_one), targets, seed, r=options.rank, lora_alpha=options.lora_alpha)
+        starts.append(get_peft_model_state_dict(with_one))
     unet = copy.deepcopy(unet)
     for name in [name.removesuffix(".lora_A.weight") for name in starts[0] if name.endswith(".lora_A.weight")]:
         down, up = (

@@ -1,6 +1,5 @@
 """A sheet of pictures as a model gets them, drawn before the training begins."""
 
-import argparse
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -29,9 +28,9 @@ def in_epochs(data: Images, index: int) -> list[Tensor]:
     return [data[epoch, index]["pixel_values"] for epoch in range(EPOCHS)]
 
 
-def fitted(args: argparse.Namespace, data: Images, index: int) -> list[Tensor]:
+def fitted(resolution: int, fit: str, background: str, data: Images, index: int) -> list[Tensor]:
     """What it always gets where nothing is drawn at random."""
-    return [to_tensor(fit_image(data.image(index), args.resolution, args.fit, args.background))]
+    return [to_tensor(fit_image(data.image(index), resolution, fit, background))]
 
 
 def read_data(

@@ -5,25 +5,24 @@ import glob
 import json
 import shlex
 from pathlib import Path
+from typing import Any
 
-from accelerate import Accelerator
 from accelerate.logging import get_logger
 from huggingface_hub import HfApi
 
 from ..errors import HUB_ERRORS, InputError, hub_reason
 from ..files import CARD, card_path
 from .cards import model_name
+from .run import Run
 
 logger = get_logger(__name__, log_level="INFO")
 
 
-def create_repo(args: argparse.Namespace, accelerator: Accelerator) -> str | None:
-    """With `push_to_hub`, create the repository, or find it, before training; the model's id on the Hub.
-
-    That is `hub_model_id` with its owner, where it was told without.
-    """
-    if not (args.push_to_hub and accelerator.is_main_process):
-        return args.hub_model_id
+def create_repo(args: argparse.Namespace, run: Run) -> None:
+    """Set the run's `hub_model_id`. With `push_to_hub`, create the repository before training; the id has an owner."""
+    run.hub_model_id = args.hub_model_id
+    if not (args.push_to_hub and run.accelerator.is_main_process):
+        return
     repo_id, api = model_name(args.hub_model_id, args.output_dir), HfApi(token=args.hub_token)
     try:
         repo_id = api.create_repo(repo_id, private=args.hub_private_repo or None, exist_ok=True).repo_id
@@ -37,19 +36,23 @@ def create_repo(args: argparse.Namespace, accelerator: Accelerator) -> str | Non
             f"`hub_private_repo`: {repo_id} exists and is public; make it private in its settings, or choose another"
             " `hub_model_id`"
         )
-    return repo_id
+    run.hub_model_id = repo_id
 
 
-def push(args: argparse.Namespace, folder: str | Path, made: list[str], at_times: tuple[str, ...] = ()) -> None:
+def push(
+    args: argparse.Namespace, run: Run, folder: str | Path, made: list[str], at_times: tuple[str, ...] = ()
+) -> None:
     """With `push_to_hub`, upload the files `made` in `folder` and nothing else. What fails keeps the local files.
 
     `at_times` names what other runs of the script make: what such a run left in the repository is removed.
     """
-    if not args.push_to_hub:
+    if not (args.push_to_hub and run.accelerator.is_main_process):
         return
     card = card_path(folder)
     made = [card.name if name == CARD and card.exists() else name for name in made]
-    what = {"repo_id": args.hub_model_id, "folder_path": str(folder), "allow_patterns": list(map(glob.escape, made))}
+    assert run.hub_model_id is not None, "create_repo comes first"
+    what: dict[str, Any] = {"repo_id": run.hub_model_id, "folder_path": str(folder)}
+    what["allow_patterns"] = list(map(glob.escape, made))
     if at_times:
         what["delete_patterns"] = list(map(glob.escape, at_times))
     try:
@@ -58,7 +61,7 @@ def push(args: argparse.Namespace, folder: str | Path, made: list[str], at_times
         keywords = ", ".join(f"{name}={json.dumps(value)}" for name, value in what.items())
         command = f"from huggingface_hub import upload_folder; upload_folder({keywords})"
         raise InputError(
-            f"the upload to {args.hub_model_id} failed: {hub_reason(error)}. All files are in {folder}. To upload"
+            f"the upload to {run.hub_model_id} failed: {hub_reason(error)}. All files are in {folder}. To upload"
             f" them: python -c {shlex.quote(command)}"
         ) from error
     logger.info(f"uploaded: {url}")

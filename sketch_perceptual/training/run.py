@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -44,6 +45,7 @@ class Run:
         seed: the run's, saved or new where none was given.
         state: the trainer's own, JSON, as it was saved; saved with each checkpoint.
         changes: what resumed runs changed, and at which step.
+        hub_model_id: of the repository that the result is pushed to, or as the options name it.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class Run:
         self.checkpoint, self.saved = on_main(accelerator, self._open, resume_from)
         if self.saved:
             self.state = self.saved["state"]
+        self.hub_model_id: str | None = None
         self._last_saved: int | None = None
         self._stepping: int | None = None  # the step whose update of the weights has begun
         seed = options.get("seed")
@@ -99,23 +102,26 @@ class Run:
         self,
         steps: Steps,
         meter: Meter,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | AcceleratedOptimizer,
         save_model: Callable[[Path], None],
         load_model: Callable[[Path], None],
         lr_scheduler: torch.optim.lr_scheduler.LambdaLR | None = None,
     ) -> None:
         """Go on from the checkpoint, or begin; from now on a signal waits for the end of a step.
 
-        `save_model` writes what is trained into a folder, as files that `load_model` reads.
+        `save_model` writes what is trained into a folder, as files that `load_model` reads; `optimizer` may be as
+        accelerate prepared it.
         """
         if unknown := sorted(set(self.resume_with) - set(self.identity)):
             raise InputError(
                 f"`resume_with` {' '.join(unknown)}: not compared on resume, so there is nothing to override. Choose"
                 f" from {', '.join(sorted(set(self.identity) - self.fixed))}"
             )
-        self.steps, self.meter, self.optimizer = steps, meter, optimizer
-        self.save_model = save_model
-        optimizer.register_step_pre_hook(self._note_update)
+        self.steps, self.meter, self.save_model = steps, meter, save_model
+        self.lr_scheduler = lr_scheduler
+        self._optimizer_step = optimizer
+        self.optimizer = getattr(optimizer, "optimizer", optimizer)  # without accelerate's wrapper
+        self.optimizer.register_step_pre_hook(self._note_update)
         if self.saved:
             if self.saved["step"] > steps.total:
                 raise InputError(
@@ -138,6 +144,18 @@ class Run:
             logger.info(f"resumed from {self.checkpoint}")
         interruption.install()
         interruption.defer()
+
+    def optimize(self, parameters: Iterable[torch.nn.Parameter], max_norm: float) -> dict[str, float]:
+        """One optimizer step with gradients clipped to `max_norm`; what `Meter.read` returns."""
+        grad_norm = self.accelerator.clip_grad_norm_(parameters, max_norm)
+        self.meter.close(self.steps.done, grad_norm)
+        totals = self.meter.read()  # first: a loss that is not finite must not reach the optimizer
+        if self.meter.may_step():
+            self._optimizer_step.step()
+        if self.lr_scheduler is not None:
+            self.lr_scheduler.step()
+        self._optimizer_step.zero_grad()
+        return totals
 
     def log(self, logs: dict[str, float]) -> None:
         """To the progress bar and the trackers."""

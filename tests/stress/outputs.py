@@ -53,12 +53,8 @@ DATA = {"figure_data": ".png"}
 LABELLED = "--train_data_dir drawings --models a=vgg"
 TRAINED = "--train_data_dir drawings --max_train_steps 1"
 COMMANDS = (
-    Command(
-        "compare", "one.png two.png --backbone vgg", {"figure": ".png"}, (), ("one.png", "two.png", *BACKBONE)
-    ),
-    Command(
-        "compare", "drawings photos", {"figure": ".png"}, (), (*DRAWINGS, "photos", "photos/cat/0000.png")
-    ),
+    Command("compare", "one.png two.png --backbone vgg", {"figure": ".png"}, (), ("one.png", "two.png", *BACKBONE)),
+    Command("compare", "drawings photos", {"figure": ".png"}, (), (*DRAWINGS, "photos", "photos/cat/0000.png")),
     Command(
         "search",
         "--query one.png --gallery drawings --model vgg",
@@ -67,9 +63,7 @@ COMMANDS = (
         ("one.png", *DRAWINGS, *BACKBONE),
     ),
     Command("stylize", "--model net --input one.png", {"output": ".png"}, (), ("one.png", *NETWORK)),
-    Command(
-        "stylize", "--model net --input drawings", {}, ("output",), ("drawings", "drawings/cat/0000.png")
-    ),
+    Command("stylize", "--model net --input drawings", {}, ("output",), ("drawings", "drawings/cat/0000.png")),
     Command("convert", "lora.safetensors", {"": ".safetensors"}, (), ("lora.safetensors",)),
     Command("drawings", "--per_class 1 --size 32", {}, ("output_dir",), ("one.png",)),
     *(

@@ -1,0 +1,148 @@
+"""Options of the perceptual term, and the term that they describe."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..cli.arguments import Options, Parser, at_least
+from ..losses import LOSSES, all_weights, build_losses, named_networks
+from ..networks.backbone import BUNDLED, AttentionVGG16, tuned_resolution
+from ..networks.hub_model import fingerprint
+from ..training import cards
+from ..training.identity import digest
+from .latents import Latents
+from .pipelines import load_decoder
+from .process import Process
+from .term import PerceptualTerm
+
+ON_BUNDLED = {"attention_vgg", "gram", "paper_l1"}  # losses on the backbone that comes with the package
+
+
+def add_term_options(parser: Parser) -> None:
+    """Add the options of `make_term`."""
+    add, count, natural, rate = parser.group("perceptual term"), at_least(1), at_least(0), at_least(0.0, float)
+    add(
+        "--perceptual_weight",
+        type=rate,
+        default=0.3,
+        help="how hard the perceptual loss pulls at a prediction, relative to the denoising loss; 0 disables it",
+    )
+    add(
+        "--perceptual_loss",
+        nargs="+",
+        metavar="LOSS",
+        default=["gram"],
+        help=f"{', '.join(LOSSES)}, an entry point, or module:Class; several, NAME=WEIGHT, are averaged",
+    )
+    add(
+        "--backbone",
+        shared=False,
+        help="network of the loss: folder, Hub id, .safetensors of VGG-16; default: the loss's own",
+    )
+    add("--perceptual_layers", nargs="+", metavar="LAYER", help="layers to compare, e.g. relu1_2 relu3_3")
+    add(
+        "--perceptual_resolution",
+        shared=False,  # compared as `make_term` makes it
+        type=count,
+        help="downscale larger images to this size for the loss; default: what the backbone was tuned at",
+    )
+    add(
+        "--perceptual_crop",
+        type=count,
+        help="side of the random square that is decoded and scored, in pixels; default: half of --resolution",
+    )
+    add(
+        "--perceptual_min_snr",
+        type=rate,
+        default=0.0,
+        help="score only samples with at least this signal-to-noise ratio; 1: a third of them",
+    )
+    add(
+        "--perceptual_max_timestep",
+        type=natural,
+        help="score only timesteps up to this one, instead of --perceptual_min_snr",
+    )
+    add("--perceptual_start_step", type=natural, default=0, help="first optimizer step with the perceptual loss")
+    add("--perceptual_every", type=count, default=1, help="use the perceptual loss only every N steps")
+    add(
+        "--perceptual_target",
+        choices=("image", "reconstruction"),
+        default="image",
+        help="compare with the image, or with its VAE reconstruction",
+    )
+    add(
+        "--perceptual_decoder",
+        shared=False,
+        default="vae",
+        help='"vae", or an AutoencoderTiny, e.g. madebyollin/taesd',
+    )
+    add("--perceptual_dtype", choices=("float32", "bfloat16"), default="float32")
+
+
+def make_term(args: Options, latents: Latents, process: Process) -> PerceptualTerm | None:
+    """The perceptual term that the options describe; None at weight 0, for which nothing is loaded."""
+    if args.perceptual_weight == 0:
+        return None
+    dtype = getattr(torch, args.perceptual_dtype)
+    loss = build_losses(
+        args.perceptual_loss,
+        size=min(args.perceptual_crop, args.resolution),
+        dtype=dtype,
+        backbone=args.backbone,
+        layers=args.perceptual_layers,
+        resolution=term_resolution(args),
+    )
+    decoder = None
+    if args.perceptual_decoder != "vae":
+        decoder = load_decoder(args.perceptual_decoder, args.cache_dir).to(latents.vae.device)
+    return PerceptualTerm(
+        loss,
+        latents.vae,
+        process,
+        min_snr=args.perceptual_min_snr,
+        max_timestep=args.perceptual_max_timestep,
+        start_step=args.perceptual_start_step,
+        every=args.perceptual_every,
+        target=args.perceptual_target,
+        decoder=decoder,
+        dtype=dtype,
+        crop=args.perceptual_crop,
+        checkpoint=args.gradient_checkpointing,
+    )
+
+
+def describe_term(term: PerceptualTerm | None, args: Options) -> dict:
+    """What a resumed run must share of the term besides its options: its resolution, and the weights that score."""
+    facts: dict = {"perceptual_resolution": term_resolution(args)}
+    loss = None if term is None else term.loss
+    modules = [module for _, module in named_networks(loss)] if isinstance(loss, nn.Module) else []
+    backbones = [module for module in modules if isinstance(module, AttentionVGG16)]
+    if isinstance(loss, nn.Module):
+        facts["backbone_weights"] = fingerprint(backbones[0] if len(backbones) == 1 else all_weights(loss))
+    if backbones:
+        facts["backbone_attention"] = backbones[0].attention
+        facts["backbone_pool_after_attention"] = backbones[0].pool_after_attention
+        facts["calibration"] = digest(backbone.calibration for backbone in backbones)
+    return facts
+
+
+def term_resolution(args: Options) -> int | None:
+    """The resolution that is asked for, or what the backbone of the loss was tuned at; None for other losses."""
+    names = _loss_names(args)
+    if args.perceptual_resolution is not None or args.perceptual_weight == 0 or not names <= set(LOSSES):
+        return args.perceptual_resolution
+    return tuned_resolution(args.backbone or (BUNDLED if names & ON_BUNDLED else "imagenet"))
+
+
+def describe_backbone(args: Options) -> dict[str, str]:
+    """The network that scored, as a card may name it; its fingerprint is in `describe_term`."""
+    names = _loss_names(args)
+    if args.perceptual_weight == 0 or names == {"pixel"} or not (args.backbone or names <= set(LOSSES)):
+        return {}
+    bundled = "bundled" if names & ON_BUNDLED else "imagenet"
+    return {"backbone": (cards.hub_id(args.backbone) or Path(args.backbone).name) if args.backbone else bundled}
+
+
+def _loss_names(args: Options) -> set[str]:
+    return {name.split("=")[0] for name in args.perceptual_loss}

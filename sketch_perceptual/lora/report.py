@@ -1,0 +1,134 @@
+"""What a LoRA training says: a summary at its start, metrics of a step, and the card of its result."""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub import ModelCardData
+from torch import Tensor
+
+from ..cli.arguments import Options
+from ..data.tags import with_trigger
+from ..diffusion import PerceptualTerm
+from ..diffusion.options import describe_backbone
+from ..training import cards
+from ..training.run import Run
+from ..training.startup import check_space
+from ..training.steps import Meter, Steps
+from .adapter import WEIGHTS
+from .validation import BEFORE_AFTER
+
+
+def run_summary(args: Options, run: Run, steps: Steps, term: PerceptualTerm | None, weights: int) -> str:
+    """What will be trained and written; InputError if the disk cannot hold it."""
+    saves = steps.total // args.checkpointing_steps
+    space = check_space(args.output_dir, saves, args.checkpoints_total_limit, 12 * weights, 8 * weights)
+    training = (
+        f"{steps.total} steps of {args.train_batch_size} x {run.accelerator.num_processes} x"
+        f" {args.gradient_accumulation_steps} images, {steps.epochs} epochs, seed {run.seed}; {weights / 1e6:.1f} M"
+        f" weights are trained; {space}\n"
+    )
+    if term is None:
+        return f"{training}no perceptual term: --perceptual_weight is 0"
+    return (
+        f"{training}perceptual term: {args.perceptual_weight:g} x {' + '.join(args.perceptual_loss)}; open at"
+        f" {term.open.float().mean():.0%} of the timesteps, up to {int(term.open.nonzero().max())}"
+    )
+
+
+def by_decile(losses: Tensor, timesteps: Tensor, total: int) -> dict[str, Tensor]:
+    """The losses (B,) of the rows in each tenth of the schedule, 0 for others, and which rows these are."""
+    rows = F.one_hot(timesteps.to(losses.device) * 10 // total, 10).to(losses)
+    names = [f"t{10 * tenth}-{10 * tenth + 10}%" for tenth in range(10)]
+    both = zip(names, (losses[:, None] * rows).T, rows.T, strict=True)
+    return {key: value for name, loss, row in both for key, value in ((name, loss), (f"{name} rows", row))}
+
+
+def step_logs(
+    totals: dict[str, float], lr_scheduler: torch.optim.lr_scheduler.LRScheduler, meter: Meter, *, has_term: bool
+) -> dict[str, float]:
+    """Means of one optimizer step: the perceptual loss over the rows that the gate let through."""
+    rates = map(float, lr_scheduler.get_last_lr())
+    logs = {"grad_norm": totals["grad_norm"]} | dict(zip(("lr", "text_encoder_lr"), rates, strict=False))
+    if rows := totals["rows"]:
+        logs |= {"train_loss": totals["train"] / rows, "denoising_loss": totals["denoising"] / rows}
+        if has_term:
+            logs["gated_rows"] = totals["gated"] / rows
+        if gated := totals["gated"]:
+            logs["perceptual_loss"] = totals["perceptual"] / gated
+            logs |= {name: totals[name] / gated for name in ("gradient_ratio", "gradient_cosine")}
+        tenths = [name for name in totals if totals.get(f"{name} rows")]
+        logs |= {f"denoising_loss/{name}": totals[name] / totals[f"{name} rows"] for name in tenths}
+    return logs | ({"skipped_steps": meter.skipped} if meter.skipped else {})
+
+
+def kohya_name(hub_model_id: str | None, output_dir: str) -> str:
+    """A file named after the run, which is what the other programs show."""
+    name = cards.model_name(hub_model_id, output_dir).split("/")[-1]
+    return f"{name}_kohya.safetensors" if f"{name}.safetensors".endswith(WEIGHTS) else f"{name}.safetensors"
+
+
+def list_files(output_dir: str, kohya_weights: str, *, has_pictures: bool) -> str:
+    """The files that a run leaves, and what each is for."""
+    pictures = {BEFORE_AFTER: "the validation prompts without and with the LoRA"} if has_pictures else {}
+    weights = {
+        WEIGHTS: f"for diffusers: pipeline.load_lora_weights({output_dir!r}, weight_name={WEIGHTS!r})",
+        kohya_weights: "for ComfyUI (models/loras), AUTOMATIC1111 and Forge (models/Lora):"
+        f" <lora:{Path(kohya_weights).stem}:1> in a prompt",
+    }
+    return cards.listing(output_dir, pictures | weights)
+
+
+def write_card(args: Options, run: Run, caption_origins: str, pictures: list[str]) -> None:
+    """Write the model card of a LoRA of Stable Diffusion 1.x."""
+    base_model, dataset = cards.hub_id(args.pretrained_model_name_or_path), cards.hub_id(args.dataset_name)
+    name = cards.model_name(run.hub_model_id, args.output_dir)
+    template = with_trigger(args.caption_template, args.trigger_word)
+    prompts = args.validation_prompt or [template.replace("{class}", "house")]
+    term = "with the perceptual term" if args.perceptual_weight else "by the script"
+    trigger = f" Every caption has the trigger word {args.trigger_word!r}." if args.trigger_word else ""
+    readers = "LyCORIS; others compute DoRA otherwise" if args.use_dora else "AUTOMATIC1111, Forge and ComfyUI"
+    tags = "stable-diffusion stable-diffusion-diffusers text-to-image diffusers diffusers-training lora sketch"
+    snippet = f"""from diffusers import StableDiffusionPipeline
+
+pipeline = StableDiffusionPipeline.from_pretrained("{base_model or "path/to/stable-diffusion-v1-5"}")
+pipeline.load_lora_weights("{run.hub_model_id or "path/to/this/folder"}", weight_name="{WEIGHTS}")
+pipeline({prompts[0]!r}).images[0].save("sketch.png")"""
+    cards.write_card(
+        args.output_dir,
+        data=ModelCardData(
+            license=args.license,
+            base_model=base_model,
+            datasets=dataset and [dataset],
+            library_name="diffusers",
+            tags=tags.split(),
+            inference=True,
+            instance_prompt=args.trigger_word,
+            widget=[{"text": prompt} for prompt in prompts],
+        ),
+        title=f"Sketch LoRA - {name}",
+        description=f"LoRA weights for Stable Diffusion 1.5, fine-tuned on drawings {term} of sketch-perceptual."
+        f" `{WEIGHTS}` is for diffusers, `{kohya_name(run.hub_model_id, args.output_dir)}` for {readers}."
+        f" Captions come from {caption_origins}.{trigger}{_held_out_losses(run.state['held_out'])}",
+        install="`pip install diffusers transformers accelerate peft`",
+        snippet=snippet,
+        options={"steps": run.steps.total} | describe_backbone(args) | run.record(),
+        pictures=pictures,
+    )
+
+
+def _held_out_losses(history: list[dict]) -> str:
+    """The losses on held-out images in a sentence or two; nothing without any."""
+    if not history:
+        return ""
+    first, last = history[0], history[-1]
+    lowest = min(history, key=lambda record: record["denoising_loss"])
+    losses = [
+        f"{name.replace('_', ' ')} {first[name]:.4g} at first, {last[name]:.4g} at last"
+        for name in ("denoising_loss", "perceptual_loss")
+        if None not in (first[name], last[name])
+    ]
+    return (
+        f" On held-out images: {'; '.join(losses)}. The denoising loss was lowest after step {lowest['step']},"
+        f" {lowest['denoising_loss']:.4g}."
+    )
