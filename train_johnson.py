@@ -197,7 +197,7 @@ def main(args: Options) -> None:
                 meter.add(batch["name"], {"train_loss": total} | losses)
                 if not accelerator.sync_gradients:
                     continue
-                rate = lr_scheduler.get_last_lr()[0]
+                rate = float(lr_scheduler.get_last_lr()[0])
                 logs = step_logs(run.optimize(model.parameters(), args.max_grad_norm), rate, meter)
 
             steps.advance()

@@ -4,8 +4,10 @@ import re
 import signal
 import subprocess
 import sys
+from functools import partial
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,14 +25,19 @@ from safetensors.torch import load_file
 
 import train_lora_sketch as script
 from sketch_perceptual.data.datasets import CaptionedImages
-from sketch_perceptual.diffusion import Latents
+from sketch_perceptual.data.images import to_pil
+from sketch_perceptual.diffusion import Latents, process_of
 from sketch_perceptual.errors import InputError, TrainingError
 from sketch_perceptual.files import files_in
 from sketch_perceptual.lora import files as lora_files
+from sketch_perceptual.lora import report, validation
+from sketch_perceptual.lora.adapter import Adapter
+from sketch_perceptual.lora.caches import PromptCache
+from sketch_perceptual.lora.samples import Sample
 from sketch_perceptual.losses import PixelLoss
 from sketch_perceptual.networks.backbone import load_backbone
 from sketch_perceptual.networks.hub_model import fingerprint
-from sketch_perceptual.training import checkpoints, startup
+from sketch_perceptual.training import checkpoints, startup, trackers
 
 # UNet2DConditionModel of stable-diffusion-v1-5, from its published config.json.
 SD15_UNET = {
@@ -187,10 +194,9 @@ def test_other_programs_are_told_of_the_run(train, tiny_sd):
 def test_sd15_gets_128_modules_and_797184_parameters():
     with torch.device("meta"):
         unet = UNet2DConditionModel(**SD15_UNET)
-        args = script.parse_args(["--pretrained_model_name_or_path", "x", "--train_data_dir", "y", "--seed", "0"])
-        parameters = script.add_lora(args, unet, 0)
+        adapter = Adapter(SimpleNamespace(unet=unet), {"unet": script.TARGETS["unet"]}, 0, r=4, lora_alpha=4)
     assert sum(isinstance(module, LoraLayer) for module in unet.modules()) == 128
-    assert sum(parameter.numel() for parameter in parameters) == 797_184
+    assert sum(parameter.numel() for parameter in adapter.parameters()) == 797_184
 
 
 def test_weight_zero_is_the_plain_script_bit_for_bit_and_loads_nothing(train):
@@ -207,15 +213,24 @@ def test_weight_zero_is_the_plain_script_bit_for_bit_and_loads_nothing(train):
 WHOLE = ("--fit", "pad", "--random_flip", "--train_batch_size", 1, "--perceptual_min_snr", 0)
 
 
-def test_caches_change_nothing(train, tmp_path, caplog, monkeypatch):
+@pytest.fixture
+def encoded(monkeypatch):
+    """The shapes of what the VAE encodes."""
+    encode, shapes = Latents.encode, []
+    monkeypatch.setattr(Latents, "encode", lambda self, images: shapes.append(images.shape) or encode(self, images))
+    return shapes
+
+
+def test_caches_change_nothing(train, tmp_path, caplog, encoded):
     plain = train("--no-cache_latents", "--no-cache_prompts", *WHOLE, steps=16)
     assert [path.name for path in (tmp_path / "features").iterdir()] == ["scans"]  # of files, no latents
     assert train(*WHOLE, steps=16, output="cached") == plain
     assert "embedded; the text encoder" in caplog.text
     assert "0 of 14 images have latents in " in caplog.text
     caplog.clear()
-    monkeypatch.setattr(Latents, "encode", None)
+    encoded.clear()
     assert train(*WHOLE, steps=16, output="again") == plain
+    assert len(encoded) == 1  # where the pipeline is tried
     assert "have latents in" not in caplog.text
 
 
@@ -250,7 +265,7 @@ def pages(tmp_path):
 BUCKET = ("--fit", "bucket", "--random_flip", "--perceptual_min_snr", 0, "--perceptual_crop", 16)
 
 
-def test_drawings_keep_their_shapes(train, pages, caplog, monkeypatch):
+def test_drawings_keep_their_shapes(train, pages, caplog, encoded):
     caplog.set_level("INFO")
     data, epoch = ("--train_data_dir", str(pages)), ("--num_train_epochs", 2)
     plain = train("--no-cache_latents", "--no-cache_prompts", *BUCKET, *epoch, data=data, steps=None)
@@ -260,8 +275,9 @@ def test_drawings_keep_their_shapes(train, pages, caplog, monkeypatch):
     for name, weight in cached.adapter.items():  # which were encoded one by one
         torch.testing.assert_close(weight, plain.adapter[name], rtol=0, atol=1e-3)
     assert "0 of 14 images have latents in" in caplog.text
-    monkeypatch.setattr(Latents, "encode", None)
+    encoded.clear()
     assert train(*BUCKET, *epoch, data=data, steps=None, output="again") == cached
+    assert len(encoded) == 1  # where the pipeline is tried
 
 
 def test_a_run_with_shapes_is_resumed_bit_for_bit(train, pages):
@@ -276,27 +292,14 @@ def test_a_run_with_shapes_is_resumed_bit_for_bit(train, pages):
 
 
 def test_only_what_is_opaque_counts_in_the_denoising_loss():
-    target, scheduler = torch.zeros(2, 4, 4, 4), DDPMScheduler()
+    target, process = torch.zeros(2, 4, 4, 4), process_of(DDPMScheduler())
     wrong = target.clone()
     wrong[..., 2:] = 1
     masks = torch.ones(2, 1, 16, 16)
     masks[0, ..., 8:] = 0
-    args = script.parse_args(["--pretrained_model_name_or_path", "x", "--train_data_dir", "y"])
-    losses, _ = script.score(
-        args,
-        lambda *_, **options: [wrong],
-        scheduler,
-        None,
-        target,
-        target,
-        torch.tensor([5, 5]),
-        torch.zeros(2, 1, 1),
-        None,
-        masks,
-        0,
-        None,
-    )
-    assert losses["denoising"].tolist() == [0, 0.5]
+    sample = Sample(target, target, torch.tensor([5, 5]), torch.zeros(2, 1, 1), None, masks)
+    losses = script.score(lambda *_, **options: [wrong], process, None, None, 0, sample, torch.Generator())
+    assert losses.denoising.tolist() == [0, 0.5]
 
 
 def test_a_run_with_masks(train, tmp_path, caplog):
@@ -324,7 +327,9 @@ def test_a_run_with_masks(train, tmp_path, caplog):
 
 def test_validation_images_have_the_size_that_was_asked_for(train, monkeypatch):
     drawn = []
-    monkeypatch.setattr(script, "image_grid", lambda rows, *rest: drawn.extend(rows["x"]) or Image.new("L", (1, 1)))
+    monkeypatch.setattr(
+        validation, "image_grid", lambda rows, *rest: drawn.extend(rows["x"]) or Image.new("L", (1, 1))
+    )
     prompt = ("--validation_prompt", "x", "--num_validation_images", 1)
     train(*prompt, "--validation_size", "48x24", steps=1)
     assert {image.size for image in drawn} == {(48, 24)}
@@ -413,7 +418,7 @@ def test_held_out_images_are_not_trained_on_and_their_losses_are_logged(train, c
 
 
 def test_the_loss_is_logged_by_tenths_of_the_schedule():
-    tenths = script.by_decile(torch.tensor([1.0, 2, 3, 4]), torch.tensor([0, 99, 100, 999]), 1000)
+    tenths = report.by_decile(torch.tensor([1.0, 2, 3, 4]), torch.tensor([0, 99, 100, 999]), 1000)
     sums = {
         name: (float(loss.sum()), float(tenths[f"{name} rows"].sum()))
         for name, loss in tenths.items()
@@ -464,7 +469,7 @@ def test_adapters_are_float32_under_any_precision_from_any_source(train, monkeyp
 
     monkeypatch.setattr(torch.optim.AdamW, "step", spy)
     base = []
-    monkeypatch.setattr(script, "finish", lambda args, run, pipeline, *rest: base.append(pipeline.unet.conv_in))
+    monkeypatch.setattr(script, "finish", lambda args, run, adapter, *rest: base.append(adapter.pipeline.unet.conv_in))
     if told_by == "launcher":
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
     train(*(["--mixed_precision", precision] if told_by == "script" else []))
@@ -513,44 +518,40 @@ def test_validation_puts_modes_and_random_state_back(tiny_sd):
         f"--pretrained_model_name_or_path {tiny_sd} --train_data_dir x --resolution 32 --seed 0"
         " --num_validation_images 1 --validation_prompt house".split()
     )
-    accelerator = Accelerator(cpu=True)
-    pipeline, _ = script.load_models(args, accelerator)
-    embed = script.PromptEmbedder(args, pipeline, [])
-    script.add_lora(args, pipeline.unet, 0)
+    run = SimpleNamespace(accelerator=Accelerator(cpu=True), seed=0)
+    pipeline, _ = script.load_models(args, run)
+    prompts = PromptCache(partial(script.encode_prompts, pipeline.tokenizer, pipeline.text_encoder), "cpu")
+    Adapter(pipeline, {"unet": script.TARGETS["unet"]}, 0)
+    pictures = validation.Validation(args, run, pipeline, prompts)
     pipeline.unet.train()
 
     def state():
         return [(n, p.dtype, p.requires_grad, p.device) for n, p in pipeline.unet.named_parameters()]
 
     before, random_state = state(), torch.get_rng_state()
-    first = script.generate(args, accelerator, pipeline, embed, 0)
+    first = pictures.generate()
     assert pipeline.unet.training
     assert state() == before
     assert torch.equal(torch.get_rng_state(), random_state)
-    assert script.generate(args, accelerator, pipeline, embed, 0)["house"][0].tobytes() == first["house"][0].tobytes()
+    assert pictures.generate()["house"][0].tobytes() == first["house"][0].tobytes()
 
 
 def test_validation_prompts_are_read_by_the_text_encoder_as_it_is(tiny_sd):
-    reset_accelerate()
-    args = script.parse_args(
-        f"--pretrained_model_name_or_path {tiny_sd} --train_data_dir x --resolution 32 --train_text_encoder"
-        " --validation_prompt house".split()
-    )
-    pipeline, _ = script.load_models(args, Accelerator(cpu=True))
-    embed = script.PromptEmbedder(args, pipeline, [])
-    parameters = script.add_text_lora(args, pipeline.text_encoder)
-    embed.trained = pipeline.text_encoder
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd, safety_checker=None)
+    pipeline.text_encoder.requires_grad_(False)
+    adapter = Adapter(pipeline, {"text_encoder": script.TARGETS["text_encoder"]}, 0)
+    embed = partial(script.encode_prompts, pipeline.tokenizer, pipeline.text_encoder, trained=pipeline.text_encoder)
     before = embed(["house"])
     assert before.requires_grad
     with torch.no_grad():
-        for parameter in parameters:
+        for parameter in adapter.parameters():
             parameter += 1
         assert not torch.allclose(embed(["house"]), before)
         assert not embed(["house"]).requires_grad
 
 
 def test_a_validation_that_fails_does_not_end_the_training(train, monkeypatch, caplog):
-    monkeypatch.setattr(Latents, "decode", lambda self, latents: torch.full((1, 3, 32, 32), torch.nan))
+    monkeypatch.setattr(validation, "to_pil", lambda image: to_pil(torch.full_like(image, torch.nan)))
     run = train("--validation_prompt", "a house", "--num_validation_images", 1)
     assert len(run.logs) == 4
     assert "no validation images: " in caplog.text
@@ -655,16 +656,16 @@ def read(monkeypatch):
     """The captions of each batch, and those of held-out images."""
     read = {"trained": [], "held out": []}
 
-    def compute(*args, losses=script.compute_losses):
-        read["trained"] += args[6]["caption"]
-        return losses(*args)
+    def draw(batch, *args, draw=script.draw_sample):
+        read["trained"] += batch["caption"]
+        return draw(batch, *args)
 
-    def sums(self, unet, data, index, sums=script.HeldOut.sums):
-        read["held out"].append(data[0, index]["caption"])
-        return sums(self, unet, data, index)
+    def held_out(self, index, *args, sample=script.HeldOut._sample):
+        read["held out"].append(self.data[0, index]["caption"])
+        return sample(self, index, *args)
 
-    monkeypatch.setattr(script, "compute_losses", compute)
-    monkeypatch.setattr(script.HeldOut, "sums", sums)
+    monkeypatch.setattr(script, "draw_sample", draw)
+    monkeypatch.setattr(script.HeldOut, "_sample", held_out)
     return read
 
 
@@ -782,19 +783,20 @@ def test_without_a_seed_one_is_drawn_and_a_resume_takes_it_over(train):
 
 
 def test_a_signal_ends_the_step_saves_and_exits_with_its_own_code(train, monkeypatch, tmp_path):
-    losses = script.compute_losses
+    draw, calls = script.draw_sample, []
 
-    def interrupt_at_step_one(*args):
-        if args[-1].done == 1:
+    def interrupt_at_second_step(*args):
+        calls.append(args)
+        if len(calls) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return losses(*args)
+        return draw(*args)
 
-    monkeypatch.setattr(script, "compute_losses", interrupt_at_step_one)
+    monkeypatch.setattr(script, "draw_sample", interrupt_at_second_step)
     with pytest.raises(SystemExit) as exit:
         train()
     assert exit.value.code == 128 + signal.SIGTERM
     assert [path.name for path in checkpoints.find_checkpoints(tmp_path / "out")] == ["checkpoint-2"]
-    monkeypatch.setattr(script, "compute_losses", losses)
+    monkeypatch.setattr(script, "draw_sample", draw)
     assert train("--resume_from_checkpoint", "latest") == train(output="straight")
 
 
@@ -851,7 +853,7 @@ def test_tensorboard_takes_what_is_logged(train, monkeypatch):
     accelerator = startup.start(args).accelerator
     script.start_trackers(accelerator, "text2image-fine-tune", args)
     accelerator.log(run.logs[0], 1)
-    script.track_images(accelerator, "validation", {"a house": [Image.new("RGB", (32, 32))]}, 1)
+    trackers.track_images(accelerator, "validation", {"a house": [Image.new("RGB", (32, 32))]}, 1)
     accelerator.end_training()
     events = EventAccumulator(str(run.folder / "logs" / "text2image-fine-tune"))
     events.Reload()
@@ -1044,19 +1046,24 @@ import json, os, sys
 import torch
 import train_lora_sketch as script
 
-unets, steps, losses = [], [], script.compute_losses
-add_lora = script.add_lora
-script.add_lora = lambda args, unet, seed: unets.append(unet) or add_lora(args, unet, seed)
+steps, pipelines, names, draw, score = [], [], [], script.draw_sample, script.score
+script.draw_sample = lambda batch, *args: names.append(batch["name"]) or draw(batch, *args)
 def spy(*args):
-    result = losses(*args)
-    steps.append([result[0]["gated"].tolist(), result[1].tolist(), args[6]["name"]])
+    result = score(*args)
+    steps.append([result.gated.tolist(), result.timesteps.tolist(), names[-1]])
     return result
-script.compute_losses = spy
+script.score = spy
+class Adapter(script.Adapter):
+    def __init__(self, pipeline, *args, **options):
+        super().__init__(pipeline, *args, **options)
+        pipelines.append(pipeline)
+script.Adapter = Adapter
 args = script.parse_args(sys.argv[2:])
 script.finish = lambda *rest: None
 script.main(args)
 rank = os.environ["RANK"]
-torch.save({n: p for n, p in unets[0].named_parameters() if p.requires_grad}, f"{sys.argv[1]}/adapter-{rank}.pt")
+trained = {n: p for n, p in pipelines[0].unet.named_parameters() if p.requires_grad}
+torch.save(trained, f"{sys.argv[1]}/adapter-{rank}.pt")
 json.dump(steps, open(f"{sys.argv[1]}/steps-{rank}.json", "w"))
 """
 
@@ -1109,18 +1116,18 @@ def test_the_weight_of_the_term_may_change_on_a_resume_with_held_out_images(trai
 
 def test_an_error_in_the_loop_keeps_the_steps_before_it(train, monkeypatch):
     straight = train(output="straight")
-    losses, calls = script.compute_losses, []
+    draw, calls = script.draw_sample, []
 
     def fail(*args):
         calls.append(args)
         if len(calls) == 4:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return losses(*args)
+        return draw(*args)
 
-    monkeypatch.setattr(script, "compute_losses", fail)
+    monkeypatch.setattr(script, "draw_sample", fail)
     with pytest.raises(torch.OutOfMemoryError):
         train()
-    monkeypatch.setattr(script, "compute_losses", losses)
+    monkeypatch.setattr(script, "draw_sample", draw)
     assert train("--resume_from_checkpoint", "latest") == straight
 
 
@@ -1144,7 +1151,7 @@ def test_pictures_unlike_the_drawings_are_warned_of(colour, says, drawings, capl
     pictures = [Image.open(path) if colour is None else Image.new("RGB", (32, 32), colour) for path in paths]
     caplog.set_level("INFO")
     Accelerator(cpu=True)  # which the log needs
-    script.compare_tones(data, [picture.convert("RGB") for picture in pictures])
+    validation.compare_tones(data, [picture.convert("RGB") for picture in pictures])
     assert "ink: " in caplog.text
     warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
     assert any(says in warning for warning in warnings) if says else warnings == []
