@@ -587,14 +587,14 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(train, monkeypatch, ca
     assert all(torch.isfinite(weight).all() for weight in run.adapter.values())
     skipped = [record.getMessage() for record in caplog.records if "skipped, not finite" in record.getMessage()]
     assert len(skipped) == 1
-    assert "step 1 skipped" in skipped[0]
+    assert "step 2 skipped" in skipped[0]
     assert skipped[0].count(".png at timestep ") == 2
 
 
 def test_a_run_that_stays_not_finite_ends_and_saves_no_nan(train, monkeypatch, tmp_path):
     monkeypatch.setattr(Poisoned, "bad", range(4, 99))
     with pytest.raises(
-        FloatingPointError, match=r"5 steps in a row were not finite, the last at step 6: .*png at time"
+        FloatingPointError, match=r"5 steps in a row were not finite, the last at step 7: .*png at time"
     ):
         train(*POISON, "--max_train_steps", 20, "--checkpointing_steps", 1)
     saved = checkpoints.find_checkpoints(tmp_path / "out")
