@@ -207,7 +207,8 @@ class PerceptualTerm:
         _, self.pixels = latent_layout(vae)
         if crop is not None and (not isinstance(crop, int) or crop < 16 or crop % self.pixels):
             raise InputError(
-                f"the perceptual term's `crop` must be an integer of 16 pixels or more and a multiple of {self.pixels}, got {crop!r}"
+                f"the perceptual term's `crop` must be an integer of 16 pixels or more and a multiple of"
+                f" {self.pixels}, got {crop!r}"
             )
         if decoder is not None:
             check_vae(decoder, "decoder")
