@@ -864,7 +864,7 @@ def picture_summary(args, run: Run, steps: Steps) -> str | None:
     during, at_end = prompts * (steps.epochs // args.validation_epochs), 2 * prompts
     drawing = (during + at_end) * DRAWING_STEPS * 2  # with guidance
     training = 3 * steps.total * args.train_batch_size * args.gradient_accumulation_steps  # backward counts twice
-    advice = "; a larger --validation_epochs makes it less" if drawing > training else ""
+    advice = "; a larger --validation_epochs makes it less" if during and drawing > training else ""
     return (
         f"pictures: {during} during the run and {at_end} at its end, about {drawing / (drawing + training):.0%} of the"
         f" work{advice}"
@@ -1025,6 +1025,8 @@ def verify_export(args, pipeline) -> None:
         return sum(ADAPTER in layer.lora_A for layer in layers)
 
     count, trained = modules(), predict()
+    if not all(tensor.isfinite().all() for tensor in trained):
+        raise TrainingError("the trained model predicts values that are not finite: lower `learning_rate`")
     pipeline.disable_lora()
     base = predict()
     pipeline.enable_lora()

@@ -820,6 +820,11 @@ def test_an_adapter_that_was_not_trained_is_not_exported_as_one(train):
         train("--learning_rate", 1e-30)
 
 
+def test_a_model_that_predicts_no_finite_values_fails_the_run(train):
+    with pytest.raises(TrainingError, match="predicts values that are not finite: lower `learning_rate`"):
+        train("--learning_rate", 1e10)
+
+
 def test_the_token_stays_out_of_trackers_and_log(train, monkeypatch, caplog):
     monkeypatch.setattr(Accelerator, "trackers", [], raising=False)
     seen = {}
@@ -1132,6 +1137,10 @@ def test_the_start_says_how_many_pictures_and_the_end_what_was_made(train, caplo
         assert name in listing
         assert (run.folder / name).is_file()
     assert "<lora:out:1>" in listing
+    caplog.clear()
+    train("--validation_prompt", "a house", "--num_validation_images", 2, "--validation_epochs", 9, output="other")
+    assert "pictures: 0 during the run" in caplog.text
+    assert "--validation_epochs" not in caplog.text
 
 
 @pytest.mark.parametrize(
