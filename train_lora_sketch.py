@@ -169,7 +169,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default=["gram"],
         help=f"{', '.join(LOSSES)}, an entry point, or module:Class; several, NAME=WEIGHT, are averaged",
     )
-    add("--backbone", help="network of the loss: folder, Hub id, .safetensors of VGG-16; default: the loss's own")
+    add(
+        "--backbone",
+        help="network of the loss: folder, Hub id, .safetensors of VGG-16, imagenet, bundled; default: the loss's own",
+    )
     add("--perceptual_layers", nargs="+", metavar="LAYER", help="layers to compare, e.g. relu1_2 relu3_3")
     add(
         "--perceptual_resolution",

@@ -45,6 +45,7 @@ embedder = load_embedder("{source}")
 vectors = embedder.embed([Image.new("RGB", (64, 64), colour) for colour in ("black", "white")])
 print(vectors @ vectors.T)  # cosine similarities"""
     sources = AttentionVGG16.sources
+    bundled = BUNDLED
     rules: ClassVar = {
         "backbone": AttentionVGG16.rules,
         "embedding": one_of(*EMBEDDINGS),

@@ -51,6 +51,7 @@ class HubModel(PyTorchModelHubMixin):
     noun: str
     usage: str
     rules: ClassVar[Rules]
+    bundled: ClassVar[Path | None] = None  # the folder of one that comes with the package
     sources = "a folder or a Hub id written by save_pretrained"
 
     @property
@@ -63,10 +64,10 @@ class HubModel(PyTorchModelHubMixin):
         """The network that `save_pretrained` wrote, in eval mode.
 
         Args:
-            pretrained_model_name_or_path: a folder or a Hub id.
+            pretrained_model_name_or_path: a folder or a Hub id, or what else `locate` knows.
             options: those of huggingface_hub, such as revision, and settings instead of those in config.json.
         """
-        source = pretrained_model_name_or_path
+        source = cls.locate(pretrained_model_name_or_path)
         place = {name: options.pop(name) for name in HUB_OPTIONS if name in options}
         path, config = read_config(source, cls, **place)
         check_json(cls.rules, config, str(path))
@@ -88,6 +89,11 @@ class HubModel(PyTorchModelHubMixin):
         _check_fit(weights_file, weights, network.state_dict())
         network.load_state_dict(weights)
         return network.eval()
+
+    @classmethod
+    def locate(cls, source: str | Path) -> str | Path:
+        """Return the folder of the network that comes with the package for "bundled", unless a folder is called so."""
+        return cls.bundled if cls.bundled and str(source) == "bundled" and not Path(source).is_dir() else source
 
     def push_to_hub(self, repo_id: str, **options) -> str:
         """Upload weights, config.json and card; `options` are huggingface_hub's. InputError."""
@@ -121,6 +127,7 @@ def read_config(source: str | Path, kind: type[HubModel], **options) -> tuple[Pa
         kind: what is expected there, for the sentence.
         options: those of `hf_hub_download`.
     """
+    source = kind.locate(source)
     folder = Path(source)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise InputError(f"no {kind.noun} at {source}: there is no config.json, which save_pretrained writes")
