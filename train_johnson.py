@@ -77,7 +77,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--width", type=count, default=32, help="channels of the first layer")
 
     add = parser.add_argument_group("loss").add_argument
-    add("--backbone", default=str(BUNDLED), help='a folder or Hub id, a .safetensors with VGG-16 weights, "imagenet"')
+    add(
+        "--backbone",
+        default=str(BUNDLED),
+        help='a folder or Hub id, a .safetensors with VGG-16 weights, "imagenet" or "bundled"',
+    )
     add("--content_layer", default="relu2_2")
     add("--style_layers", nargs="+", metavar="LAYER", default=list(DEFAULT_LAYERS))
     add("--content_weight", type=rate, default=1.0)

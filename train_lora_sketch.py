@@ -169,7 +169,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default=["gram"],
         help=f"{', '.join(LOSSES)}, an entry point, or module:Class; several, NAME=WEIGHT, are averaged",
     )
-    add("--backbone", help="network of the loss: folder, Hub id, .safetensors of VGG-16; default: the loss's own")
+    add(
+        "--backbone",
+        help="network of the loss: folder, Hub id, .safetensors of VGG-16, imagenet, bundled; default: the loss's own",
+    )
     add("--perceptual_layers", nargs="+", metavar="LAYER", help="layers to compare, e.g. relu1_2 relu3_3")
     add(
         "--perceptual_resolution",
@@ -864,7 +867,7 @@ def picture_summary(args, run: Run, steps: Steps) -> str | None:
     during, at_end = prompts * (steps.epochs // args.validation_epochs), 2 * prompts
     drawing = (during + at_end) * DRAWING_STEPS * 2  # with guidance
     training = 3 * steps.total * args.train_batch_size * args.gradient_accumulation_steps  # backward counts twice
-    advice = "; a larger --validation_epochs makes it less" if drawing > training else ""
+    advice = "; a larger --validation_epochs makes it less" if during and drawing > training else ""
     return (
         f"pictures: {during} during the run and {at_end} at its end, about {drawing / (drawing + training):.0%} of the"
         f" work{advice}"
@@ -1025,6 +1028,8 @@ def verify_export(args, pipeline) -> None:
         return sum(ADAPTER in layer.lora_A for layer in layers)
 
     count, trained = modules(), predict()
+    if not all(tensor.isfinite().all() for tensor in trained):
+        raise TrainingError("the trained model predicts values that are not finite: lower `learning_rate`")
     pipeline.disable_lora()
     base = predict()
     pipeline.enable_lora()

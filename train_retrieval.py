@@ -72,7 +72,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     count, rate = at_least(1), at_least(0.0, float)
 
     add = parser.add_argument_group("model").add_argument
-    add("--backbone", default=str(BUNDLED), help='a folder or Hub id, a .safetensors with VGG-16 weights, "imagenet"')
+    add(
+        "--backbone",
+        default=str(BUNDLED),
+        help='a folder or Hub id, a .safetensors with VGG-16 weights, "imagenet" or "bundled"',
+    )
     add("--head", choices=("vgg", "linear"), default="vgg", help="VGG-16's classifier, or one layer for small data")
     add("--embedding_dim", type=count, default=512)
 

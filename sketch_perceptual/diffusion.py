@@ -129,6 +129,8 @@ def balance(loss: Tensor, values: Tensor, model_pred: Tensor, weight: float) -> 
         raise InputError(f"`loss` must be a scalar, got {tuple(loss.shape)}: take its mean first")
     if weight == 0 or not values.requires_grad:
         return loss, dict.fromkeys(("factor", "gradient_ratio", "gradient_cosine"), torch.zeros_like(values))
+    if not loss.requires_grad:
+        raise InputError("`loss` carries no gradient, so nothing would be learned: pass it as computed, not detached")
     (pull,) = torch.autograd.grad(values.sum(), model_pred)
     (own,) = torch.autograd.grad(loss, model_pred, retain_graph=True, allow_unused=True)
     if own is None:
@@ -203,9 +205,10 @@ class PerceptualTerm:
         check_scheduler(noise_scheduler)
         check_vae(vae)
         _, self.pixels = latent_layout(vae)
-        if crop is not None and (crop < 16 or crop % self.pixels):
+        if crop is not None and (not isinstance(crop, int) or crop < 16 or crop % self.pixels):
             raise InputError(
-                f"the perceptual term's crop must be 16 pixels or more and a multiple of {self.pixels}, got {crop}"
+                f"the perceptual term's `crop` must be an integer of 16 pixels or more and a multiple of"
+                f" {self.pixels}, got {crop!r}"
             )
         if decoder is not None:
             check_vae(decoder, "decoder")
@@ -344,6 +347,11 @@ class PerceptualTerm:
                 " detached; validate under torch.no_grad()"
             )
         values = self(model_pred, noisy_latents, timesteps, images, step, generator, masks)
+        if torch.is_grad_enabled() and not values.requires_grad and self.gate(timesteps, step).any():
+            raise InputError(
+                f"the perceptual loss {name_of(self.loss)} must carry a gradient to the images: return its values not"
+                " detached, and not computed under torch.no_grad()"
+            )
         return balance(loss, values, model_pred, weight)[0]
 
     def _random_squares(self, latents: Tensor, images: Tensor, side: int, generator) -> tuple[Tensor, Tensor]:
