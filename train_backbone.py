@@ -44,7 +44,7 @@ from sketch_perceptual.errors import InputError
 from sketch_perceptual.figures import learning_curve
 from sketch_perceptual.files import replacing
 from sketch_perceptual.losses import calibrate
-from sketch_perceptual.networks.backbone import BUNDLED, AttentionVGG16, is_vgg16_weights, load_backbone
+from sketch_perceptual.networks.backbone import AttentionVGG16, is_vgg16_weights, load_backbone
 from sketch_perceptual.networks.hub_model import fingerprint
 from sketch_perceptual.training import cards, hub
 from sketch_perceptual.training.distributed import on_main
@@ -313,7 +313,7 @@ def collate(examples: list[dict]) -> dict:
 
 def build_network(args, classes: list[str], seed: int) -> tuple[AttentionVGG16, AttentionVGG16 | None, dict]:
     """The network to train; the one its weights come from, if that one knows these classes; where they come from."""
-    source = BUNDLED if args.init_weights == "bundled" else args.init_weights
+    source = args.init_weights
     saved = None if source == "none" or is_vgg16_weights(source) else load_backbone(source)
     settings = network_settings(args, saved)
     set_seed(seed)  # new weights depend on the seed alone

@@ -76,7 +76,7 @@ def parse_args(argv: list[str] | None = None) -> Options:
         "--backbone",
         shared=False,
         default=str(BUNDLED),
-        help='a folder or Hub id, a .safetensors with VGG-16 weights, "imagenet"',
+        help='a folder or Hub id, a .safetensors with VGG-16 weights, "imagenet" or "bundled"',
     )
     add(
         "--head",

@@ -27,7 +27,8 @@ class Output(NamedTuple):
     endings: tuple[str, ...] = ()
 
 
-CARD, OTHER_CARD = "README.md", "MODEL_CARD.md"
+CARD = "README.md"
+OTHER_CARDS = ("MODEL_CARD.md", "MODEL_CARD-sketch-perceptual.md")  # beside cards of somebody else
 MARK = "<!-- written by sketch-perceptual -->"  # in every card of ours, those of networks/hub_model.py too
 
 
@@ -51,10 +52,12 @@ def replacing(folder: str | Path) -> Iterator[Path]:
 
 
 def card_path(folder: str | Path) -> Path:
-    """Return where the card of what is written to `folder` belongs: beside a README.md of somebody else."""
-    path = Path(folder, CARD)
-    is_ours = not path.exists() or MARK.encode() in path.read_bytes()
-    return path if is_ours else path.with_name(OTHER_CARD)
+    """Return where the card of what is written to `folder` belongs: beside cards of somebody else."""
+    for name in (CARD, *OTHER_CARDS):
+        path = Path(folder, name)
+        if not path.exists() or MARK.encode() in path.read_bytes():
+            break
+    return path
 
 
 def files_in(folder: Path) -> list[Path]:

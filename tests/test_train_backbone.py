@@ -280,7 +280,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(train, monkeypatch, ca
     assert all(torch.isfinite(weight).all() for weight in run.network.state_dict().values())
     skipped = [record.getMessage() for record in caplog.records if "skipped, not finite" in record.getMessage()]
     assert len(skipped) == 1
-    assert "step 1 skipped" in skipped[0]
+    assert "step 2 skipped" in skipped[0]
     assert skipped[0].count(".png") == 2
     assert "1 steps were skipped" in caplog.text
     assert all(0 < record["train_loss"] < 10 for record in run.metrics["history"])
@@ -288,7 +288,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(train, monkeypatch, ca
 
 def test_a_run_that_stays_not_finite_ends_and_saves_no_nan(train, monkeypatch, tmp_path):
     poison(monkeypatch, range(7, 99))
-    with pytest.raises(FloatingPointError, match=r"5 steps in a row were not finite, the last at step 11: .*\.png"):
+    with pytest.raises(FloatingPointError, match=r"5 steps in a row were not finite, the last at step 12: .*\.png"):
         train(epochs=9)
     saved = [*(tmp_path / "out").rglob("model.safetensors")]
     assert {path.parent.name for path in saved} == {"best", "checkpoint-6", "checkpoint-12"}

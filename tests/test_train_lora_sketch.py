@@ -589,14 +589,14 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(train, monkeypatch, ca
     assert all(torch.isfinite(weight).all() for weight in run.adapter.values())
     skipped = [record.getMessage() for record in caplog.records if "skipped, not finite" in record.getMessage()]
     assert len(skipped) == 1
-    assert "step 1 skipped" in skipped[0]
+    assert "step 2 skipped" in skipped[0]
     assert skipped[0].count(".png at timestep ") == 2
 
 
 def test_a_run_that_stays_not_finite_ends_and_saves_no_nan(train, monkeypatch, tmp_path):
     monkeypatch.setattr(Poisoned, "bad", range(4, 99))
     with pytest.raises(
-        FloatingPointError, match=r"5 steps in a row were not finite, the last at step 6: .*png at time"
+        FloatingPointError, match=r"5 steps in a row were not finite, the last at step 7: .*png at time"
     ):
         train(*POISON, "--max_train_steps", 20, "--checkpointing_steps", 1)
     saved = checkpoints.find_checkpoints(tmp_path / "out")
@@ -821,6 +821,11 @@ def test_an_export_that_does_not_load_as_trained_fails_the_run(train, monkeypatc
 def test_an_adapter_that_was_not_trained_is_not_exported_as_one(train):
     with pytest.raises(TrainingError, match="changes nothing"):
         train("--learning_rate", 1e-30)
+
+
+def test_a_model_that_predicts_no_finite_values_fails_the_run(train):
+    with pytest.raises(TrainingError, match="predicts values that are not finite: lower `learning_rate`"):
+        train("--learning_rate", 1e10)
 
 
 def test_the_token_stays_out_of_trackers_and_log(train, monkeypatch, caplog):
@@ -1140,6 +1145,10 @@ def test_the_start_says_how_many_pictures_and_the_end_what_was_made(train, caplo
         assert name in listing
         assert (run.folder / name).is_file()
     assert "<lora:out:1>" in listing
+    caplog.clear()
+    train("--validation_prompt", "a house", "--num_validation_images", 2, "--validation_epochs", 9, output="other")
+    assert "pictures: 0 during the run" in caplog.text
+    assert "--validation_epochs" not in caplog.text
 
 
 @pytest.mark.parametrize(

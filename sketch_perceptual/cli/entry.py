@@ -22,6 +22,7 @@ NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "bad
 BATCHES = ("train_batch_size", "batch_size", "generation_batch_size", "extraction_batch_size")
 SAVERS = ("gradient_checkpointing", "pool_after_attention")
 PATHS = ("_dir", "_file", "_path", "output", "input", "figure", "index", "checkpoint")
+POSITIONALS = ("first", "second", "source", "target")  # arguments that are not options
 SIZES = ("perceptual_crop", "resolution", "size")
 
 
@@ -92,7 +93,8 @@ def _check_strings(args: argparse.Namespace) -> None:
             try:
                 str(text).encode()
             except UnicodeEncodeError:
-                raise InputError(f"`{name}` {str(text)!a} is not UTF-8: rename it, or use a UTF-8 locale") from None
+                what = "" if name in POSITIONALS else f"`{name}` "
+                raise InputError(f"{what}{str(text)!a} is not UTF-8: rename it, or use a UTF-8 locale") from None
 
 
 def _refuse_token(args: argparse.Namespace, launcher: int) -> None:

@@ -40,7 +40,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("first", type=Path, metavar="A", help="an image, or a folder of images")
     add("second", type=Path, metavar="B", help="another image, or the folder with the other images")
-    add("--backbone", default=str(BUNDLED), help='a folder or Hub id, a .safetensors with VGG-16 weights, "imagenet"')
+    add(
+        "--backbone",
+        default=str(BUNDLED),
+        help='a folder or Hub id, a .safetensors with VGG-16 weights, "imagenet" or "bundled"',
+    )
     add(
         "--layers",
         nargs="+",

@@ -53,7 +53,7 @@ from ..evaluation.tables import Report, expand_models, write_json
 from ..evaluation.transfer import compare_styles
 from ..figures import write_figure
 from ..measures.image_quality import check_installed
-from ..networks.backbone import BUNDLED
+from ..networks.backbone import BUNDLED, AttentionVGG16
 from ..training.cards import hub_id, set_section
 from ..training.distributed import on_main
 from ..training.feature_cache import scan_folder
@@ -122,7 +122,8 @@ def add_labelled_options(parser: Parser, role: str) -> None:
         nargs="+",
         default=[f"bundled={BUNDLED}"],
         metavar="[NAME=]MODEL",
-        help="a backbone, an embedder, a folder of train_retrieval.py with one a seed, VGG-16 weights or imagenet",
+        help="a backbone, an embedder, a folder of train_retrieval.py with one a seed, VGG-16 weights, imagenet or"
+        " bundled",
     )
     add("--seed", type=at_least(0), default=0, help="of --max_train_samples and of what the sheet shows")
     add("--output", default=f"{parser.prog.split()[-1]}.json", help="all results, as JSON")
@@ -208,10 +209,11 @@ def publish(args: argparse.Namespace, report: Report) -> None:
 
 def write_scores(args: argparse.Namespace, report: Report) -> None:
     """Into the cards of the models; one that is trained further has a new card without."""
+    is_bundled = Path(AttentionVGG16.locate(args.backbone)) == BUNDLED
+    backbone = "the bundled backbone" if is_bundled else hub_id(args.backbone) or "another backbone"
     about = (
         f"{report.data['distinct_prompts']} prompts, {args.num_inference_steps} steps at guidance"
-        f" {args.guidance_scale:g}, seed {args.seed}; `frechet` in the features of"
-        f" {'the bundled backbone' if args.backbone == str(BUNDLED) else hub_id(args.backbone) or 'another backbone'}."
+        f" {args.guidance_scale:g}, seed {args.seed}; `frechet` in the features of {backbone}."
     )
     for _, source in expand_models(args.models, SEEDS):
         if card := set_section(source, "Scores", report.cells(), about):

@@ -41,7 +41,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--query", required=True, help="a picture")
     add("--gallery", required=True, help="a folder of images, searched recursively")
-    add("--model", default=str(BUNDLED), help="an embedder, a backbone, VGG-16 weights or imagenet")
+    add("--model", default=str(BUNDLED), help="an embedder, a backbone, VGG-16 weights, imagenet or bundled")
     add("--count", type=at_least(1), default=10, help="number of results")
     add("--figure", help="write the query and its nearest drawings as a picture")
     add("--on_bad_image", choices=("error", "skip"), default="error", help="what to do with unreadable images")

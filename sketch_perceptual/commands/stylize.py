@@ -18,6 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..cli.arguments import Parser, at_least
+from ..cli.console import print_result
 from ..cli.entry import run
 from ..data.folders import find_images, is_inside
 from ..data.images import HALVED, load_extras, load_image, to_pil, to_tensor
@@ -98,7 +99,10 @@ def convert_images(args: argparse.Namespace) -> None:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     network = to_device(load_johnson(args.model), device)
     load_image(Image.new("RGB", (1, 1)), args.background)  # an unknown colour is not the pictures' fault
-    if not (unreadable := convert(network, targets, args.batch_size, args.background)):
+    unreadable = convert(network, targets, args.batch_size, args.background)
+    if count := len(targets) - len(unreadable):
+        print_result(f"{count} images written to {shown(args.output)}")
+    if not unreadable:
         return
     if len(targets) == 1:
         raise InputError(unreadable[0])
@@ -116,8 +120,6 @@ def find_targets(source: Path, output: Path) -> dict[Path, Path]:
         return {source: output}
     images = [source / name for name in find_images(source, "`input`")[1]]
     sources = [path for path in images if not (output.is_dir() and is_inside(path, output))]
-    if skipped := len(images) - len(sources):
-        print(f"{skipped} images that lie in {shown(output)} are not converted", file=sys.stderr)
     names = {path: path.relative_to(source).as_posix() for path in sources}
     targets = {path: output / output_name(name) for path, name in names.items()}
     if not targets:
@@ -125,6 +127,8 @@ def find_targets(source: Path, output: Path) -> dict[Path, Path]:
     if len(set(targets.values())) < len(targets):
         twice = [path for path, target in targets.items() if list(targets.values()).count(target) > 1]
         raise InputError(f"{twice[0]} and {twice[1]} would both be written to {targets[twice[0]]}: rename one")
+    if skipped := len(images) - len(sources):
+        print(f"{skipped} images that lie in {shown(output)} are not converted", file=sys.stderr)
     return targets
 
 

@@ -57,7 +57,8 @@ def captioned_folder(
     side_cars = _side_cars(files, [image for image in images if not listed.get(image)])
     classes = class_folders(images, with_letters=True)
     repeats = {} if descriptions else folder_repeats(images)
-    sources = {"metadata": listed, "text files": _read_side_cars(root, side_cars)}
+    read = {image: beside[0] for image, beside in side_cars.items()}
+    sources = {"metadata": listed, "text files": _read_side_cars(root, read)}
     if not descriptions:
         sources["class folders"] = _class_captions(root, images, classes, caption_template)
     origins = [next((name for name, found in sources.items() if found.get(image)), None) for image in images]
@@ -66,7 +67,10 @@ def captioned_folder(
     descriptions += [f"captions from {origin}: {counts[origin]}" for origin in sources if origin in counts]
     if repeats:
         descriptions.append("repeats: " + first_names([f"{folder} {count}" for folder, count in repeats.items()]))
-    _warn_of_unread(root, files, side_cars.values())
+    used = set(read.values())
+    second = {file: beside[0] for beside in side_cars.values() for file in beside[1:] if file not in used}
+    _warn_of_second(root, second)
+    _warn_of_unread(root, files, used | set(second))
     unnamed = [folder for folder, name in classes.items() if name is None]
     if unnamed and None in origins:
         descriptions.append(describe_no_classes(root, images, classes))
@@ -134,14 +138,17 @@ def _origin(source: str | None, template: str, default_caption: str | None) -> s
     return f"{source} as {template!r}" if source == "class folders" else source
 
 
-def _side_cars(files: Iterable[str], images: Iterable[str]) -> dict[str, str]:
-    """The text file beside each image that has one: 1.png.txt, 1.png.caption, 1.txt or 1.caption of 1.png."""
+def _side_cars(files: Iterable[str], images: Iterable[str]) -> dict[str, list[str]]:
+    """The text files beside each image that has any: 1.png.txt, 1.png.caption, 1.txt, 1.caption of 1.png.
+
+    The first of them is read.
+    """
     texts = by_spelling(file for file in files if ending_of(file) in SIDE_CARS)
     found = {}
     for image in images:
         places = (base + ending for base in (image, splitext(image)[0]) for ending in SIDE_CARS)
-        if text := next(filter(None, (match_name(place, texts) for place in places)), None):
-            found[image] = text
+        if beside := list(filter(None, (match_name(place, texts) for place in places))):
+            found[image] = beside
     return found
 
 
@@ -172,6 +179,21 @@ def _lines(text: str) -> list[str]:
     if len(lines) > 1 and all(line.endswith(",") for line in lines[:-1]):
         return [" ".join(lines).rstrip(",")]
     return lines
+
+
+def _warn_of_second(root: Path, second: dict[str, str]) -> None:
+    """Name the text files that say otherwise than the one that is read for the same image."""
+    conflicts = [f"{file}, where {read} is" for file, read in second.items() if not _say_the_same(root, file, read)]
+    if conflicts:
+        logger.warning("Not read in %s, since another caption of the image is: %s", root, first_names(conflicts, "; "))
+
+
+def _say_the_same(root: Path, *files: str) -> bool:
+    try:
+        one, other = (_lines(read_text(root / file, root)) for file in files)
+    except InputError:
+        return False
+    return one == other
 
 
 def _warn_of_unread(root: Path, files: Iterable[str], used: Iterable[str]) -> None:

@@ -30,7 +30,7 @@ UPRIGHT = {  # EXIF orientation -> what undoes it
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-Source = str | os.PathLike | bytes | Image.Image | dict
+Source = str | os.PathLike | bytes | Image.Image | dict | io.IOBase
 INVERT = ("never", "auto", "always")
 PNG = b"\x89PNG\r\n\x1a\n"
 PNG_PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")  # the chunks that pixels need
@@ -53,7 +53,8 @@ def load_image(
     pixels are halved.
 
     Args:
-        source: a path, the bytes of a file, a PIL image, or `{"bytes": ..., "path": ...}` from `datasets`.
+        source: a path, the bytes of a file, a file that is open in mode rb, a PIL image, or
+            `{"bytes": ..., "path": ...}` from `datasets`.
         background: a colour that PIL knows, "white" or "#ff8800".
         name: what messages call the image; its path if None.
         invert: "always" makes it a negative, "auto" where light strokes lie on dark paper.
@@ -223,12 +224,20 @@ def _bytes(source: Source) -> bytes:
     source = unwrap(source)
     if isinstance(source, bytes):
         return source
+    if isinstance(source, io.TextIOBase):
+        raise ValueError("it is open as text: open it in mode rb")
+    if hasattr(source, "read"):
+        file: Any = source
+        file.seek(0)  # as Pillow does
+        return file.read()
     if isinstance(source, str | os.PathLike):
         path = Path(source)
         if path.exists() and not (path.is_file() or path.is_dir()):
             raise ValueError("not a regular file")  # reading a pipe would wait for good
         return path.read_bytes()
-    raise ValueError(f"expected a path, bytes, a PIL image or a dict of bytes and path, got {source!r}")
+    raise ValueError(
+        f"expected a path, bytes, an open file, a PIL image or a dict of bytes and path, got {type(source).__name__}"
+    )
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -293,6 +302,8 @@ def _name(source: Source) -> str:
         source = source["path"] or source["bytes"]
     if isinstance(source, Image.Image):
         source = getattr(source, "filename", None)
+    elif hasattr(source, "read"):
+        source = getattr(source, "name", None)
     return shown(source) if isinstance(source, str | os.PathLike) and str(source) else "given in memory"
 
 

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 BLANK = "near-constant: perhaps their transparency was lost"
 FAINT = "nearly black all over: perhaps 10 to 14 bits stored in 16, whose levels must be stretched"
 NEGATIVE = "white on black: `invert` auto makes them black on white"
-TINTED = "on grey or coloured paper, which is learnt too"
+TINTED = "on grey or coloured paper"
 
 
 CONTENTS = "/contents"  # no folder: where `file_of` says that bytes are

@@ -23,6 +23,8 @@ def balance(loss: Tensor, values: Tensor, model_pred: Tensor, weight: float) -> 
         raise InputError(f"`loss` must be a scalar, got {tuple(loss.shape)}: take its mean first")
     if weight == 0 or not values.requires_grad:
         return loss, dict.fromkeys(("factor", "gradient_ratio", "gradient_cosine"), torch.zeros_like(values))
+    if not loss.requires_grad:
+        raise InputError("`loss` carries no gradient, so nothing would be learned: pass it as computed, not detached")
     (pull,) = torch.autograd.grad(values.sum(), model_pred)
     (own,) = torch.autograd.grad(loss, model_pred, retain_graph=True, allow_unused=True)
     if own is None:

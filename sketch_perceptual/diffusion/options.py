@@ -38,7 +38,7 @@ def add_term_options(parser: Parser) -> None:
     add(
         "--backbone",
         shared=False,
-        help="network of the loss: folder, Hub id, .safetensors of VGG-16; default: the loss's own",
+        help="network of the loss: folder, Hub id, .safetensors of VGG-16, imagenet, bundled; default: the loss's own",
     )
     add("--perceptual_layers", nargs="+", metavar="LAYER", help="layers to compare, e.g. relu1_2 relu3_3")
     add(

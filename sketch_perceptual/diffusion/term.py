@@ -88,9 +88,10 @@ class PerceptualTerm:
             check_scheduler(noise_scheduler)
         self.latents = Latents(vae)
         pixels = self.latents.pixels
-        if crop is not None and (crop < 16 or crop % pixels):
+        if crop is not None and (not isinstance(crop, int) or crop < 16 or crop % pixels):
             raise InputError(
-                f"the perceptual term's crop must be 16 pixels or more and a multiple of {pixels}, got {crop}"
+                f"the perceptual term's `crop` must be an integer of 16 pixels or more and a multiple of {pixels}, got"
+                f" {crop!r}"
             )
         self.decoder = self.latents if decoder is None else Latents(decoder, "decoder")
         if (self.decoder.channels, self.decoder.pixels) != (self.latents.channels, pixels):
@@ -228,6 +229,11 @@ class PerceptualTerm:
                 " detached; validate under torch.no_grad()"
             )
         values = self(model_pred, noisy_latents, timesteps, images, step, generator, masks)
+        if torch.is_grad_enabled() and not values.requires_grad and self.gate(timesteps, step).any():
+            raise InputError(
+                f"the perceptual loss {name_of(self.loss)} must carry a gradient to the images: return its values not"
+                " detached, and not computed under torch.no_grad()"
+            )
         return balance(loss, values, model_pred, weight)[0]
 
     def _random_squares(self, latents: Tensor, images: Tensor, side: int, generator) -> tuple[Tensor, Tensor]:

@@ -94,6 +94,8 @@ class Adapter:
             predict: what the models of the pipeline make of a fixed input.
         """
         count, trained = self._count(), predict()
+        if not all(output.isfinite().all() for output in trained):
+            raise TrainingError("the trained model predicts values that are not finite: lower `learning_rate`")
         self.pipeline.disable_lora()
         base = predict()
         self.pipeline.enable_lora()

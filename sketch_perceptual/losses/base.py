@@ -97,8 +97,8 @@ class ImageLoss(FrozenParts):
 
     def __init__(self, resolution: int | None = None):
         super().__init__()
-        if resolution is not None and resolution < 16:
-            raise InputError(f"`resolution` must be at least 16 pixels or None, got {resolution}")
+        if resolution is not None and (not isinstance(resolution, int) or resolution < 16):
+            raise InputError(f"`resolution` must be an integer of at least 16 pixels or None, got {resolution!r}")
         self.resolution = resolution
 
     def compare(self, images: Tensor, target: Tensor):

@@ -88,7 +88,8 @@ from sketch_perceptual.drawings import draw
 loss = PerceptualLoss("{source}")
 cat, boat = (to_tensor(draw(name, 0, size=64))[None] for name in ("cat", "boat"))  # (1, 3, 64, 64), RGB in [-1, 1]
 print(loss(cat, boat))  # about 1: unrelated drawings"""
-    sources = f'{HubModel.sources}, a .safetensors with VGG-16 weights, or "imagenet"'
+    sources = f'{HubModel.sources}, a .safetensors with VGG-16 weights, "imagenet" or "bundled"'
+    bundled = BUNDLED
     rules: ClassVar = {
         "attention": one_of("cbam", "identity", "none"),
         "pool_after_attention": FLAG,
@@ -258,8 +259,9 @@ def load_backbone(
     """A backbone from a folder or Hub id written by `save_pretrained`, or from VGG-16 weights.
 
     Args:
-        source: the folder or id, by default the sketch-tuned network that comes with the package; or "imagenet" or a
-            `.safetensors` file as in `AttentionVGG16.load_vgg16`, which make a network without a classifier.
+        source: the folder or id; "bundled", by default, the sketch-tuned network that comes with the package; or
+            "imagenet" or a `.safetensors` file as in `AttentionVGG16.load_vgg16`, which make a network without a
+            classifier.
         attention: for weights only: "cbam" (untrained: the arm that fails in the paper) or "none".
         layers: keep only what these taps need: to relu4_3, 30 MB of 550.
     """

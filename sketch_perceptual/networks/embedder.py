@@ -45,6 +45,7 @@ embedder = load_embedder("{source}")
 vectors = embedder.embed([Image.new("RGB", (64, 64), colour) for colour in ("black", "white")])
 print(vectors @ vectors.T)  # cosine similarities"""
     sources = AttentionVGG16.sources
+    bundled = BUNDLED
     rules: ClassVar = {
         "backbone": AttentionVGG16.rules,
         "embedding": one_of(*EMBEDDINGS),
@@ -93,7 +94,12 @@ print(vectors @ vectors.T)  # cosine similarities"""
     @torch.inference_mode()
     def embed(self, images: Source | Iterable[Source], batch_size: int = 32) -> Tensor:
         """One picture or several, as `load_image` takes them, -> (N, D) of length 1, float32 on the CPU."""
-        sources = iter([images] if isinstance(images, Source) else images)
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise InputError(f"`batch_size` must be an integer of at least 1, got {batch_size!r}")
+        try:
+            sources = iter([images] if isinstance(images, Source) or hasattr(images, "read") else images)
+        except TypeError:
+            sources = iter([images])  # which `load_image` refuses
         weight = next(self.parameters())
         vectors = []
         while batch := [self.prepare(source) for source in islice(sources, batch_size)]:

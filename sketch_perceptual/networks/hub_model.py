@@ -32,6 +32,12 @@ It needs that package, `pip install .` in its folder; `config.json` holds its se
 """
 HUB_OPTIONS = ("force_download", "token", "cache_dir", "local_files_only", "revision")
 WEIGHTS = "model.safetensors"
+FLOATS = (
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+    torch.float64,
+)  # those of 8 bits need scales, which no file has
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 
 
@@ -45,6 +51,7 @@ class HubModel(PyTorchModelHubMixin):
     noun: str
     usage: str
     rules: ClassVar[Rules]
+    bundled: ClassVar[Path | None] = None  # the folder of one that comes with the package
     sources = "a folder or a Hub id written by save_pretrained"
 
     @property
@@ -57,10 +64,10 @@ class HubModel(PyTorchModelHubMixin):
         """The network that `save_pretrained` wrote, in eval mode.
 
         Args:
-            pretrained_model_name_or_path: a folder or a Hub id.
+            pretrained_model_name_or_path: a folder or a Hub id, or what else `locate` knows.
             options: those of huggingface_hub, such as revision, and settings instead of those in config.json.
         """
-        source = pretrained_model_name_or_path
+        source = cls.locate(pretrained_model_name_or_path)
         place = {name: options.pop(name) for name in HUB_OPTIONS if name in options}
         path, config = read_config(source, cls, **place)
         check_json(cls.rules, config, str(path))
@@ -82,6 +89,11 @@ class HubModel(PyTorchModelHubMixin):
         _check_fit(weights_file, weights, network.state_dict())
         network.load_state_dict(weights)
         return network.eval()
+
+    @classmethod
+    def locate(cls, source: str | Path) -> str | Path:
+        """Return the folder of the network that comes with the package for "bundled", unless a folder is called so."""
+        return cls.bundled if cls.bundled and str(source) == "bundled" and not Path(source).is_dir() else source
 
     def push_to_hub(self, repo_id: str, **options) -> str:
         """Upload weights, config.json and card; `options` are huggingface_hub's. InputError."""
@@ -115,6 +127,7 @@ def read_config(source: str | Path, kind: type[HubModel], **options) -> tuple[Pa
         kind: what is expected there, for the sentence.
         options: those of `hf_hub_download`.
     """
+    source = kind.locate(source)
     folder = Path(source)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise InputError(f"no {kind.noun} at {source}: there is no config.json, which save_pretrained writes")
@@ -170,9 +183,9 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path} cannot be read as safetensors: {first_line(error)}") from error
     for name, tensor in weights.items():
-        if not (tensor.is_floating_point() or is_counter(name)):
+        if not (tensor.dtype in FLOATS or is_counter(name)):
             dtype = str(tensor.dtype).removeprefix("torch.")
-            raise InputError(f"{path}: {name!r} is {dtype}, but weights must be floating numbers")
+            raise InputError(f"{path}: {name!r} is {dtype}, but weights must be floating numbers of 16 bits or more")
     check_finite(path, weights)
     return weights
 
@@ -193,9 +206,7 @@ def check_finite(path: str | Path, weights: Mapping[str, Tensor]) -> None:
 
 def _is_finite(tensor: Tensor) -> bool:
     """Ask the least and the greatest value, which NaN makes NaN: 50 times faster than `isfinite` on all."""
-    values = tensor.detach()
-    ends = torch.aminmax(values if values.itemsize > 1 else values.float())  # float8 has no order
-    return all(math.isfinite(float(end)) for end in ends)
+    return all(math.isfinite(float(end)) for end in torch.aminmax(tensor.detach()))
 
 
 def _check_fit(path: str | Path, weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:

@@ -21,6 +21,7 @@ from ..errors import HUB_ERRORS, InputError, first_line, first_names, hub_reason
 from .hub_model import check_finite, is_counter
 
 LARGEST, MOST_LAYERS = 10**6, 1000  # more of anything in a config would fill the memory before a weight is read
+FLOATS = ("F16", "BF16", "F32", "F64")  # in the words of safetensors
 OTHER_HALF = {"vision_model", "visual_projection", "text_projection", "logit_scale"}  # beside a CLIP's text model
 READABLE = ["*.json", "*.txt", "model*.safetensors", "diffusion_pytorch_model*.safetensors"]
 
@@ -125,8 +126,10 @@ def _check_dtypes(path: Path) -> None:
         with safe_open(path, "pt") as file:
             for name in list(file.keys()):
                 dtype = file.get_slice(name).get_dtype()
-                if not (dtype.startswith(("F", "BF")) or is_counter(name)):
-                    raise InputError(f"{path}: {name!r} is {dtype}, but weights must be floating numbers")
+                if not (dtype in FLOATS or is_counter(name)):
+                    raise InputError(
+                        f"{path}: {name!r} is {dtype}, but weights must be floating numbers of 16 bits or more"
+                    )
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path} cannot be read as safetensors: {first_line(error)}") from error
 

@@ -8,7 +8,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from ..errors import shown
 from ..files import CARD as README
-from ..files import MARK, OTHER_CARD, card_path
+from ..files import MARK, card_path
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ def write_card(
     It is the README.md, or stands beside one that this program did not write, which is kept.
     """
     path = card_path(folder)
-    if path.name == OTHER_CARD:
+    if path.name != README:
         logger.warning(f"{path.with_name(README)} was not written by this program and is kept: the card is {path}")
     text = TEMPLATE.format(
         mark=MARK,
@@ -75,10 +75,17 @@ def write_card(
 def set_section(folder: str | Path, title: str, lines: list[list[str]], about: str) -> Path | None:
     """Put a table, its head first, into the card of `folder`, in place of one of this title.
 
-    Returns the card's path; None where there is no card with a section on training.
+    Returns the card's path; None where there is no card with a section on training, with a warning where there is only
+    one of somebody else.
     """
-    path = next((path for name in (OTHER_CARD, README) if (path := Path(folder, name)).is_file()), None)
-    if path is None or TRAINING not in (text := path.read_text(encoding="utf-8")):
+    path = card_path(folder)
+    if not path.exists():
+        if path.name != README:
+            logger.warning(
+                f"{path.with_name(README)} was not written by this program and is kept: it gets no {title.lower()}"
+            )
+        return None
+    if TRAINING not in (text := path.read_text(encoding="utf-8")):
         return None
     start, _, rest = text.partition(TRAINING)
     start = start.partition(f"\n## {title}\n")[0]

@@ -90,7 +90,7 @@ class Run:
         refused = {name: values for name, values in different.items() if name not in self.resume_with}
         if refused:
             lines = [f"{name} was {old!r}, is {now!r}" for name, (old, now) in refused.items()]
-            advice = f"To continue with the new values: `resume_with` {' '.join(refused)}"
+            advice = f"To continue with the new values: `resume_with` {' '.join([*self.resume_with, *refused])}"
             if shapes := [name for name in refused if name in self.fixed]:
                 advice = f"{', '.join(shapes)} must stay: the saved weights have another shape or number"
             raise InputError(f"{self.checkpoint} belongs to another run: {'; '.join(lines)}. {advice}")

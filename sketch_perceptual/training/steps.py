@@ -85,7 +85,8 @@ class Steps:
         """Show the most telling metrics on the progress bar; without a terminal, in ten lines of the log."""
         shown = {short: f"{logs[name]:.3g}" for name, short in SHOWN.items() if name in logs}
         self.progress.set_postfix(shown, refresh=False)
-        if self.shows and self.progress.disable and self.done * 10 // self.total > (self.done - 1) * 10 // self.total:
+        is_line = self.done * 10 // self.total > (self.done - 1) * 10 // self.total
+        if shown and is_line and self.shows and self.progress.disable:
             metrics = ", ".join(f"{name} {value}" for name, value in shown.items())
             logger.info(f"step {self.done} of {self.total}: {metrics}")
 
@@ -142,10 +143,10 @@ class Meter:
         self.batches.append((names, rows[:-1].sum(0), timesteps))
 
     def close(self, step: int, grad_norm: Tensor) -> None:
-        """One optimizer step is complete."""
+        """One optimizer step is complete, which `step` others came before."""
         assert isinstance(self.step_sums, Tensor), "add comes first"
         grad_norm = torch.as_tensor(grad_norm, device=self.step_sums.device).detach().float()
-        self.steps.append((step, torch.cat([self.step_sums, grad_norm[None]]), self.batches))
+        self.steps.append((step + 1, torch.cat([self.step_sums, grad_norm[None]]), self.batches))
         self.step_sums, self.batches = 0, []
 
     def read(self) -> dict[str, float]:

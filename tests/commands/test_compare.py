@@ -42,6 +42,8 @@ def test_a_pair_is_the_loss_of_both_by_layer(folders, capsys):
         layers = loss(*pair, per_layer=True)
     assert found["pairs"][0]["layers"] == pytest.approx({name: float(value) for name, value in layers.items()})
     assert (found["backbone"], found["resolution"]) == ("bundled", 64)
+    main([str(one), str(other), "--json", "--backbone", "bundled"])
+    assert json.loads(capsys.readouterr().out) == found
     main([str(one), str(one)])
     assert capsys.readouterr().out.splitlines()[1].startswith("0.000 ")
 

@@ -91,7 +91,7 @@ def test_parts_are_of_bounded_size(network, monkeypatch):
     assert max(height * width for _, _, height, width in shapes[1:]) == (64 + 2 * 64) ** 2
 
 
-def test_a_folder_is_converted_whatever_its_sizes_and_the_batch(model, tmp_path):
+def test_a_folder_is_converted_whatever_its_sizes_and_the_batch(model, tmp_path, capsys):
     sizes = [(20, 20), (20, 20), (31, 17), (20, 20)]
     for number, size in enumerate(sizes):
         pixels = np.random.default_rng(number).integers(0, 256, (*size[::-1], 3), np.uint8)
@@ -101,6 +101,7 @@ def test_a_folder_is_converted_whatever_its_sizes_and_the_batch(model, tmp_path)
     for batch in "13":
         options = ["--model", model, "--input", str(tmp_path / "photos"), "--output", str(tmp_path / batch)]
         main([*options, "--batch_size", batch])
+        assert capsys.readouterr().out == f"4 images written to {tmp_path / batch}\n"
     names = ["0.bmp.png", "2.png", "deep/1.png", "deep/3.png"]
     for folder in "13":
         found = sorted(path.relative_to(tmp_path / folder).as_posix() for path in (tmp_path / folder).rglob("*.png"))
@@ -196,7 +197,9 @@ def test_a_users_mistake_is_a_sentence(model, options, sentence, tmp_path, monke
     with pytest.raises(SystemExit) as exit:
         main(["--model", model, "--input", "one.png", "--output", "sketch.png", *options])
     assert exit.value.code == 2
-    assert sentence in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert sentence in message
+    assert "are not converted" not in message
     assert {path: path.read_bytes() for path in Path().rglob("*.*") if path.is_file()} == before
 
 

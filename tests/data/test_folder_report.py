@@ -46,11 +46,11 @@ ODD = {
     ),
     "cream.png": (
         drawing(1, paper="#f5e8c8"),
-        ["to check  1 on grey or coloured paper, which is learnt too (cream.png)"],
+        ["to check  1 on grey or coloured paper (cream.png)"],
     ),
     "grey.png": (
         drawing(1, paper="#d8d8d8"),
-        ["to check  1 on grey or coloured paper, which is learnt too (grey.png)"],
+        ["to check  1 on grey or coloured paper (grey.png)"],
     ),
     "nearly white.png": (drawing(1, paper="#f4f2ee"), []),
     "12 bits.png": (

@@ -187,6 +187,14 @@ def test_paths_bytes_and_what_datasets_gives_are_the_same(tmp_path):
     data = path.read_bytes()
     for source in (path, str(path), data, {"bytes": data, "path": None}, {"bytes": None, "path": str(path)}):
         assert load_image(source).getpixel((0, 0)) == RED
+    with path.open("rb") as file:
+        for source in (file, file, io.BytesIO(data)):
+            assert load_image(source).getpixel((0, 0)) == RED
+    with (
+        path.open() as file,
+        pytest.raises(InputError, match=r"früher .*\.png: it is open as text: open it in mode rb"),
+    ):
+        load_image(file)
 
 
 def test_the_given_image_stays_as_it_was():
@@ -369,9 +377,10 @@ def test_a_bad_image_is_named_with_the_reason(case, tmp_path):
         ("no such/file.png", "image no such/file.png: there is no such file"),
         (".", r"image \.: it is a folder"),
         (b"", "given in memory: the file is empty"),
-        (None, "got None"),
+        (None, "got NoneType"),
+        (np.zeros((2, 2, 3)), "got ndarray"),
         ({"bytes": None, "path": None}, "got None"),
-        (7, "expected a path, bytes, a PIL image"),
+        (7, "expected a path, bytes, an open file, a PIL image"),
         (Image.new("RGB", (0, 4)), "it has no pixels"),
     ],
 )

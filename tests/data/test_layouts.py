@@ -75,8 +75,9 @@ CAPTIONED = {
     "two text files": (
         {"1.png": None, "1.txt": "a", "1.caption": "b"},
         {"1.png": ["a"]},
-        "Not read in {root}: 1.caption. Captions are read from metadata.csv or",
+        "Not read in {root}, since another caption of the image is: 1.caption, where 1.txt is",
     ),
+    "two text files of one caption": ({"1.png": None, "1.txt": "a", "1.png.txt": "a\n"}, {"1.png": ["a"]}),
     "text files by the whole name": ({"1.png": None, "1.png.txt": "a cat"}, {"1.png": ["a cat"]}),
     "text files by both names": (
         {"1.png": None, "1.jpg": None, "1.png.txt": "a cat", "1.txt": "a fox"},
@@ -85,7 +86,7 @@ CAPTIONED = {
     "text files by both names of one": (
         {"1.png": None, "1.png.txt": "a cat", "1.txt": "a fox"},
         {"1.png": ["a cat"]},
-        "Not read in {root}: 1.txt.",
+        "Not read in {root}, since another caption of the image is: 1.txt, where 1.png.txt is",
     ),
     "an empty text file": ({"1.png": None, "1.txt": ""}, "1 of 1 images have no caption: {root}/1.png"),
     "OneTrainer's masks": (

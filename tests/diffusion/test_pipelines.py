@@ -69,6 +69,10 @@ CHANGES = {
     "all are missing": (lambda weights: [weights.pop(name) for name in list(weights)], []),
     "NaN": (lambda weights: weights[first(weights)].view(-1)[0].fill_(torch.nan), ["not finite"]),
     "int8": (lambda weights: weights.update({first(weights): weights[first(weights)].to(torch.int8)}), ["is I8"]),
+    "float8": (
+        lambda weights: weights.update({first(weights): weights[first(weights)].to(torch.float8_e4m3fn)}),
+        ["is F8_E4M3"],
+    ),
     "another shape": (lambda weights: weights.update({first(weights): torch.zeros(3, 5)}), []),
 }
 

@@ -308,6 +308,8 @@ def test_an_encoder_in_half_precision_stands_beside_a_decoder_in_full(vae):
         ({"every": 0}, "every >= 1"),
         ({"start_step": -1}, "start_step >= 0"),
         ({"crop": 17}, "16 pixels or more and a multiple of 2, got 17"),
+        ({"crop": 32.0}, "`crop` must be an integer of .*, got 32.0"),
+        ({"crop": "256"}, "`crop` must be an integer of .*, got '256'"),
         ({"min_snr": 1e9}, "never opens: min_snr=1000000000.0"),
         ({"max_timestep": -1}, "never opens"),
     ],
@@ -513,6 +515,24 @@ def test_a_loss_of_something_else_is_refused(vae):
         term.add(model_pred.square().mean(), model_pred.float() * 1, latents, timesteps, images)
     with pytest.raises(InputError, match=r"`loss` must be a scalar, got \(4, 4, 8, 8\)"):
         term.add(model_pred.square(), model_pred, latents, timesteps, images)
+    with pytest.raises(InputError, match="`loss` carries no gradient"):
+        term.add(model_pred.square().mean().detach(), model_pred, latents, timesteps, images)
+
+
+def test_a_perceptual_loss_without_a_gradient_is_refused_where_rows_are_scored(vae):
+    class Detached(PixelLoss):
+        def compare(self, images, target):
+            return super().compare(images, target).detach()
+
+    term = PerceptualTerm(Detached(), vae, scheduler(), max_timestep=10)
+    latents, noise, images = batch()
+    model_pred, timesteps = noise.requires_grad_(), torch.zeros(4).long()
+    loss = model_pred.square().mean()
+    with pytest.raises(InputError, match="the perceptual loss Detached must carry a gradient to the images"):
+        term.add(loss, model_pred, latents, timesteps, images)
+    assert term.add(loss, model_pred, latents, timesteps + 500, images) is loss
+    with torch.no_grad():
+        assert term.add(loss, model_pred, latents, timesteps, images) is loss
 
 
 @pytest.mark.parametrize("shape", [(-1,), (-1, 1), (-1, 1, 1, 1)])

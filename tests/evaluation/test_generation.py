@@ -13,6 +13,7 @@ from diffusers import StableDiffusionPipeline
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
+from sketch_perceptual.files import MARK
 from tiny_clip import save_clip
 
 from sketch_perceptual.commands import evaluate as script
@@ -76,7 +77,7 @@ def command(tiny_sd, drawings, folder, *models, **options):
 
 
 def test_models_and_folders_are_scored_side_by_side(evaluate, adapters, clip, drawings, tmp_path, monkeypatch):
-    (adapters / "seed-1" / "README.md").write_text("# LoRA\n\n## Scores\n\nold\n\n## Training\n\noptions\n")
+    (adapters / "seed-1" / "README.md").write_text(f"{MARK}\n# LoRA\n\n## Scores\n\nold\n\n## Training\n\noptions\n")
     printed, record = evaluate(
         "base=none",
         f"lora={adapters}",
@@ -90,7 +91,7 @@ def test_models_and_folders_are_scored_side_by_side(evaluate, adapters, clip, dr
     assert [line.split()[0] for line in printed[1:5]] == ["the", "base", "lora", "copies"]
     assert printed[1].split()[2:4] == ["7", printed[1].split()[3]]  # the drawings have no distance to themselves
     card = (adapters / "seed-1" / "README.md").read_text()
-    assert card.startswith("# LoRA\n\n## Scores\n\n|  | images | frechet |") and card.endswith(
+    assert card.startswith(f"{MARK}\n# LoRA\n\n## Scores\n\n|  | images | frechet |") and card.endswith(
         "## Training\n\noptions\n"
     )
     assert card.count("\n| lora | 7 |") == 1 and "old" not in card

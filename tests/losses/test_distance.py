@@ -97,6 +97,8 @@ def test_features_ignore_an_outer_autocast_and_follow_their_own_dtype(sources):
         ({"layer_weights": [1.0, -1.0, 1.0, 1.0]}, "must not be negative"),
         ({"layer_weights": [0.0] * 4}, "all 0"),
         ({"resolution": 8}, "at least 16"),
+        ({"resolution": "64"}, "`resolution` must be an integer of .*, got '64'"),
+        ({"resolution": 64.5}, "`resolution` must be an integer of .*, got 64.5"),
         ({"layer_weights": [1.0]}, "1 `layer_weights` for 4 layers"),
         ({"layers": ["conv1"]}, "distinct names"),
     ],

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torchvision
 from safetensors.torch import load_file, save_file
+from sketch_perceptual.networks.johnson import JohnsonNet
 from torch.utils.flop_counter import FlopCounterMode
 
 from sketch_perceptual.errors import InputError
@@ -217,6 +218,17 @@ def test_save_and_load_keep_configuration_weights_and_outputs(tmp_path):
     assert torch.equal(again(images), model(images))
     assert fingerprint(again) == fingerprint(model)
     assert fingerprint(AttentionVGG16(num_classes=0)) != fingerprint(model)
+
+
+def test_bundled_is_the_network_of_the_package_unless_a_folder_is_called_so(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert fingerprint(load_backbone("bundled")) == fingerprint(load_backbone())
+    assert tuned_resolution("bundled") == 64
+    with pytest.raises(InputError, match="no style network at bundled"):
+        JohnsonNet.from_pretrained("bundled")
+    AttentionVGG16("none", num_classes=0, last_layer="relu1_1", resolution=32).save_pretrained("bundled")
+    assert load_backbone("bundled").last_layer == "relu1_1"
+    assert tuned_resolution("bundled") == 32
 
 
 def test_a_saved_network_tells_at_which_size_it_was_tuned(trunk, tmp_path):

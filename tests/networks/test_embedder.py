@@ -1,5 +1,7 @@
+import io
 import json
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -59,7 +61,14 @@ def test_embed_takes_pictures_of_any_kind_and_batch_size(tmp_path):
     torch.testing.assert_close(embedder.embed([clear]), embedder.embed([Image.new("RGB", (48, 48), "white")]))
     one = found[1:2]
     wide = tmp_path / "wide.png"
-    for single in (wide, str(wide), wide.read_bytes(), pictures[1], (path for path in [wide])):
+    for single in (
+        wide,
+        str(wide),
+        wide.read_bytes(),
+        io.BytesIO(wide.read_bytes()),
+        pictures[1],
+        (path for path in [wide]),
+    ):
         torch.testing.assert_close(embedder.embed(single), one)
     half = embedder.half().embed(iter(pictures), batch_size=2)
     assert half.dtype == torch.float32
@@ -67,6 +76,12 @@ def test_embed_takes_pictures_of_any_kind_and_batch_size(tmp_path):
     for nothing in ([], iter([])):
         with pytest.raises(InputError, match="no images to embed"):
             embedder.embed(nothing)
+    for other, name in ((None, "NoneType"), (7, "int"), (np.zeros((4, 4, 3), np.uint8), "ndarray")):
+        with pytest.raises(InputError, match=f"expected a path, .*, got {name}"):
+            embedder.embed(other)
+    for size in (0, 2.0):
+        with pytest.raises(InputError, match=f"`batch_size` must be an integer of at least 1, got {size}"):
+            embedder.embed(pictures, batch_size=size)
 
 
 def test_the_resolution_of_a_backbone_is_what_it_was_tuned_at(tmp_path):

@@ -104,6 +104,7 @@ def overflow(weight):
 
 WEIGHTS = {  # what is done to a tensor -> what is said of it after the file's path
     "is int8": lambda weight: weight.to(torch.int8),
+    "is float8_e4m3fn": lambda weight: weight.to(torch.float8_e4m3fn),
     "is complex64": lambda weight: weight.to(torch.complex64),
     "has values that are not finite": lambda weight: weight * torch.nan,
     "has values that are not finite: it": overflow,

@@ -33,6 +33,25 @@ def test_the_readme_of_somebody_else_is_kept(theirs, caplog):
     assert (theirs / "README.md").read_bytes() == before
 
 
+def test_a_model_card_of_somebody_else_is_kept_too(theirs):
+    (theirs / "MODEL_CARD.md").write_text("# Another\n")
+    for _ in range(2):
+        write(theirs)
+    assert (theirs / "MODEL_CARD.md").read_text() == "# Another\n"
+    assert "| rank | 4 |" in (theirs / "MODEL_CARD-sketch-perceptual.md").read_text()
+    assert cards.set_section(theirs, "Scores", [["a"], ["1"]], "about") == theirs / "MODEL_CARD-sketch-perceptual.md"
+
+
+def test_scores_that_no_card_of_this_program_can_take_are_a_warning(theirs, caplog):
+    (theirs / "README.md").write_text("# My project\n\n## Training\n")
+    assert cards.set_section(theirs, "Scores", [["a"], ["1"]], "about") is None
+    assert f"{theirs / 'README.md'} was not written by this program and is kept: it gets no scores" in caplog.text
+    assert (theirs / "README.md").read_text() == "# My project\n\n## Training\n"
+    caplog.clear()
+    assert cards.set_section(theirs / "none", "Scores", [["a"], ["1"]], "about") is None
+    assert not caplog.text
+
+
 def test_cards_of_this_program_are_replaced(tmp_path):
     with replacing(tmp_path) as partial:
         JohnsonNet(width=4).save_pretrained(partial)

@@ -208,6 +208,21 @@ def test_all_that_differs_is_said_at_once(train):
         train(6, resume_from="latest", learning_rate=0.2, betas=[0.8, 0.99])
 
 
+def test_the_advice_on_what_differs_keeps_what_was_allowed_before(train):
+    train(3)
+    with pytest.raises(InputError, match=r"`resume_with` learning_rate betas$"):
+        train(6, resume_from="latest", resume_with=["learning_rate"], learning_rate=0.2, betas=[0.8, 0.99])
+
+
+def test_a_step_without_metrics_is_not_logged(train, caplog):
+    caplog.set_level("INFO")
+    steps = train(3)[1].steps
+    steps.show({"gated": 0.0})
+    assert "step 3 of 3" not in caplog.text
+    steps.show({"train_loss": 0.5})
+    assert "step 3 of 3: loss 0.5" in caplog.text
+
+
 def test_what_is_allowed_takes_effect_and_is_recorded(train):
     train(3)
     kept = train(6, folder="kept")

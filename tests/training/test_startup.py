@@ -31,6 +31,15 @@ def ends(error):
 
 
 @pytest.mark.parametrize(
+    ("name", "says"), [("first", "error: 'caf\\udce9'"), ("figure", "error: --figure 'caf\\udce9'")]
+)
+def test_a_value_that_is_not_utf8_is_named_by_its_option_where_it_has_one(name, says, capsys):
+    with pytest.raises(SystemExit):
+        entry.run(print, argparse.Namespace(**{name: os.fsdecode(b"caf\xe9")}))
+    assert f"{says} is not UTF-8: rename it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("error", "code", "says"),
     [
         (InputError("`learning_rate` is odd, `other` too"), 2, "error: --learning_rate is odd, `other` too"),
