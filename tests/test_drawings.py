@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from sketch_perceptual.drawings import CLASSES, STYLES, draw, main, write_folder
+from sketch_perceptual.drawings import CLASSES, STYLES, draw, write_folder
+from sketch_perceptual.drawings.__main__ import main
 from sketch_perceptual.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("signals")

@@ -20,8 +20,8 @@ import train_backbone
 import train_johnson
 import train_lora_sketch
 import train_retrieval
-from sketch_perceptual import drawings
 from sketch_perceptual.commands import compare, convert, evaluate, search, stylize
+from sketch_perceptual.drawings import __main__ as drawings
 
 ROOT = Path(train_lora_sketch.__file__).parent
 PAGES = {
@@ -67,7 +67,7 @@ MAY_KNOW = {  # who may import what trains and draws
 # Where options may be named: a library function's error names its argument, and the script the option.
 COMMANDS = {
     *("commands/compare.py", "commands/convert.py", "commands/stylize.py", "commands/search.py"),
-    *("commands/evaluate.py", "drawings.py"),
+    *("commands/evaluate.py", "drawings/__main__.py"),
 }
 OPTIONS_FILES = {"training/options.py", "data/options.py", "diffusion/pipelines.py"}
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..data.images import to_tensor
+from ..drawings import CLASSES, STYLES, draw
 from ..networks.backbone import AttentionVGG16
 
 SIDE = 64  # pixels of the reference drawings
@@ -20,8 +21,6 @@ SHIFTS = (1, 5, 6)  # a drawing meets others in its own style and in both of the
 @cache
 def reference_drawings(side: int = SIDE) -> Tensor:
     """One drawing of each class, the styles in turn: (16, 3, side, side) in [-1, 1]; always the same."""
-    from ..drawings import CLASSES, STYLES, draw  # here, so that `python -m sketch_perceptual.drawings` is the first
-
     drawings = [draw(name, 0, 0, style, side) for name, style in zip(CLASSES, cycle(STYLES), strict=False)]
     return torch.stack([to_tensor(drawing) for drawing in drawings])
 

@@ -23,9 +23,9 @@ import train_backbone
 import train_johnson
 import train_lora_sketch
 import train_retrieval
-from sketch_perceptual import drawings
 from sketch_perceptual.cli import entry, interruption
 from sketch_perceptual.commands import compare, evaluate, search, stylize
+from sketch_perceptual.drawings import __main__ as drawings
 from sketch_perceptual.networks.style_net import JohnsonNet
 from sketch_perceptual.training.checkpoints import find_checkpoints
 from sketch_perceptual.training.lock import unlock_folder
@@ -83,7 +83,7 @@ STAGES = [
         0,
     ),
     ("search", SEARCH, "sketch_perceptual.SketchEmbedder.features", 1, 0),
-    ("drawings", "--output_dir {folder}/more --per_class 1 --size 32", "sketch_perceptual.drawings.draw", 3, 0),
+    ("drawings", "--output_dir {folder}/more --per_class 1 --size 32", "sketch_perceptual.drawings.folder.draw", 3, 0),
     ("evaluate", DISTANCE, "sketch_perceptual.SketchEmbedder.features", 1, 0),
 ]
 PROGRAMS = {

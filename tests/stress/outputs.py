@@ -176,7 +176,7 @@ def states(paths: Iterable[str]) -> list[tuple[int, ...] | None]:
 def load(command: Command) -> ModuleType:
     name = command.module
     if not name.startswith("train_"):
-        name = f"sketch_perceptual.{name}" if name == "drawings" else f"sketch_perceptual.commands.{name}"
+        name = "sketch_perceptual.drawings.__main__" if name == "drawings" else f"sketch_perceptual.commands.{name}"
     return importlib.import_module(name)
 
 
