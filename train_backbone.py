@@ -36,10 +36,7 @@ from sketch_perceptual.cli.interruption import ignore_in_worker
 from sketch_perceptual.data.class_names import are_imagenets, class_names
 from sketch_perceptual.data.datasets import LabelledImages
 from sketch_perceptual.data.loaders import make_loader
-from sketch_perceptual.data.options import add_class_options, check_class_options, load_labelled
-from sketch_perceptual.data.preview import read_data
-from sketch_perceptual.data.scan import Contents
-from sketch_perceptual.data.splits import Split, describe_split, split, split_hash
+from sketch_perceptual.data.options import add_class_options, check_class_options
 from sketch_perceptual.errors import InputError
 from sketch_perceptual.figures import learning_curve
 from sketch_perceptual.files import replacing
@@ -47,13 +44,11 @@ from sketch_perceptual.losses import calibrate
 from sketch_perceptual.networks.backbone import AttentionVGG16, is_vgg16_weights, load_backbone
 from sketch_perceptual.networks.hub_model import fingerprint
 from sketch_perceptual.training import cards, hub
-from sketch_perceptual.training.distributed import on_main
-from sketch_perceptual.training.feature_cache import scan_folder
-from sketch_perceptual.training.identity import digest
+from sketch_perceptual.training.labelled import open_drawings, preview_drawings, read_drawings
 from sketch_perceptual.training.optimizer import make_lr_scheduler, make_optimizer, make_steps
 from sketch_perceptual.training.options import add_training_options
 from sketch_perceptual.training.run import Run
-from sketch_perceptual.training.startup import check_space, dry_run, start
+from sketch_perceptual.training.startup import check_space, start
 from sketch_perceptual.training.steps import Meter, Steps
 from sketch_perceptual.training.trackers import start_trackers, track_images, track_text
 
@@ -157,13 +152,18 @@ def parse_args(argv: list[str] | None = None) -> Options:
 
 
 def main(args: Options) -> None:
-    if dry_run(args, lambda seed: read_drawings(args, open_data(args, seed))):
+    if preview_drawings(args, resolution=args.resolution):
         return
     run = start(args)
     accelerator = run.accelerator
-    data = open_data(args, run.seed)
+    data = open_drawings(args, run.seed, resolution=args.resolution)
     network, untouched, origin = build_network(args, data.classes, run.seed)
-    train_data, validation_data, split_record = split_data(args, run, data, origin)
+    drawings = read_drawings(args, accelerator, data)
+    run.settle(**drawings.identity(), **origin)
+    train_data, validation_data = (
+        drawings.data.select(rows) for rows in (drawings.split.train, drawings.split.validation)
+    )
+    validation_data.augment = False
     hub.create_repo(args, run)
     start_trackers(accelerator, "sketch-backbone", args)
 
@@ -185,11 +185,12 @@ def main(args: Options) -> None:
     run.state = {"history": []} | run.state
     score_untouched(run, untouched, validation_loader, data.classes)
     del untouched
-    checkpoint = Checkpoint(accelerator, network, Path(args.output_dir, "best"))
+    results = Results(run, drawings.record, args.init_weights)
+    checkpoint = Checkpoint(accelerator, network, results.folder)
     run.begin(steps, meter, optimizer, checkpoint.save, checkpoint.load, lr_scheduler)
 
     if steps.at_epoch_end and steps.done > last_scored(run.state):  # the run ended before it was scored
-        end_epoch(args, run, model, validation_loader, split_record)
+        results.end_epoch(model, validation_loader)
     model.train()
     clock = Clock(steps)
     with run.training():
@@ -217,18 +218,19 @@ def main(args: Options) -> None:
             if steps.due(args.logging_steps) or steps.at_epoch_end or is_due or stopped or clock.is_early():
                 run.log(read_meter(run, lr_scheduler, clock))  # at no other step anybody waits for a number
             if clock.is_over():
-                logger.info(cost_forecast(args, network, steps, clock, len(train_data), len(validation_data)))
+                images = len(train_data) + len(validation_data) / 3  # validation is only the forward pass
+                logger.info(cost_forecast(network, steps, images / clock.images_per_second, clock.images_per_second))
             if steps.at_epoch_end:
-                end_epoch(args, run, model, validation_loader, split_record)
+                results.end_epoch(model, validation_loader)
             run.end_step(is_due, stopped)
             if is_due or steps.at_epoch_end:
                 clock.restart()
 
     with run.finishing():
         if accelerator.is_main_process:
-            finish(args, run, accelerator.unwrap_model(model))
+            results.finish(accelerator.unwrap_model(model))
     run.close()
-    hub.push(args, run, Path(args.output_dir, "best"), FILES)
+    hub.push(args, run, results.folder, FILES)
 
 
 class Clock:
@@ -271,30 +273,113 @@ class Checkpoint:
                 shutil.copytree(folder / "best", partial, dirs_exist_ok=True)
 
 
-def open_data(args, seed: int) -> LabelledImages:
-    data = load_labelled(args, seed, resolution=args.resolution)
-    data.scan_folder = scan_folder()
-    return data
+class Results:
+    """What is written beside the best network and the last one: scores, split, curve and card.
 
+    Args:
+        split_record: the split as it is saved.
+        init_weights: of the option.
+    """
 
-def read_drawings(args, data: LabelledImages) -> tuple[Contents, Split]:
-    """What can be read of the drawings, and how that is split."""
-    scanned = read_data(data, args.on_bad_image, args.figure_data, copies=True)
-    data = data.select(scanned.positions)
-    return scanned, split(data.labels, scanned.keys, scanned.copies, data.groups, args.validation_share)
+    def __init__(self, run: Run, split_record: dict, init_weights: str):
+        self.run, self.split_record, self.folder = run, split_record, run.folder / "best"
+        is_imagenet = init_weights == "imagenet"
+        self.init_weights = "torchvision's vgg16, IMAGENET1K_V1" if is_imagenet else Path(init_weights).name
 
+    def end_epoch(self, model, validation_loader) -> None:
+        """Score the network and keep it if it is the best so far."""
+        run = self.run
+        network = run.accelerator.unwrap_model(model)
+        results = evaluate(run.accelerator, model, validation_loader, network.classes)
+        sums = run.meter.start_epoch()
+        images, epoch = sums["rows"], run.steps.epoch + 1
+        record = {
+            "epoch": epoch,
+            "step": run.steps.done,
+            "train_loss": sums["loss"] / images if images else None,  # None: no step of the epoch was finite
+            "train_top1": sums["hits"] / images if images else None,
+        }
+        run.state["history"].append(record | results)
+        run.log({"epoch": epoch} | {f"validation_{name}": results[name] for name in ("loss", "top1", "top5")})
+        train_loss = f"train loss {record['train_loss']:.3f}, " if images else ""
+        logger.info(f"epoch {epoch}: {train_loss}validation {accuracies(results)}")
+        run.check_weights()
+        if run.accelerator.is_main_process:
+            self.write(network)
 
-def split_data(args, run: Run, data: LabelledImages, origin: dict) -> tuple[LabelledImages, LabelledImages, dict]:
-    """Training and validation images, each of which has been read once, and the split as it is saved."""
-    (positions, keys, *_), result = on_main(run.accelerator, read_drawings, args, data)
-    data = data.select(positions)
-    logger.info(result.summary)
-    record = describe_split(result, keys, args.validation_share, args.group_column)
-    rows = digest(zip(keys, (data.classes[label] for label in data.labels), strict=True))
-    run.settle(data=f"{len(data)} images {rows}", split=split_hash(record), **origin)
-    validation_data = data.select(result.validation)
-    validation_data.augment = False
-    return data.select(result.train), validation_data, record
+    def write(self, network: AttentionVGG16) -> None:
+        """Write the network if it is the best so far, and its metrics and card."""
+        run, folder, best = self.run, self.folder, best_epoch(self.run.state)
+        if best is run.state["history"][-1]:
+            save_network(network, folder)
+        metrics = {"best": best} | {
+            name: run.state[name] for name in ("history", "before_tuning") if name in run.state
+        }
+        metrics |= {"settings": {"init_weights": self.init_weights} | run.identity, "changes": run.changes}
+        with replacing(folder) as partial:
+            (partial / "metrics.json").write_text(json.dumps(metrics, indent=2), encoding="utf-8")
+            (partial / "split.json").write_text(json.dumps(self.split_record, indent=1), encoding="utf-8")
+            learning_curve(run.state["history"]).savefig(partial / "curve.png")
+            self.write_card(partial, network)
+        with Image.open(folder / "curve.png") as curve:
+            track_images(
+                run.accelerator, "learning curve", {"loss and accuracy": [curve.convert("RGB")]}, run.steps.done
+            )
+        confusions = worst_table(run.state["history"][-1]["worst_classes"])
+        track_text(run.accelerator, "worst classes", confusions, run.steps.done)
+
+    def finish(self, network: AttentionVGG16) -> None:
+        """Write the last network, and print the best epoch and its worst classes."""
+        run, folder = self.run, self.folder
+        save_network(network, run.folder / "last")
+        best = best_epoch(run.state)
+        for worst in best["worst_classes"]:
+            logger.info(
+                f"{worst['class']}: {worst['top1']:.0%} of {worst['images']} right, {worst['times']} taken for"
+                f" {worst['taken_for']}"
+            )
+        if run.meter.skipped:
+            logger.warning(f"{run.meter.skipped} steps were skipped: their loss or gradient was not finite")
+        logger.info(f"best epoch {best['epoch']}: {accuracies(best)}")
+        uses = {
+            "model.safetensors": f"for PerceptualLoss({str(folder)!r}), or --backbone {folder}",
+            "metrics.json": "accuracies of all epochs, worst classes and settings",
+            "curve.png": "loss and accuracy by epoch",
+        }
+        print(cards.listing(folder, uses))
+
+    def write_card(self, folder: Path, network: AttentionVGG16) -> None:
+        run, split_record = self.run, self.split_record
+        best, before = best_epoch(run.state), run.state.get("before_tuning")
+        where = run.hub_model_id or "path/to/this/folder"
+        (on_hub,) = run.card_data["datasets"] or [None]
+        kind = KINDS[network.attention, network.pool_after_attention or network.attention == "none"]
+        apart = f" by {split_record['group_column']}" if split_record["group_column"] else ""
+        before = f" Before tuning: {accuracies(before)}." if before else ""
+        snippet = f"""from sketch_perceptual import AttentionVGG16, PerceptualLoss, to_tensor
+from sketch_perceptual.drawings import draw
+
+network = AttentionVGG16.from_pretrained("{where}").eval()
+cat, boat = (to_tensor(draw(name, 0, size={network.settings["resolution"]}))[None] for name in ("cat", "boat"))  # in [-1, 1]
+print(network.classes[network(cat).argmax()])
+print(PerceptualLoss(network)(cat, boat))  # about 1 for unrelated drawings"""
+        cards.write_card(
+            folder,
+            data=ModelCardData(
+                **run.card_data,
+                library_name="sketch-perceptual",
+                pipeline_tag="image-classification",
+                tags=["sketch", "perceptual-loss", "vgg16", "attention"],
+            ),
+            title=f"Sketch backbone - {cards.model_name(run.hub_model_id, run.folder)}",
+            description=f"{kind} (Seo 2025), tuned to tell {network.num_classes} classes of drawings apart, on"
+            f" {on_hub or 'a data set of its own'}. On {split_record['validation_images']} held-out drawings{apart},"
+            f" which share no copy with the {split_record['train_images']} trained on: {accuracies(best)} after epoch"
+            f" {best['epoch']} of {run.steps.epochs}.{before} {split_record['summary']}.",
+            snippet=snippet,
+            options={"init_weights": self.init_weights} | run.record(),
+            pictures=["curve.png"],
+        )
 
 
 def make_validation_loader(data: LabelledImages, batch_size: int, **workers) -> torch.utils.data.DataLoader:
@@ -355,10 +440,6 @@ def network_settings(args, saved: AttentionVGG16 | None) -> dict:
     return kept
 
 
-def origin_of(args) -> str:
-    return "torchvision's vgg16, IMAGENET1K_V1" if args.init_weights == "imagenet" else Path(args.init_weights).name
-
-
 def take_over(network: AttentionVGG16, saved: AttentionVGG16) -> list[str]:
     """Copy a saved network's weights; the names of what stays new, a classifier of other classes."""
     own, same_head = network.state_dict(), saved.classes == network.classes and saved.head == network.head
@@ -386,27 +467,6 @@ def read_meter(run: Run, lr_scheduler, clock: Clock) -> dict[str, float]:
     return logs | ({"skipped_steps": run.meter.skipped} if run.meter.skipped else {})
 
 
-def end_epoch(args, run: Run, model, validation_loader, split_record: dict) -> None:
-    """Score the network and keep it if it is the best so far."""
-    network = run.accelerator.unwrap_model(model)
-    results = evaluate(run.accelerator, model, validation_loader, network.classes)
-    sums = run.meter.start_epoch()
-    images, epoch = sums["rows"], run.steps.epoch + 1
-    record = {
-        "epoch": epoch,
-        "step": run.steps.done,
-        "train_loss": sums["loss"] / images if images else None,  # None: no step of the epoch was finite
-        "train_top1": sums["hits"] / images if images else None,
-    }
-    run.state["history"].append(record | results)
-    run.log({"epoch": epoch} | {f"validation_{name}": results[name] for name in ("loss", "top1", "top5")})
-    train_loss = f"train loss {record['train_loss']:.3f}, " if images else ""
-    logger.info(f"epoch {epoch}: {train_loss}validation {accuracies(results)}")
-    run.check_weights()
-    if run.accelerator.is_main_process:
-        report(args, run, network, split_record)
-
-
 def run_summary(args, run: Run, steps: Steps, network: AttentionVGG16, train: int, validation: int) -> str:
     """What will be trained and written; InputError if the disk cannot hold it."""
     weights = sum(parameter.numel() for parameter in network.parameters())
@@ -421,18 +481,17 @@ def run_summary(args, run: Run, steps: Steps, network: AttentionVGG16, train: in
     )
 
 
-def cost_forecast(args, network: AttentionVGG16, steps: Steps, clock: Clock, train: int, validation: int) -> str:
-    """Time and memory as the first steps foretell them, and what makes them less."""
-    epoch = (train + validation / 3) / clock.images_per_second  # validation is the forward pass alone
+def cost_forecast(network: AttentionVGG16, steps: Steps, epoch: float, images_per_second: float) -> str:
+    """Time and memory as estimated from the first steps, and what reduces them; `epoch` in seconds."""
     memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else psutil.Process().memory_info().rss
     total = epoch * steps.total / steps.ends[0]
     lines = [
-        f"{clock.images_per_second:.1f} images a second: {duration(epoch)} an epoch, {duration(total)} in all;"
+        f"{images_per_second:.1f} images a second: {duration(epoch)} an epoch, {duration(total)} in all;"
         f" {memory / 1e9:.1f} GB of memory"
     ]
     if network.attention != "none" and not network.pool_after_attention:
         lines.append("without its first two pools the network costs 12 x VGG-16; --pool_after_attention keeps them")
-        if not args.gradient_checkpointing:
+        if not network.gradient_checkpointing:
             lines.append("--gradient_checkpointing needs less memory, for a third more time")
     return "\n".join(lines)
 
@@ -487,24 +546,6 @@ def accuracies(found: dict) -> str:
     return f"top-1 {found['top1']:.1%}, top-5 {found['top5']:.1%}"
 
 
-def report(args, run: Run, network: AttentionVGG16, split_record: dict) -> None:
-    """Keep the network if it is the best so far, and all that is to be told of it, in `best/`."""
-    folder, best = Path(args.output_dir, "best"), best_epoch(run.state)
-    if best is run.state["history"][-1]:
-        save_network(network, folder)
-    metrics = {"best": best} | {name: run.state[name] for name in ("history", "before_tuning") if name in run.state}
-    metrics |= {"settings": {"init_weights": origin_of(args)} | run.identity, "changes": run.changes}
-    with replacing(folder) as partial:
-        (partial / "metrics.json").write_text(json.dumps(metrics, indent=2), encoding="utf-8")
-        (partial / "split.json").write_text(json.dumps(split_record, indent=1), encoding="utf-8")
-        learning_curve(run.state["history"]).savefig(partial / "curve.png")
-        write_card(args, partial, network, run, split_record)
-    with Image.open(folder / "curve.png") as curve:
-        track_images(run.accelerator, "learning curve", {"loss and accuracy": [curve.convert("RGB")]}, run.steps.done)
-    confusions = worst_table(run.state["history"][-1]["worst_classes"])
-    track_text(run.accelerator, "worst classes", confusions, run.steps.done)
-
-
 def worst_table(classes: list[dict]) -> str:
     """The worst classes as a table in Markdown."""
     names = ("class", "images", "top1", "taken_for", "times")
@@ -528,60 +569,6 @@ def save_network(network: AttentionVGG16, folder: Path) -> None:
     calibrate(network, network.tap_index)
     with replacing(folder) as partial:
         network.save_pretrained(partial)
-
-
-def finish(args, run: Run, network: AttentionVGG16) -> None:
-    save_network(network, Path(args.output_dir, "last"))
-    best = best_epoch(run.state)
-    for worst in best["worst_classes"]:
-        logger.info(
-            f"{worst['class']}: {worst['top1']:.0%} of {worst['images']} right, {worst['times']} taken for"
-            f" {worst['taken_for']}"
-        )
-    if run.meter.skipped:
-        logger.warning(f"{run.meter.skipped} steps were skipped: their loss or gradient was not finite")
-    logger.info(f"best epoch {best['epoch']}: {accuracies(best)}")
-    folder = Path(args.output_dir, "best")
-    uses = {
-        "model.safetensors": f"for PerceptualLoss({str(folder)!r}), or --backbone {folder}",
-        "metrics.json": "accuracies of all epochs, worst classes and settings",
-        "curve.png": "loss and accuracy by epoch",
-    }
-    print(cards.listing(folder, uses))
-
-
-def write_card(args, folder: Path, network: AttentionVGG16, run: Run, split_record: dict) -> None:
-    best, before = best_epoch(run.state), run.state.get("before_tuning")
-    where = run.hub_model_id or "path/to/this/folder"
-    on_hub = cards.hub_id(args.dataset_name)
-    kind = KINDS[network.attention, network.pool_after_attention or network.attention == "none"]
-    apart = f" by {args.group_column}" if args.group_column else ""
-    before = f" Before tuning: {accuracies(before)}." if before else ""
-    snippet = f"""from sketch_perceptual import AttentionVGG16, PerceptualLoss, to_tensor
-from sketch_perceptual.drawings import draw
-
-network = AttentionVGG16.from_pretrained("{where}").eval()
-cat, boat = (to_tensor(draw(name, 0, size={args.resolution}))[None] for name in ("cat", "boat"))  # in [-1, 1]
-print(network.classes[network(cat).argmax()])
-print(PerceptualLoss(network)(cat, boat))  # about 1 for unrelated drawings"""
-    cards.write_card(
-        folder,
-        data=ModelCardData(
-            license=args.license,
-            library_name="sketch-perceptual",
-            pipeline_tag="image-classification",
-            datasets=on_hub and [on_hub],
-            tags=["sketch", "perceptual-loss", "vgg16", "attention"],
-        ),
-        title=f"Sketch backbone - {cards.model_name(run.hub_model_id, args.output_dir)}",
-        description=f"{kind} (Seo 2025), tuned to tell {network.num_classes} classes of drawings apart, on"
-        f" {on_hub or 'a data set of its own'}. On {split_record['validation_images']} held-out drawings{apart},"
-        f" which share no copy with the {split_record['train_images']} trained on: {accuracies(best)} after epoch"
-        f" {best['epoch']} of {run.steps.epochs}.{before} {split_record['summary']}.",
-        snippet=snippet,
-        options={"init_weights": origin_of(args)} | run.record(),
-        pictures=["curve.png"],
-    )
 
 
 if __name__ == "__main__":

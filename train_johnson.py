@@ -14,6 +14,7 @@ batches of 4, Adam at 1e-3, one epoch. `sketch-perceptual stylize` then converts
 import argparse
 import json
 import os
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -170,9 +171,14 @@ def main(args: Options) -> None:
 
     set_seed(seed)  # new weights depend on the seed alone
     network = JohnsonNet(args.norm, args.upsampling, args.width).to(accelerator.device)
-    draw_style = StyleTarget(args, style_loss, style, seed)
+    fit = partial(fit_image, resolution=args.resolution, fit=args.fit, background=args.background)
+    style_target = StyleTarget(style_loss, style, fit, seed, args.style_target == "mean")
+    transfer = TransferLoss(style_loss, args.content_layer, args.style_layers)
     if "scales" not in run.state:
-        run.state |= {"scales": measure_losses(args, style_loss, network, content, draw_style), "history": []}
+        scales = {"content": 1.0, "style": 1.0}
+        if args.normalize_losses:
+            scales = transfer.untrained(network, content, style_target)
+        run.state |= {"scales": scales, "history": []}
     loader, sampler = make_loader(
         content, args.train_batch_size, seed, collate, args.dataloader_num_workers, worker_init_fn=ignore_in_worker
     )
@@ -186,13 +192,15 @@ def main(args: Options) -> None:
     run.begin(steps, meter, prepared_optimizer, save, load, lr_scheduler)
     photos = [content.image(index) for index in spaced(len(content), args.num_validation_images)]
 
+    weights = {"content": args.content_weight, "style": args.style_weight, "total_variation": args.tv_weight}
+    scales = run.state["scales"] | {"total_variation": 1.0}
     model.train()
     with run.training():
         for batch in steps:
             with accelerator.accumulate(model):
                 images = batch["pixel_values"]
-                losses = transfer_losses(args, style_loss, model(images), images, draw_style(steps.done))
-                total = weigh(args, losses, run.state["scales"])
+                losses = transfer(model(images), images, style_target(steps.done))
+                total = sum(weight * losses[name] / scales[name] for name, weight in weights.items())
                 accelerator.backward(total.mean())
                 meter.add(batch["name"], {"train_loss": total} | losses)
                 if not accelerator.sync_gradients:
@@ -206,13 +214,13 @@ def main(args: Options) -> None:
                 run.state["history"].append({"step": steps.done} | logs)
                 with interruptible():  # Ctrl-C does not wait for pictures
                     if accelerator.is_main_process:
-                        validate(args, accelerator, network, photos, steps.done)
+                        validate(run, network, photos, fit)
             run.end_step(save=steps.due(args.checkpointing_steps))
 
     with run.finishing():
         if accelerator.is_main_process:
             accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # takes accelerate's autocast off the network
-            finish(args, run, network, photos, describe(backbone, len(content), len(style), steps.total))
+            finish(run, network, photos, fit, describe(backbone, len(content), len(style), steps.total))
     run.close()
     hub.push(args, run, args.output_dir, FILES)
 
@@ -246,7 +254,7 @@ def read_data(args, content: CaptionedImages, style: Images) -> tuple[list[int],
     return positions, keys, drawings
 
 
-def open_content(args, pairs, seed: int) -> CaptionedImages:
+def open_content(args: Options, pairs, seed: int) -> CaptionedImages:
     if args.dataset_name is not None:
         rows = load_rows(args.dataset_name, args.dataset_config_name, args.train_data_dir, args.cache_dir)
         sources, names = image_column_of(rows, args.dataset_name, args.image_column)
@@ -294,10 +302,10 @@ def read_content(data: CaptionedImages, on_bad_image: str) -> tuple[list[int], l
 class StyleTarget:
     """The Gram matrices to reach in a step: the mean over the drawings, or those of one that (seed, step) decides."""
 
-    def __init__(self, args, style_loss: StyleLoss, style: Images, seed: int):
-        self.args, self.style_loss, self.style, self.seed = args, style_loss, style, seed
+    def __init__(self, style_loss: StyleLoss, style: Images, fit: Callable, seed: int, is_mean: bool):
+        self.style_loss, self.style, self.fit, self.seed = style_loss, style, fit, seed
         self.mean: dict[str, Tensor] | None = None
-        if args.style_target == "mean":
+        if is_mean:
             self.mean = {}
             for index in tqdm(range(len(style)), "Style", disable=None):
                 for name, gram in self.grams(index).items():
@@ -306,55 +314,49 @@ class StyleTarget:
     def __call__(self, step: int) -> dict[str, Tensor]:
         if self.mean is not None:
             return self.mean
-        draw = generator(self.seed, "style", step)
-        return self.grams(int(torch.randint(len(self.style), (), generator=draw)))
+        rng = generator(self.seed, "style", step)
+        return self.grams(int(torch.randint(len(self.style), (), generator=rng)))
 
     @torch.no_grad()
     def grams(self, index: int) -> dict[str, Tensor]:
-        args = self.args
-        image = fit_image(self.style.image(index), args.resolution, args.fit, args.background)
+        image = self.fit(self.style.image(index))
         return self.style_loss.grams(to_tensor(image)[None].to(self.style_loss.backbone.mean.device))
 
 
-def transfer_losses(
-    args, style_loss: StyleLoss, images: Tensor, content: Tensor, wanted: dict[str, Tensor]
-) -> dict[str, Tensor]:
-    """Content, style and total variation of each of `images`, (B,) in float32."""
-    layers = list(dict.fromkeys([args.content_layer, *args.style_layers]))
-    with torch.autocast(images.device.type, enabled=False):
-        images, content = images.float(), content.float()
-        with torch.no_grad():
-            kept = style_loss.backbone.taps(content, [args.content_layer])[args.content_layer]
-        taps = style_loss.backbone.taps(images, layers)
-        grams = {name: gram_matrix(taps[name]) for name in args.style_layers}
-        return {
-            "content": (taps[args.content_layer] - kept).square().flatten(1).mean(1),
-            "style": style_loss.distance(grams, wanted),
-            "total_variation": total_variation(images),
-        }
+class TransferLoss:
+    """Content, style and total variation of stylized images (Johnson et al. 2016, section 3.2).
 
+    Args:
+        content_layer: layer of the backbone of `style_loss` whose features are kept.
+        style_layers: layers whose Gram matrices are compared.
+    """
 
-@torch.no_grad()
-def measure_losses(args, style_loss: StyleLoss, network: JohnsonNet, content: CaptionedImages, draw_style) -> dict:
-    """What content and style are for the untrained network; 1 for each without --normalize_losses."""
-    if not args.normalize_losses:
-        return {"content": 1.0, "style": 1.0}
-    probes = [content[0, index]["pixel_values"] for index in spaced(len(content), PROBES)]
-    images = torch.stack(probes).to(style_loss.backbone.mean.device)
-    with network.kept_statistics():  # which batch normalization counts
-        losses = [
-            transfer_losses(args, style_loss, network(image), image, draw_style(step))
-            for step, image in enumerate(images.split(1))
-        ]
-    return {name: float(sum(loss[name] for loss in losses)) / len(losses) or 1.0 for name in ("content", "style")}
+    def __init__(self, style_loss: StyleLoss, content_layer: str, style_layers: list[str]):
+        self.style_loss, self.content_layer, self.style_layers = style_loss, content_layer, style_layers
 
+    def __call__(self, images: Tensor, content: Tensor, style: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The losses of each image, (B,) in float32, against content images and Gram matrices."""
+        name, taps = self.content_layer, self.style_loss.backbone.taps
+        with torch.autocast(images.device.type, enabled=False):
+            images, content = images.float(), content.float()
+            with torch.no_grad():
+                kept = taps(content, [name])[name]
+            features = taps(images, list(dict.fromkeys([name, *self.style_layers])))
+            grams = {layer: gram_matrix(features[layer]) for layer in self.style_layers}
+            return {
+                "content": (features[name] - kept).square().flatten(1).mean(1),
+                "style": self.style_loss.distance(grams, style),
+                "total_variation": total_variation(images),
+            }
 
-def weigh(args, losses: dict[str, Tensor], scales: dict[str, float]) -> Tensor:
-    return (
-        args.content_weight * losses["content"] / scales["content"]
-        + args.style_weight * losses["style"] / scales["style"]
-        + args.tv_weight * losses["total_variation"]
-    )
+    @torch.no_grad()
+    def untrained(self, network: JohnsonNet, content: CaptionedImages, style_target) -> dict[str, float]:
+        """Content and style losses of the untrained network, means over a few content images."""
+        probes = [content[0, index]["pixel_values"] for index in spaced(len(content), PROBES)]
+        images = torch.stack(probes).to(self.style_loss.backbone.mean.device)
+        with network.kept_statistics():  # which batch normalization counts
+            losses = [self(network(image), image, style_target(step)) for step, image in enumerate(images.split(1))]
+        return {name: float(sum(loss[name] for loss in losses)) / len(losses) or 1.0 for name in ("content", "style")}
 
 
 def spaced(length: int, count: int) -> list[int]:
@@ -401,34 +403,34 @@ def run_summary(args, run: Run, steps: Steps, network: JohnsonNet, photos: int, 
 
 
 @torch.no_grad()
-def draw(args, network: JohnsonNet, photos: list[Image.Image]) -> dict[str, list[Image.Image]]:
+def stylize(network: JohnsonNet, photos: list[Image.Image], fit: Callable) -> dict[str, list[Image.Image]]:
     """A row of photos and a row of what the network makes of them, as it is trained to; its mode stays as it was."""
     was_training = network.training
     network.eval()
-    fitted = [fit_image(photo, args.resolution, args.fit, args.background) for photo in photos]
+    fitted = [fit(photo) for photo in photos]
     device = next(network.parameters()).device
-    drawn = [to_pil(network(to_tensor(photo)[None].to(device))[0]) for photo in fitted]
+    sketches = [to_pil(network(to_tensor(photo)[None].to(device))[0]) for photo in fitted]
     network.train(was_training)
-    return {"photo": fitted, "sketch": drawn}
+    return {"photo": fitted, "sketch": sketches}
 
 
-def validate(args, accelerator: Accelerator, network: JohnsonNet, photos: list[Image.Image], step: int) -> None:
-    """Draw the validation photos to the trackers and to disk; what goes wrong must not end a training."""
+def validate(run: Run, network: JohnsonNet, photos: list[Image.Image], fit: Callable) -> None:
+    """Stylize the validation photos, to the trackers and to disk; an error does not end the training."""
     try:
-        rows = draw(args, network, photos)
-        with replacing(Path(args.output_dir, "validation")) as folder:
-            image_grid(rows).save(folder / f"step-{step:06d}.png")
-        track_images(accelerator, "validation", rows, step)
+        rows = stylize(network, photos, fit)
+        with replacing(run.folder / "validation") as folder:
+            image_grid(rows).save(folder / f"step-{run.steps.done:06d}.png")
+        track_images(run.accelerator, "validation", rows, run.steps.done)
     except (RuntimeError, MemoryError, OSError, InputError) as error:
         logger.warning(f"no validation images: {first_line(error)}")
 
 
-def finish(args, run: Run, network: JohnsonNet, photos: list[Image.Image], description: str) -> None:
-    """Export the network, reload it and check what it draws, write the card."""
-    folder = Path(args.output_dir)
+def finish(run: Run, network: JohnsonNet, photos: list[Image.Image], fit: Callable, description: str) -> None:
+    """Export the network, reload it and check what it makes of photos, write the card."""
+    folder = run.folder
     with replacing(folder) as partial_folder:
         network.save_pretrained(partial_folder)
-    rows, again = (draw(args, drawer, photos) for drawer in (network.float().cpu(), load_johnson(folder)))
+    rows, again = (stylize(drawer, photos, fit) for drawer in (network.float().cpu(), load_johnson(folder)))
     if any(one.tobytes() != other.tobytes() for one, other in zip(rows["sketch"], again["sketch"], strict=True)):
         raise TrainingError(f"{folder} does not load as it was trained")
     if flat := sum(len(set(picture.convert("L").tobytes())) < 8 for picture in rows["sketch"]):
@@ -440,7 +442,7 @@ def finish(args, run: Run, network: JohnsonNet, photos: list[Image.Image], descr
     with replacing(folder) as partial_folder:
         image_grid(rows).save(partial_folder / "validation.png")
         (partial_folder / "metrics.json").write_text(json.dumps(metrics, indent=2), encoding="utf-8")
-    write_card(args, run, description)
+    write_card(run, description)
     uses = {
         "validation.png": "validation photos, and what the network makes of them",
         "model.safetensors": f"for sketch-perceptual stylize --model {folder} --input PHOTOS --output SKETCHES",
@@ -457,9 +459,8 @@ def describe(backbone: AttentionVGG16, photos: int, drawings: int, steps: int) -
     )
 
 
-def write_card(args, run: Run, description: str) -> None:
+def write_card(run: Run, description: str) -> None:
     where = run.hub_model_id or "path/to/this/folder"
-    on_hub = cards.hub_id(args.dataset_name)
     snippet = f"""from PIL import Image
 from sketch_perceptual.commands.stylize import load_johnson, stylize
 
@@ -467,15 +468,14 @@ network = load_johnson("{where}")
 photo = Image.new("RGB", (300, 200), "skyblue")  # any picture, any size
 stylize(network, [photo])[0].save("sketch.png")"""
     cards.write_card(
-        args.output_dir,
+        run.folder,
         data=ModelCardData(
-            license=args.license,
+            **run.card_data,
             library_name="sketch-perceptual",
             pipeline_tag="image-to-image",
-            datasets=on_hub and [on_hub],
             tags=["sketch", "style-transfer", "image-to-image"],
         ),
-        title=f"Sketch style - {cards.model_name(run.hub_model_id, args.output_dir)}",
+        title=f"Sketch style - {cards.model_name(run.hub_model_id, run.folder)}",
         description=description,
         snippet=snippet,
         options=run.record(),

@@ -37,10 +37,8 @@ from sketch_perceptual.cli import entry
 from sketch_perceptual.cli.arguments import Options, Parser, above, at_least
 from sketch_perceptual.data.datasets import LabelledImages
 from sketch_perceptual.data.loaders import pk_batches
-from sketch_perceptual.data.options import add_class_options, check_class_options, load_labelled
-from sketch_perceptual.data.preview import fitted, read_data
-from sketch_perceptual.data.scan import Contents
-from sketch_perceptual.data.splits import Split, describe_split, split, split_hash
+from sketch_perceptual.data.options import add_class_options, check_class_options
+from sketch_perceptual.data.preview import fitted
 from sketch_perceptual.errors import InputError, first_line
 from sketch_perceptual.evaluation.retrieval import query_sheet
 from sketch_perceptual.files import replacing
@@ -51,12 +49,11 @@ from sketch_perceptual.networks.embedder import SketchEmbedder
 from sketch_perceptual.networks.hub_model import fingerprint
 from sketch_perceptual.seeds import generator
 from sketch_perceptual.training import cards, hub
-from sketch_perceptual.training.distributed import on_main
-from sketch_perceptual.training.feature_cache import extract_features, scan_folder
-from sketch_perceptual.training.identity import digest
+from sketch_perceptual.training.feature_cache import extract_features
+from sketch_perceptual.training.labelled import LabelledDrawings, open_drawings, preview_drawings, read_drawings
 from sketch_perceptual.training.options import add_feature_options, add_run_options
 from sketch_perceptual.training.run import Run
-from sketch_perceptual.training.startup import check_space, dry_run, start, versions
+from sketch_perceptual.training.startup import check_space, start, versions
 from sketch_perceptual.training.steps import Meter, Steps
 from sketch_perceptual.training.trackers import start_trackers, track_images
 
@@ -118,28 +115,45 @@ def parse_args(argv: list[str] | None = None) -> Options:
 
 
 def main(args: Options) -> None:
-    if dry_run(args, lambda seed: read_drawings(args, open_data(args, seed))):
+    resolution = args.resolution or tuned_resolution(args.backbone)
+    see = partial(fitted, resolution, args.fit, args.background)
+    if preview_drawings(args, see):
         return
     run = start(args)
     accelerator = run.accelerator
-    embedder = build_embedder(args)
-    gallery, queries, record = load_data(args, run, embedder)
+    embedder = build_embedder(args.backbone, args.embedding_dim, args.head, resolution, args.fit, args.background)
+    drawings = read_drawings(args, accelerator, open_drawings(args, run.seed), see)
+    record = drawings.record | {"classes": drawings.data.classes}
+    run.settle(**drawings.identity(), backbone=fingerprint(embedder.backbone.features))
+    # Epochs are those of each seed, the finished ones too.
+    run.settle(resolution=resolution, num_train_epochs=args.num_train_epochs)
+    gallery, queries = embed_drawings(
+        drawings,
+        embedder,
+        accelerator,
+        folder=args.feature_dir,
+        batch_size=args.extraction_batch_size,
+        num_workers=args.dataloader_num_workers,
+    )
     hub.create_repo(args, run)
     start_trackers(accelerator, "sketch-retrieval", args)
 
     head = Head(embedder.backbone.classifier, args.embedding_dim, len(record["classes"]))
     optimizer = torch.optim.Adam(head.parameters(), args.learning_rate)
     model, prepared_optimizer = accelerator.prepare(head, optimizer)
-    batches = Batches(args, accelerator, gallery, run.seed)
+    classes_per_batch = args.train_batch_size // args.images_per_class
+    shape = (classes_per_batch, args.images_per_class)
+    batches = Batches(accelerator, gallery, run.seed, args.num_seeds, args.num_train_epochs, shape)
     steps = Steps(accelerator, batches, batches.lengths, seed=run.seed)
     meter = Meter(accelerator)
     logger.info(run_summary(args, run, embedder, head, gallery, queries))
     run.state = {"runs": []} | run.state
-    keep_finished_seeds(args, run)
+    keep_finished_seeds(run)
     run.begin(steps, meter, prepared_optimizer, partial(save_head, embedder, head), partial(load_head, embedder, head))
 
-    if accelerator.is_main_process and seed_is_over(args, run):  # the run ended before it was scored
-        end_seed(args, run, embedder, head, gallery, queries, record, batches.seed(steps.epoch))
+    results = Results(run, embedder, head, gallery, queries, record)
+    if accelerator.is_main_process and seed_is_over(run, args.num_train_epochs):  # the run ended before it was scored
+        results.end_seed(batches.seed(steps.epoch))
     model.train()
     with run.training():
         for labels, features in steps:
@@ -163,15 +177,15 @@ def main(args: Options) -> None:
             steps.advance()
             if steps.at_epoch_end:
                 end_epoch(run, seed, epoch + 1)
-            if accelerator.is_main_process and seed_is_over(args, run):
-                end_seed(args, run, embedder, head, gallery, queries, record, seed)
+            if accelerator.is_main_process and seed_is_over(run, args.num_train_epochs):
+                results.end_seed(seed)
             run.end_step(save=steps.at_epoch_end)
 
     with run.finishing():
         if accelerator.is_main_process:
-            finish(args, run)
+            results.finish()
     run.close()
-    hub.push(args, run, Path(args.output_dir, f"seed-{run.seed}"), FILES)
+    hub.push(args, run, run.folder / f"seed-{run.seed}", FILES)
 
 
 class Embedded(NamedTuple):
@@ -183,70 +197,49 @@ class Embedded(NamedTuple):
     ids: Tensor
 
 
-def open_data(args, seed: int) -> LabelledImages:
-    data = load_labelled(args, seed)
-    data.scan_folder = scan_folder(args.feature_dir)
-    return data
-
-
-def read_drawings(args, data: LabelledImages) -> tuple[Contents, Split]:
-    """What can be read of the drawings, and how that is split."""
-    see = partial(fitted, resolution_of(args), args.fit, args.background)
-    scanned = read_data(data, args.on_bad_image, args.figure_data, copies=True, see=see)
-    data = data.select(scanned.positions)
-    return scanned, split(data.labels, scanned.keys, scanned.copies, data.groups, args.validation_share)
-
-
-def load_data(args, run: Run, embedder: SketchEmbedder) -> tuple[Embedded, Embedded, dict]:
-    """Features of the gallery, which is trained on, and of the held-out queries; the split as it is saved."""
-    accelerator = run.accelerator
-    data = open_data(args, run.seed)
-    (positions, keys, _, copies), result = on_main(accelerator, read_drawings, args, data)
-    data = data.select(positions)
-    logger.info(result.summary)
-    record = describe_split(result, keys, args.validation_share, args.group_column) | {"classes": data.classes}
-    rows = digest(zip(keys, (data.classes[label] for label in data.labels), strict=True))
-    weights = fingerprint(embedder.backbone.features)
-    run.settle(data=f"{len(data)} images {rows}", split=split_hash(record), backbone=weights)
-    # Epochs are those of each seed, the finished ones too.
-    run.settle(resolution=resolution_of(args), num_train_epochs=args.num_train_epochs)
-    cache = extract_features(
-        accelerator,
-        args.feature_dir,
-        embedder,
-        data,
-        keys,
-        batch_size=args.extraction_batch_size,
-        num_workers=args.dataloader_num_workers,
-    )
+def embed_drawings(
+    drawings: LabelledDrawings, embedder: SketchEmbedder, accelerator: Accelerator, *, folder: str | None, **loading
+) -> tuple[Embedded, Embedded]:
+    """Features of the gallery, which is trained on, and of the held-out queries, from the cache in `folder`."""
+    data, keys = drawings.data, drawings.keys
+    cache = extract_features(accelerator, folder, embedder, data, keys, **loading)
     gallery, queries = (
         Embedded(
             data.select(rows),
             cache.read([keys[i] for i in rows]),
             torch.tensor([data.labels[i] for i in rows]),
-            torch.tensor([copies[i] for i in rows]),
+            torch.tensor([drawings.copies[i] for i in rows]),
         )
-        for rows in (result.train, result.validation)
+        for rows in (drawings.split.train, drawings.split.validation)
     )
-    return gallery, queries, record
+    return gallery, queries
 
 
 class Batches:
     """This process's batches (labels (B,), features (B, F)) of the gallery, in one count of epochs over all seeds."""
 
-    def __init__(self, args, accelerator: Accelerator, gallery: Embedded, first_seed: int):
-        self.args, self.accelerator, self.gallery, self.first_seed = args, accelerator, gallery, first_seed
-        self.lengths = [len(self.rows(epoch)) for epoch in range(args.num_seeds * args.num_train_epochs)]
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        gallery: Embedded,
+        first_seed: int,
+        num_seeds: int,
+        num_epochs: int,
+        shape: tuple[int, int],
+    ):
+        """`shape`: classes a batch, and drawings of each."""
+        self.accelerator, self.gallery, self.first_seed = accelerator, gallery, first_seed
+        self.num_epochs, self.shape = num_epochs, shape
+        self.lengths = [len(self.rows(epoch)) for epoch in range(num_seeds * num_epochs)]
 
     def seed(self, epoch: int) -> int:
-        return self.first_seed + epoch // self.args.num_train_epochs
+        return self.first_seed + epoch // self.num_epochs
 
     def rows(self, epoch: int) -> list[list[int]]:
         """The first batches come twice where the processes do not divide them."""
-        args, processes = self.args, self.accelerator.num_processes
-        draw = generator(self.seed(epoch), "order", epoch % args.num_train_epochs)
-        classes = args.train_batch_size // args.images_per_class
-        batches = pk_batches(self.gallery.labels.tolist(), classes, args.images_per_class, draw)
+        processes = self.accelerator.num_processes
+        rng = generator(self.seed(epoch), "order", epoch % self.num_epochs)
+        batches = pk_batches(self.gallery.labels.tolist(), *self.shape, rng)
         return (batches + batches[: -len(batches) % processes])[self.accelerator.process_index :: processes]
 
     def __call__(self, epoch: int, first: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -274,16 +267,11 @@ class Head(nn.Module):
         return embeddings, self.classes(embeddings)
 
 
-def resolution_of(args) -> int:
-    """What is asked for, or what the backbone was tuned at."""
-    return args.resolution or tuned_resolution(args.backbone)
-
-
-def build_embedder(args) -> SketchEmbedder:
+def build_embedder(source: str, dim: int, head: str, resolution: int, fit: str, background: str) -> SketchEmbedder:
     """The frozen backbone under a new head."""
-    backbone = load_backbone(args.backbone, attention="none")
-    config = backbone.settings | {"num_classes": args.embedding_dim, "head": args.head, "classes": None}
-    embedder = SketchEmbedder(config, "head", resolution_of(args), args.fit, args.background)
+    backbone = load_backbone(source, attention="none")
+    config = backbone.settings | {"num_classes": dim, "head": head, "classes": None}
+    embedder = SketchEmbedder(config, "head", resolution, fit, background)
     embedder.backbone.features.load_state_dict(backbone.features.state_dict())
     return embedder
 
@@ -299,10 +287,10 @@ def load_head(embedder: SketchEmbedder, head: Head, folder: Path) -> None:
     head.classes.load_state_dict(load_file(folder / "classes.safetensors"))
 
 
-def keep_finished_seeds(args, run: Run) -> None:
+def keep_finished_seeds(run: Run) -> None:
     """The embedders of finished seeds are results: a run that goes on in another folder takes them along."""
     for seed in (one["seed"] for one in run.state["runs"]) if run.accelerator.is_main_process else ():
-        folder, before = Path(args.output_dir, f"seed-{seed}"), run.checkpoint.parent / f"seed-{seed}"
+        folder, before = run.folder / f"seed-{seed}", run.checkpoint.parent / f"seed-{seed}"
         if folder.is_dir():
             continue
         if not before.is_dir():
@@ -361,34 +349,102 @@ def end_epoch(run: Run, seed: int, epoch: int) -> None:
         )
 
 
-def seed_is_over(args, run: Run) -> bool:
-    """Whether the last epoch of a seed that has no scores yet is over."""
-    steps, seed = run.steps, run.seed + run.steps.epoch // args.num_train_epochs
-    is_last = steps.at_epoch_end and (steps.epoch + 1) % args.num_train_epochs == 0
+def seed_is_over(run: Run, num_epochs: int) -> bool:
+    """True if the last epoch of a seed that has no scores yet is over."""
+    steps, seed = run.steps, run.seed + run.steps.epoch // num_epochs
+    is_last = steps.at_epoch_end and (steps.epoch + 1) % num_epochs == 0
     return is_last and all(scores["seed"] != seed for scores in run.state["runs"])
 
 
-def end_seed(args, run: Run, embedder, head: Head, gallery: Embedded, queries: Embedded, record: dict, seed) -> None:
-    """Score the head of a seed; write its embedder and all that is to be told of it."""
-    run.check_weights()
-    ranking = evaluate(head.eval(), gallery, queries, run.accelerator.device)
-    scores = ranking.scores
-    head.train()
-    result = {"seed": seed} | scores | run.state.get("last", {})
-    run.log({f"seed-{seed}/{name}": scores[name] for name in ("top1", "top5", "map")})
-    logger.info(f"seed {seed}: Top-1 {scores['top1']:.1%}, Top-5 {scores['top5']:.1%}, mAP {scores['map']:.3f}")
-    metrics = result | {"settings": run.identity, "changes": run.changes}
-    sheet = draw_nearest(gallery, queries, ranking.nearest, seed)
-    with replacing(Path(args.output_dir, f"seed-{seed}")) as folder:
-        embedder.save_pretrained(folder)
-        (folder / "metrics.json").write_text(json.dumps(metrics, indent=2), encoding="utf-8")
-        (folder / "split.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
-        write_card(args, folder, run, record, result)
+class Results:
+    """What is written of each seed and of all: embedders, scores, split, cards.
+
+    Args:
+        record: the split as it is saved, with the classes.
+    """
+
+    def __init__(
+        self, run: Run, embedder: SketchEmbedder, head: Head, gallery: Embedded, queries: Embedded, record: dict
+    ):
+        self.run, self.embedder, self.head = run, embedder, head
+        self.gallery, self.queries, self.record = gallery, queries, record
+
+    def end_seed(self, seed: int) -> None:
+        """Score the head of a seed; write its embedder, metrics and card."""
+        run, head, gallery, queries = self.run, self.head, self.gallery, self.queries
+        run.check_weights()
+        ranking = evaluate(head.eval(), gallery, queries, run.accelerator.device)
+        scores = ranking.scores
+        head.train()
+        result = {"seed": seed} | scores | run.state.get("last", {})
+        run.log({f"seed-{seed}/{name}": scores[name] for name in ("top1", "top5", "map")})
+        logger.info(f"seed {seed}: Top-1 {scores['top1']:.1%}, Top-5 {scores['top5']:.1%}, mAP {scores['map']:.3f}")
+        metrics = result | {"settings": run.identity, "changes": run.changes}
+        sheet = draw_nearest(gallery, queries, ranking.nearest, seed)
+        with replacing(run.folder / f"seed-{seed}") as folder:
+            self.embedder.save_pretrained(folder)
+            (folder / "metrics.json").write_text(json.dumps(metrics, indent=2), encoding="utf-8")
+            (folder / "split.json").write_text(json.dumps(self.record, indent=1), encoding="utf-8")
+            self.write_card(folder, result)
+            if sheet is not None:
+                sheet.save(folder / "nearest.png")  # of the user's own drawings: not for the Hub
+        run.state["runs"].append(result)
         if sheet is not None:
-            sheet.save(folder / "nearest.png")  # of the user's own drawings: not for the Hub
-    run.state["runs"].append(result)
-    if sheet is not None:
-        track_images(run.accelerator, "nearest", {f"seed {seed}": [sheet]}, run.steps.done)
+            track_images(run.accelerator, "nearest", {f"seed {seed}": [sheet]}, run.steps.done)
+
+    def finish(self) -> None:
+        """Mean and deviation over the seeds, on disk and on the screen."""
+        run = self.run
+        runs = run.state["runs"]
+        summary = {}
+        for name in ("top1", "top5", "map", "recall@10", "recall@50"):
+            values = [one[name] for one in runs]
+            deviation = statistics.stdev(values) if len(values) > 1 else None
+            summary[name] = {"mean": statistics.mean(values), "deviation": deviation}
+            spread = "" if deviation is None else f" +- {deviation:.2%}"
+            logger.info(f"{name}: {summary[name]['mean']:.2%}{spread} over {len(values)} seeds")
+        metrics = {"summary": summary, "runs": runs, "settings": run.identity, "versions": versions()}
+        with replacing(run.folder) as folder:
+            (folder / "metrics.json").write_text(json.dumps(metrics, indent=2), encoding="utf-8")
+        if run.meter.skipped:
+            logger.warning(f"{run.meter.skipped} steps were skipped: their loss or gradient was not finite")
+        folder = run.folder / f"seed-{run.seed}"
+        uses = {
+            "model.safetensors": f"for sketch-perceptual search --model {folder} --query PICTURE --gallery FOLDER",
+            "nearest.png": "queries and the drawings that they find",
+            "../metrics.json": "scores of all seeds",
+        }
+        print(cards.listing(folder, uses))
+
+    def write_card(self, folder: Path, scores: dict) -> None:
+        run, record = self.run, self.record
+        is_pushed = run.hub_model_id and scores["seed"] == run.seed  # the first of the seeds alone
+        where = run.hub_model_id if is_pushed else "path/to/this/folder"
+        (on_hub,) = run.card_data["datasets"] or [None]
+        apart = f" by {record['group_column']}" if record["group_column"] else ""
+        snippet = f"""from PIL import Image
+from sketch_perceptual import SketchEmbedder
+
+embedder = SketchEmbedder.from_pretrained("{where}")
+vectors = embedder.embed([Image.new("RGB", (64, 64), colour) for colour in ("black", "white")])
+print(vectors @ vectors.T)  # cosine similarities"""
+        cards.write_card(
+            folder,
+            data=ModelCardData(
+                **run.card_data,
+                library_name="sketch-perceptual",
+                pipeline_tag="image-feature-extraction",
+                tags=["sketch", "image-retrieval", "vgg16", "attention"],
+            ),
+            title=f"Sketch embedder - {cards.model_name(run.hub_model_id, run.folder)}",
+            description=f"Drawings to vectors of {self.embedder.backbone.num_classes} numbers and length 1 (Seo 2025,"
+            f" section 4.2), from {on_hub or 'a data set of its own'}. Of {scores['queries']} held-out drawings{apart},"
+            f" which share no copy with the {record['train_images']} trained on, {scores['top1']:.1%} find one of"
+            f" their class first among these, {scores['top5']:.1%} among the first five; mean average precision"
+            f" {scores['map']:.3f}. {record['summary']}.",
+            snippet=snippet,
+            options=run.record() | {"seed": scores["seed"]},
+        )
 
 
 def draw_nearest(gallery: Embedded, queries: Embedded, nearest: Tensor, seed: int) -> Image.Image | None:
@@ -398,61 +454,6 @@ def draw_nearest(gallery: Embedded, queries: Embedded, nearest: Tensor, seed: in
     except (OSError, InputError) as error:
         logger.warning(f"seed {seed}: what queries find was not drawn ({first_line(error)})")
         return None
-
-
-def finish(args, run: Run) -> None:
-    """Mean and deviation over the seeds, on disk and on the screen."""
-    runs = run.state["runs"]
-    summary = {}
-    for name in ("top1", "top5", "map", "recall@10", "recall@50"):
-        values = [one[name] for one in runs]
-        deviation = statistics.stdev(values) if len(values) > 1 else None
-        summary[name] = {"mean": statistics.mean(values), "deviation": deviation}
-        spread = "" if deviation is None else f" +- {deviation:.2%}"
-        logger.info(f"{name}: {summary[name]['mean']:.2%}{spread} over {len(values)} seeds")
-    metrics = {"summary": summary, "runs": runs, "settings": run.identity, "versions": versions()}
-    with replacing(args.output_dir) as folder:
-        (folder / "metrics.json").write_text(json.dumps(metrics, indent=2), encoding="utf-8")
-    if run.meter.skipped:
-        logger.warning(f"{run.meter.skipped} steps were skipped: their loss or gradient was not finite")
-    folder = Path(args.output_dir, f"seed-{run.seed}")
-    uses = {
-        "model.safetensors": f"for sketch-perceptual search --model {folder} --query PICTURE --gallery FOLDER",
-        "nearest.png": "queries and the drawings that they find",
-        "../metrics.json": "scores of all seeds",
-    }
-    print(cards.listing(folder, uses))
-
-
-def write_card(args, folder: Path, run: Run, record: dict, scores: dict) -> None:
-    is_pushed = run.hub_model_id and scores["seed"] == run.seed  # the first of the seeds alone
-    where = run.hub_model_id if is_pushed else "path/to/this/folder"
-    on_hub = cards.hub_id(args.dataset_name)
-    apart = f" by {args.group_column}" if args.group_column else ""
-    snippet = f"""from PIL import Image
-from sketch_perceptual import SketchEmbedder
-
-embedder = SketchEmbedder.from_pretrained("{where}")
-vectors = embedder.embed([Image.new("RGB", (64, 64), colour) for colour in ("black", "white")])
-print(vectors @ vectors.T)  # cosine similarities"""
-    cards.write_card(
-        folder,
-        data=ModelCardData(
-            license=args.license,
-            library_name="sketch-perceptual",
-            pipeline_tag="image-feature-extraction",
-            datasets=on_hub and [on_hub],
-            tags=["sketch", "image-retrieval", "vgg16", "attention"],
-        ),
-        title=f"Sketch embedder - {cards.model_name(run.hub_model_id, args.output_dir)}",
-        description=f"Drawings to vectors of {args.embedding_dim} numbers and length 1 (Seo 2025, section 4.2), from"
-        f" {on_hub or 'a data set of its own'}. Of {scores['queries']} held-out drawings{apart}, which share no copy"
-        f" with the {record['train_images']} trained on, {scores['top1']:.1%} find one of their class first among"
-        f" these, {scores['top5']:.1%} among the first five; mean average precision {scores['map']:.3f}."
-        f" {record['summary']}.",
-        snippet=snippet,
-        options=run.record() | {"seed": scores["seed"]},
-    )
 
 
 if __name__ == "__main__":

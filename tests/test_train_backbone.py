@@ -477,15 +477,13 @@ def test_accuracies_have_known_answers():
 
 
 def test_the_forecast_counts_what_is_left_and_advises():
-    args = script.parse_args(["--train_data_dir", "x", "--num_train_epochs", "10"])
     steps = SimpleNamespace(total=10 * 100, ends=[100])
-    clock = SimpleNamespace(images_per_second=10)
     network = AttentionVGG16("cbam", num_classes=2, head="linear", reduction=2)
-    text = script.cost_forecast(args, network, steps, clock, 900, 300)
+    text = script.cost_forecast(network, steps, 100, 10)
     assert "10.0 images a second: 1.7 minutes an epoch, 16.7 minutes in all" in text
     assert "--pool_after_attention keeps them" in text
     assert "--gradient_checkpointing needs less memory" in text
-    plain = script.cost_forecast(args, AttentionVGG16("none", num_classes=2, head="linear"), steps, clock, 900, 300)
+    plain = script.cost_forecast(AttentionVGG16("none", num_classes=2, head="linear"), steps, 100, 10)
     assert "--" not in plain
 
 
@@ -552,7 +550,7 @@ def test_two_processes_agree_and_evaluate_as_one(driver, pictures, tmp_path):
 
     reset_accelerate()
     args = script.parse_args(options.split())
-    data = script.load_labelled(args, 0, resolution=args.resolution)
+    data = script.open_drawings(args, 0, resolution=args.resolution)
     history = json.loads((tmp_path / "out" / "best" / "metrics.json").read_text())["history"]
     kept = json.loads((tmp_path / "out" / "best" / "split.json").read_text())["validation"]
     data = data.select(n for n in range(len(data)) if content_key(data.image(n)) in kept)

@@ -1,6 +1,7 @@
 import json
 import os
 import signal
+from functools import partial
 
 import numpy as np
 import pytest
@@ -129,21 +130,19 @@ def test_losses_are_counted_in_those_of_the_untrained_network(train):
     assert first.logs[0]["train_loss"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_mean_style_is_the_mean_over_all_drawings(options, network, sketches):
-    args = script.parse_args(options)
-    args.background = "white"
+def test_the_mean_style_is_the_mean_over_all_drawings(network, sketches):
+    fit = partial(script.fit_image, resolution=32)
     style_loss = StyleLoss(network)
     paths = sorted(sketches.iterdir())
     images = script.Images(paths, list(map(str, paths)))
-    mean = script.StyleTarget(args, style_loss, images, 0)(step=5)
+    mean = script.StyleTarget(style_loss, images, fit, 0, is_mean=True)(step=5)
     each = [style_loss.grams(to_tensor(script.fit_image(images.image(n), 32))[None]) for n in range(3)]
     for name, gram in mean.items():
         torch.testing.assert_close(gram, sum(grams[name] for grams in each) / 3)
-    args.style_target = "random"
-    draw = script.StyleTarget(args, style_loss, images, 0)
-    seen = {float(draw(step)["relu1_2"].sum()) for step in range(20)}
+    target = script.StyleTarget(style_loss, images, fit, 0, is_mean=False)
+    seen = {float(target(step)["relu1_2"].sum()) for step in range(20)}
     assert len(seen) == 3
-    assert float(draw(4)["relu1_2"].sum()) == float(draw(4)["relu1_2"].sum())
+    assert float(target(4)["relu1_2"].sum()) == float(target(4)["relu1_2"].sum())
 
 
 @pytest.mark.parametrize(
@@ -178,7 +177,7 @@ def test_another_setting_cannot_resume_and_a_checkpoint_is_a_network(train):
 
 
 def poison(monkeypatch, bad):
-    losses, count = script.transfer_losses, []
+    losses, count = script.TransferLoss.__call__, []
 
     def poisoned(*args):
         count.append(1)
@@ -187,7 +186,7 @@ def poison(monkeypatch, bad):
             found["style"] = found["style"] * torch.nan
         return found
 
-    monkeypatch.setattr(script, "transfer_losses", poisoned)
+    monkeypatch.setattr(script.TransferLoss, "__call__", poisoned)
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_named(train, monkeypatch, caplog):
@@ -267,14 +266,14 @@ import train_johnson as script
 from sketch_perceptual.networks import backbone
 
 backbone.STAGES = {NARROW}
-networks, seen, losses, net = [], [], script.transfer_losses, script.JohnsonNet
+networks, seen, losses, net = [], [], script.TransferLoss.__call__, script.JohnsonNet
 script.JohnsonNet = lambda *args: networks.append(net(*args)) or networks[-1]
 def spy(*args):
     seen.append(args)
     if len(seen) == int(sys.argv[2]):
         os.kill(os.getpid(), signal.SIGKILL)
     return losses(*args)
-script.transfer_losses = spy
+script.TransferLoss.__call__ = spy
 script.entry.run(script.main, script.parse_args(sys.argv[3:]))
 torch.save(networks[0].state_dict(), f"{{sys.argv[1]}}/network-{{os.environ.get('RANK', 0)}}.pt")
 """

@@ -45,6 +45,7 @@ class Run:
         seed: the run's, saved or new where none was given.
         state: the trainer's own, JSON, as it was saved; saved with each checkpoint.
         changes: what resumed runs changed, and at which step.
+        card_data: license and data set, for the card of the result.
         hub_model_id: of the repository that the result is pushed to, or as the options name it.
     """
 
@@ -70,6 +71,7 @@ class Run:
         if self.saved:
             self.state = self.saved["state"]
         self.hub_model_id: str | None = None
+        self.card_data: dict = {}
         self._last_saved: int | None = None
         self._stepping: int | None = None  # the step whose update of the weights has begun
         seed = options.get("seed")

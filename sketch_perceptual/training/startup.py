@@ -23,6 +23,7 @@ from ..cli import interruption
 from ..cli.arguments import Options
 from ..errors import InputError, all_troubles, in_options, printable
 from ..files import Output, check_outputs
+from .cards import hub_id
 from .distributed import on_main
 from .identity import identity_of
 from .run import Run
@@ -80,6 +81,8 @@ def start(args: Options) -> Run:
         fixed=args.fixed,
         total_limit=args.checkpoints_total_limit,
     )
+    dataset = hub_id(args.dataset_name)
+    run.card_data = {"license": args.license, "datasets": [dataset] if dataset else None}
     set_seed(run.seed)
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
