@@ -350,6 +350,7 @@ class Results:
 
     def write_card(self, folder: Path, network: AttentionVGG16) -> None:
         run, split_record = self.run, self.split_record
+        size = network.settings["resolution"]
         best, before = best_epoch(run.state), run.state.get("before_tuning")
         where = run.hub_model_id or "path/to/this/folder"
         (on_hub,) = run.card_data["datasets"] or [None]
@@ -360,7 +361,7 @@ class Results:
 from sketch_perceptual.drawings import draw
 
 network = AttentionVGG16.from_pretrained("{where}").eval()
-cat, boat = (to_tensor(draw(name, 0, size={network.settings["resolution"]}))[None] for name in ("cat", "boat"))  # in [-1, 1]
+cat, boat = (to_tensor(draw(name, 0, size={size}))[None] for name in ("cat", "boat"))  # in [-1, 1]
 print(network.classes[network(cat).argmax()])
 print(PerceptualLoss(network)(cat, boat))  # about 1 for unrelated drawings"""
         cards.write_card(

@@ -438,8 +438,8 @@ print(vectors @ vectors.T)  # cosine similarities"""
             ),
             title=f"Sketch embedder - {cards.model_name(run.hub_model_id, run.folder)}",
             description=f"Drawings to vectors of {self.embedder.backbone.num_classes} numbers and length 1 (Seo 2025,"
-            f" section 4.2), from {on_hub or 'a data set of its own'}. Of {scores['queries']} held-out drawings{apart},"
-            f" which share no copy with the {record['train_images']} trained on, {scores['top1']:.1%} find one of"
+            f" section 4.2), from {on_hub or 'a data set of its own'}. Of {scores['queries']} held-out drawings{apart}"
+            f", which share no copy with the {record['train_images']} trained on, {scores['top1']:.1%} find one of"
             f" their class first among these, {scores['top5']:.1%} among the first five; mean average precision"
             f" {scores['map']:.3f}. {record['summary']}.",
             snippet=snippet,
