@@ -26,7 +26,7 @@ ENDINGS = {"figure": (".png",), "output": (".json",)}
 
 def add_embedder_options(add: Callable) -> None:
     add("--embedding", choices=EMBEDDINGS, help="default: the embedder's own; for a backbone the pooled last map")
-    add("--resolution", type=at_least(32), help="in pixels; default: what the embedder or the backbone was trained at")
+    add("--resolution", type=at_least(32), help="in pixels; default: that of the embedder's or backbone's training")
     add("--fit", choices=("pad", "crop"), help="default: the embedder's own; for a backbone pad")
     add_workers(add)
     add_precision(add)

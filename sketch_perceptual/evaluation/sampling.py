@@ -93,7 +93,7 @@ def load_pictures(source: str, caption_options: dict) -> CaptionedImages:
 
 
 def load_adapter(pipeline: "StableDiffusionPipeline", source: str) -> None:
-    """Load a LoRA: a file of any trainer or a folder with one, or what diffusers finds on the Hub."""
+    """Load a LoRA: a file of any trainer, a folder with one, or a Hub id."""
     with naming(f"`models` {source} does not load into the pipeline as a LoRA"):
         if Path(source).exists():
             layers = lora_files.read(source).layers

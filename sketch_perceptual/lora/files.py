@@ -196,7 +196,7 @@ def to_tensors(layers: Mapping[str, Layer]) -> dict[str, torch.Tensor]:
     for module, layer in layers.items():
         lora, magnitude = "lora", "lora_magnitude_vector"
         if module.startswith("text_encoder."):
-            lora, magnitude = "lora_linear_layer", "lora_magnitude_vector.weight"  # all that transformers 5.24 supports
+            lora, magnitude = "lora_linear_layer", "lora_magnitude_vector.weight"  # all that transformers 5.24 knows
         tensors |= {f"{module}.{lora}.down.weight": layer.down, f"{module}.{lora}.up.weight": layer.up}
         if layer.magnitude is not None:
             shape = (1, -1, 1, 1) if layer.up.ndim == 4 else (-1,)

@@ -83,7 +83,7 @@ def set_section(folder: str | Path, title: str, lines: list[list[str]], about: s
     if not path.exists():
         if path.name != README:
             logger.warning(
-                f"{path.with_name(README)} was not written by this program and is kept: no {title.lower()} added"
+                f"{path.with_name(README)} was not written by this program and is kept without {title.lower()}"
             )
         return None
     if TRAINING not in (text := path.read_text(encoding="utf-8")):

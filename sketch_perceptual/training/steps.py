@@ -22,7 +22,7 @@ SHOWN = {"train_loss": "loss", "perceptual_loss": "term", "lr": "rate", "skipped
 
 
 class Steps:
-    """Iterator over the batches of a run from step `done` on; that number alone determines the state.
+    """Iterator over the batches of a run from step `done` on, which determines all other state.
 
     Args:
         batches: `batches(epoch, first)` yields the batches of an epoch from number `first` on; see `loader_batches`.
