@@ -196,7 +196,7 @@ def main(args: Options) -> None:
     with run.training():
         for batch in steps:
             with accelerator.accumulate(model):
-                torch.manual_seed(steps.draw("dropout").initial_seed())
+                torch.manual_seed(steps.rng("dropout").initial_seed())
                 logits = model(batch["pixel_values"]).float()
                 losses = F.cross_entropy(logits, batch["label"], reduction="none")
                 accelerator.backward(losses.mean())

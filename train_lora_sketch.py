@@ -181,7 +181,7 @@ def main(args: Options) -> None:
     with run.training():
         for batch in steps:
             with accelerator.accumulate(*trained):
-                rng = steps.draw("noise")
+                rng = steps.rng("noise")
                 sample = draw_sample(batch, latents, prompts, process, args.noise_offset, rng)
                 losses = score(unet, process, term, args.snr_gamma, steps.done, sample, rng)
                 loss, pull = balance(

@@ -1,4 +1,4 @@
-"""Compare drawings, find them, turn photos into them, and measure models that draw.
+"""Compare and find drawings, turn photos into drawings, and evaluate models.
 
     sketch-perceptual compare fox.png other-fox.png --figure difference.png
     sketch-perceptual search --query fox.png --gallery drawings --figure found.png
@@ -36,10 +36,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv[:1])
 
     def start(args: argparse.Namespace) -> None:
-        module = optional(f"{__package__}.commands.{args.command}", "search")  # the others need no extra
+        module = optional(f"{__package__}.commands.{args.command}", "search")  # only search needs an extra
         module.main(argv[1:])
 
-    run(start, args, f"sketch-perceptual {args.command}")  # a signal while it imports is a sentence too
+    run(start, args, f"sketch-perceptual {args.command}")  # also reports a signal during the import
 
 
 if __name__ == "__main__":

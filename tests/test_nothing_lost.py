@@ -64,7 +64,7 @@ def test_a_disk_that_fills_up_costs_no_checkpoint(tiny_sd, drawings, tmp_path):
     done = run(tmp_path / "driver.py", "3", *options)
     assert done.returncode == 2, done.stderr
     assert "checkpoint-3 could not be written: " in done.stderr
-    assert "make room and go on with --resume_from_checkpoint latest" in done.stderr
+    assert "--resume_from_checkpoint latest" in done.stderr
     assert "Traceback" not in done.stderr
     assert [path.name for path in checkpoints.find_checkpoints(tmp_path / "out")] == ["checkpoint-1", "checkpoint-2"]
     done = run(tmp_path / "driver.py", "export", *options)
@@ -97,7 +97,7 @@ def test_strategies_that_shard_are_refused_at_the_start(kind, monkeypatch, tmp_p
     monkeypatch.setattr(startup, "Accelerator", lambda **options: SimpleNamespace(distributed_type=kind))
     args = argparse.Namespace(report_to="none", hub_token=None, output_dir=str(tmp_path), logging_dir="logs")
     args.gradient_accumulation_steps, args.mixed_precision = 1, None
-    with pytest.raises(InputError, match=f"{kind.value} shards .* accelerate launch --multi_gpu"):
+    with pytest.raises(InputError, match=f"{kind.value} .*accelerate launch --multi_gpu"):
         startup.start(args)
 
 
@@ -107,7 +107,7 @@ def test_space_for_all_that_stays_is_asked_for(limit, fits, monkeypatch, tmp_pat
     if fits:
         assert startup.check_space(tmp_path, 10, limit, 1e9, 1e9) == "5.0 GB will be written, 5 are free"
     else:
-        with pytest.raises(InputError, match=r"has 5\.0 GB left and this run will write 11\.0; lower `checkpoints"):
+        with pytest.raises(InputError, match=r"`output_dir` .*5\.0 .* 11\.0.*`checkpoints_total_limit`"):
             startup.check_space(tmp_path, 10, limit, 1e9, 1e9)
 
 

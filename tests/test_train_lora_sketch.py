@@ -835,7 +835,7 @@ def test_the_token_stays_out_of_trackers_and_log(train, monkeypatch, caplog):
     monkeypatch.setattr(sys, "argv", ["train", "--hub_token=hf_secret"])
     train("--hub_token", "hf_secret", "--validation_prompt", "a", "b", "--num_validation_images", 0)
     assert sys.argv == ["train", "--hub_token=***"]
-    assert "`hub_token` stands in the list of processes" in caplog.text
+    assert "`hub_token`" in caplog.text
     assert "hf_secret" not in caplog.text
     assert seen["rank"] == 4
     assert seen["validation_prompt"] == "['a', 'b']"

@@ -1,4 +1,4 @@
-"""Compare two drawings as a network that knows drawings sees them: 0 for equal ones, about 1 for unrelated ones.
+"""Print the perceptual distance of two drawings: 0 if they are equal, about 1 if they are unrelated.
 
     sketch-perceptual compare fox.png other-fox.png --figure difference.png
 
@@ -30,9 +30,9 @@ from ..losses import DEFAULT_LAYERS, PerceptualLoss
 from ..networks.backbone import BUNDLED, tuned_resolution
 from ..networks.hub_model import fingerprint
 
-SHOWN = 256  # pixels a side in the figure
+SHOWN = 256  # side of an image in the figure, in pixels
 FITS = ("refuse", "pad", "canvas")
-FULL_RED = 1.5  # what a map shows as plain red; 1 is what unrelated drawings have on average
+FULL_RED = 1.5  # distance shown as full red; unrelated drawings have 1 on average
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -50,22 +50,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         nargs="+",
         metavar="LAYER",
         default=list(DEFAULT_LAYERS),
-        help="layers of the network that are compared",
+        help="layers of the network to compare",
     )
     add(
         "--resolution",
         type=at_least(16),
-        help="larger images are shrunk to this; default: what the backbone was tuned at",
+        help="larger images are shrunk to this; default: the resolution the backbone was tuned at",
     )
     add(
         "--fit",
         choices=FITS,
         default="refuse",
-        help="images of different sizes: refuse them, pad both to the larger frame after scaling them up to it (pad),"
-        " or put both on a canvas of that size as they are (canvas)",
+        help="images of different sizes: refuse them, scale both up to the larger frame and pad them (pad), or put"
+        " both unscaled on a canvas of that size (canvas)",
     )
     add("--background", default="white", help="colour of the padding and behind transparent images")
-    add("--figure", type=Path, help="write both images and the map of their differences")
+    add("--figure", type=Path, help="write a picture of both images and a map of their differences")
     add("--json", action="store_true", help="print JSON")
     args = parser.parse_args(argv)
     if args.first.is_dir() != args.second.is_dir():
@@ -86,11 +86,11 @@ def print_distances(args: argparse.Namespace) -> None:
 
 @torch.inference_mode()
 def compare(args: argparse.Namespace) -> dict:
-    """The distance of each pair, and what it was measured with; writes the figure."""
+    """Return the distance of each pair and the settings; write the figure."""
     matches = find_pairs(args.first, args.second)
     resolution = args.resolution or tuned_resolution(args.backbone)
     loss = PerceptualLoss(args.backbone, args.layers, resolution=resolution)
-    smallest = 2 ** (max(int(name[4]) for name in loss.layers) - 1)  # each stage but the last halves an image
+    smallest = 2 ** (max(int(name[4]) for name in loss.layers) - 1)  # each stage except the last halves an image
     pairs: list[dict[str, Any]] = []
     rows = {}
     for first, second in tqdm(matches, unit="pair", disable=None if len(matches) > 1 else True):
@@ -127,36 +127,36 @@ def compare(args: argparse.Namespace) -> dict:
 
 
 def find_pairs(first: Path, second: Path) -> list[tuple[Path, Path]]:
-    """The two images, or those of two folders that have the same name, whatever its ending; says what is left over."""
+    """Return the two images or, from two folders, those of the same name in any format; name the rest on stderr."""
     if not first.is_dir():
         return [(first, second)]
     one, other = by_name(first), by_name(second)
     if not (names := [name for name in one if name in other]):
         raise InputError(f"no image of {first} has the name of an image of {second}")
     if lone := [shown(side[name]) for side in (one, other) for name in side if name not in names]:
-        print(f"{len(lone)} not compared, without a pair: {first_names(lone)}", file=sys.stderr)
+        print(f"{len(lone)} images without a pair, not compared: {first_names(lone)}", file=sys.stderr)
     return [(one[name], other[name]) for name in names]
 
 
 def by_name(folder: Path) -> dict[PurePosixPath, Path]:
-    """The images of a folder by their paths without the ending."""
+    """Return the images of a folder by path without the ending."""
     images = {}
     for name in find_images(folder)[1]:
         stem = PurePosixPath(name).with_suffix("")
         if stem in images:
-            raise InputError(f"{images[stem]} and {folder / name} have one name: rename one, so that pairs are clear")
+            raise InputError(f"{images[stem]} and {folder / name} have the same name: rename one")
         images[stem] = folder / name
     return images
 
 
 def same_size(first: Path, second: Path, fit: str, background: str) -> list[Image.Image]:
-    """Both images, brought to the larger width and height of the two where they have different sizes: see `--fit`."""
+    """Load both images and, if they differ in size, bring them to the larger width and height: see `--fit`."""
     images = [load_image(path, background) for path in (first, second)]
     if images[0].size == images[1].size:
         return images
     if fit == "refuse":
         sizes = " and ".join(f"{image.width} x {image.height}" for image in images)
-        raise InputError(f"{first} and {second} have different sizes, {sizes}: resize one, or let `fit` be pad")
+        raise InputError(f"{first} and {second} have different sizes, {sizes}: resize one, or set `fit` to pad")
     width, height = (max(sides) for sides in zip(*(image.size for image in images), strict=True))
     if fit == "pad":
         return [ImageOps.pad(image, (width, height), color=background) for image in images]
@@ -166,10 +166,10 @@ def same_size(first: Path, second: Path, fit: str, background: str) -> list[Imag
     return papers
 
 
-def difference_map(a: Tensor, b: Tensor, places: Tensor) -> Image.Image:
-    """Both drawings in pale grey, and red where they differ."""
+def difference_map(a: Tensor, b: Tensor, distances: Tensor) -> Image.Image:
+    """Return both drawings in pale grey, with red where they differ."""
     pale = to_pil(torch.minimum(a, b)[0] / 4 + 0.75)
-    strength = to_pil((places / FULL_RED).clamp(0, 1).expand(3, -1, -1) * 2 - 1).convert("L")
+    strength = to_pil((distances / FULL_RED).clamp(0, 1).expand(3, -1, -1) * 2 - 1).convert("L")
     return Image.composite(Image.new("RGB", pale.size, "#d7191c"), pale, strength)
 
 

@@ -1,10 +1,10 @@
-"""Convert a LoRA of Stable Diffusion 1 or 2 into kohya's names, or from them into diffusers'.
+"""Convert a LoRA of Stable Diffusion 1 or 2 to kohya's names, or from kohya's names to diffusers'.
 
     sketch-perceptual convert pytorch_lora_weights.safetensors fox.safetensors
 
-A file in kohya's names is written in diffusers', any other (diffusers' of all versions, PEFT's, those in the original
-model's names) in kohya's. The text encoder's weights, DoRA's magnitudes and what the file says of its training come
-along. Alphas count the same: kohya's file has them beside the weights, in diffusers' they are part of the weights.
+A file in kohya's names is written in diffusers', any other (diffusers' of all versions, PEFT's, the original model's
+names) in kohya's. The text encoder's weights, DoRA's magnitudes and the training metadata are kept. Alphas keep their
+effect: kohya's file stores them beside the weights, diffusers' weights include them.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from ..lora import files as lora_files
 
 
 def convert(source: Path, target: Path, overwrite: bool = False) -> str:
-    """Write `target`, whole or not at all, in the names that `source` does not have; return a summary.
+    """Write `target` atomically, in kohya's names or, if `source` has those, diffusers'; return a summary.
 
     Raises:
         InputError: if `source` is not a sound LoRA, or `target` cannot be written or exists without `overwrite`.
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="sketch-perceptual convert", description=__doc__)
     add = parser.add_argument
     add("source", metavar="input", type=Path, help="a .safetensors of any trainer, or a folder with one")
-    add("target", metavar="output", type=Path, help="a .safetensors, written in the other form")
+    add("target", metavar="output", type=Path, help="the .safetensors to write, in the other names")
     add("--overwrite", action="store_true", help="replace output if it exists")
     run(convert_file, parser.parse_args(argv), "sketch-perceptual convert")
 

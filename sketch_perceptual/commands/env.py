@@ -2,7 +2,7 @@
 
     sketch-perceptual env
 
-No path, no name of a machine or user, and no setting that could be a secret is shown.
+Paths, names of machines and users, and settings that could be secret are not printed.
 """
 
 import argparse
@@ -31,7 +31,7 @@ def print_environment(args: argparse.Namespace) -> None:
 
 
 def environment() -> dict[str, str]:
-    """Return what a result may depend on, by name."""
+    """Return versions and devices by name."""
     base = {"sketch-perceptual": __version__, "python": platform.python_version(), "platform": platform.platform()}
     packages = {name: version(name) for name in PACKAGES}
     return base | packages | {"CPUs": str(os.cpu_count()), "accelerators": ", ".join(accelerators()) or "none"}
@@ -45,7 +45,7 @@ def version(package: str) -> str:
 
 
 def accelerators() -> list[str]:
-    """Names and memory of the devices beside the CPU; only the kind where torch knows no more."""
+    """Return names and memory of the devices other than the CPU; only the kind if torch has no properties for it."""
     if not torch.accelerator.is_available():
         return []
     kind = torch.accelerator.current_accelerator()

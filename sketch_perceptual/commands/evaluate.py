@@ -1,4 +1,4 @@
-"""Measure what backbones and embedders make of drawings, and what models draw.
+"""Evaluate backbones and embedders on drawings, and image models by their pictures.
 
     sketch-perceptual evaluate distance --train_data_dir ImageNet-Sketch/sketch \\
       --models neither=imagenet tuned=vgg16-tuned/best both=attention-vgg16/best --figure ratios.png
@@ -14,7 +14,7 @@ distance: mean cosine distances within and across classes over all pairs, and th
 Table 4, Figure 4). retrieval: a gallery is ranked for queries that share no copy with it (section 4.2, Table 3).
 transfer: photos through networks of train_johnson.py are compared with the true sketches (section 4.1, Table 1,
 Figure 2). generation: pictures for prompts, by a pipeline with adapters or from folders, are compared with drawings
-(section 4.1, Table 2, Figure 3). Features are kept on disk and are not computed twice, except by transfer.
+(section 4.1, Table 2, Figure 3). Features are cached on disk, except by transfer.
 """
 
 import argparse
@@ -62,10 +62,10 @@ from ..training.startup import check_writable, versions
 
 logger = get_logger(__name__, log_level="INFO")
 
-SEEDS = "seed-*/*.safetensors"  # of a folder of LoRAs
+SEEDS = "seed-*/*.safetensors"  # in a folder of LoRAs
 RECORDED = """dataset_name train_data_dir group_column validation_share max_train_samples trigger_word
     paired_data_dir part paired_style resolution fit mixed_precision seed pretrained_model_name_or_path prompts
-    num_images num_inference_steps guidance_scale""".split()  # the options that stand in the JSON
+    num_images num_inference_steps guidance_scale""".split()  # options written to the JSON
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -78,9 +78,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         name: tasks.add_parser(name, help=text, description=text)
         for name, text in {
             "distance": "distances within and across classes",
-            "retrieval": "how well queries find their class in a gallery",
-            "transfer": "how near stylised photos come to the true sketches",
-            "generation": "how near generated pictures come to drawings and to their prompts",
+            "retrieval": "retrieval of the query's class from a gallery",
+            "transfer": "stylised photos against the true sketches",
+            "generation": "generated pictures against drawings and their prompts",
         }.items()
     }
     add_distance_options(parsers["distance"])
@@ -101,18 +101,18 @@ def add_distance_options(parser: Parser) -> None:
         "--subset",
         choices=("all", "validation"),
         default="all",
-        help="validation: what train_backbone.py with the same data options held out",
+        help="validation: only what train_backbone.py with the same data options held out",
     )
     parser.add_argument("--figure", help="write a picture with a bar for each ratio")
 
 
 def add_retrieval_options(parser: Parser) -> None:
-    add_labelled_options(parser, "as queries; what a model of train_retrieval.py held out comes before it")
-    parser.add_argument("--figure", help="write a sheet of queries and the five nearest to each")
+    add_labelled_options(parser, "as queries, unless a model of train_retrieval.py has a split")
+    parser.add_argument("--figure", help="write a sheet of queries and the five nearest drawings to each")
 
 
 def add_labelled_options(parser: Parser, role: str) -> None:
-    """The options that distance and retrieval share; `role` of the held-out drawings."""
+    """Add the options that distance and retrieval share; `role`: use of the held-out drawings."""
     add = add_class_options(parser, role)
     parser.set_defaults(background=None)
     add_embedder_options(add)
@@ -122,32 +122,32 @@ def add_labelled_options(parser: Parser, role: str) -> None:
         nargs="+",
         default=[f"bundled={BUNDLED}"],
         metavar="[NAME=]MODEL",
-        help="a backbone, an embedder, a folder of train_retrieval.py with one a seed, VGG-16 weights, imagenet or"
+        help="a backbone, an embedder, a folder of train_retrieval.py with one per seed, VGG-16 weights, imagenet or"
         " bundled",
     )
-    add("--seed", type=at_least(0), default=0, help="of --max_train_samples and of what the sheet shows")
-    add("--output", default=f"{parser.prog.split()[-1]}.json", help="all results, as JSON")
+    add("--seed", type=at_least(0), default=0, help="seed of --max_train_samples and of the queries in the figure")
+    add("--output", default=f"{parser.prog.split()[-1]}.json", help="JSON file for all results")
 
 
 def add_transfer_options(add: Callable) -> None:
     add("--paired_data_dir", required=True, help="CUFS, FS2K or another paired set: see sketch_perceptual.data.paired")
-    add("--part", choices=("test", "train", "all"), default="test", help="photos that are compared")
-    add("--paired_style", type=int, choices=(1, 2, 3), help="of FS2K")
+    add("--part", choices=("test", "train", "all"), default="test", help="photos to compare")
+    add("--paired_style", type=int, choices=(1, 2, 3), help="style of FS2K")
     add("--models", nargs="+", required=True, metavar="[NAME=]MODEL", help="folders or Hub ids of train_johnson.py")
     add("--resolution", type=at_least(32), default=256, help="size of the square photos and sketches, in pixels")
     add("--fit", choices=("crop", "pad"), default="crop", help="how images that are not square are made square")
     add("--background", default="white", help="colour behind transparent pictures")
     add("--inception_weights", help=".safetensors of FID's Inception; without it, the features of --backbone")
-    add("--backbone", default=str(BUNDLED), help="for the Frechet distance that takes FID's place")
+    add("--backbone", default=str(BUNDLED), help="network of the Frechet distance that replaces FID")
     add_precision(add)
-    add("--seed", type=at_least(0), default=0, help="of what the sheet shows")
-    add("--output", default="transfer.json", help="all results, as JSON")
-    add("--figure", help="write a sheet of photos, true sketches and what each model makes of them")
+    add("--seed", type=at_least(0), default=0, help="seed of the photos in the figure")
+    add("--output", default="transfer.json", help="JSON file for all results")
+    add("--figure", help="write a sheet of photos, true sketches and each model's drawings")
 
 
 def add_generation_options(parser: Parser) -> None:
     add = add_caption_options(parser)
-    add("--resolution", type=at_least(32), default=512, help="of what is drawn and of what is compared, in pixels")
+    add("--resolution", type=at_least(32), default=512, help="size of the pictures, drawn and compared, in pixels")
     add("--fit", choices=("crop", "pad"), default="crop", help="how images that are not square are made square")
     add = parser.group("generation")
     add_pipeline_options(add, required=False)
@@ -157,27 +157,27 @@ def add_generation_options(parser: Parser) -> None:
         required=True,
         metavar="[NAME=]MODEL",
         help="a LoRA (folder, Hub id, .safetensors), a folder of seed-*/ with one each, a folder of captioned"
-        " pictures, or none: the pipeline alone",
+        " pictures, or none: only the pipeline",
     )
-    add("--prompts", help="a text file with a prompt a line; default: the captions of the drawings, shuffled")
-    add("--num_images", type=at_least(2), help="of each model; default: one a prompt")
-    add("--output_dir", default="generated", help="one folder for each model; existing pictures are reused")
+    add("--prompts", help="a text file with one prompt per line; default: the captions of the drawings, shuffled")
+    add("--num_images", type=at_least(2), help="number of pictures per model; default: one per prompt")
+    add("--output_dir", default="generated", help="one folder per model; existing pictures are reused")
     add("--num_inference_steps", type=at_least(1), default=30, help="steps of the sampler")
     add("--guidance_scale", type=at_least(0.0, float), default=7.5, help="how closely pictures follow their prompts")
     add("--generation_batch_size", type=at_least(1), default=4, help="batch size of the pipeline")
-    add("--disable_safety_checker", action="store_true", help="what it flags becomes black and is not scored")
-    add("--seed", type=at_least(0), default=0, help="of the noise, with the prompt; of the shuffled prompts")
+    add("--disable_safety_checker", action="store_true", help="without it, flagged pictures are black and not scored")
+    add("--seed", type=at_least(0), default=0, help="seed of the noise and of the order of prompts")
     add_precision(add)
     add = parser.group("evaluation")
-    add("--backbone", default=str(BUNDLED), help="of the Frechet distance and the nearest drawing")
+    add("--backbone", default=str(BUNDLED), help="network of the Frechet distance and the nearest drawings")
     add("--inception_weights", help=".safetensors of FID's Inception, for FID and KID")
     add("--clip_model", help="a CLIP of transformers, for the CLIP score, e.g. openai/clip-vit-large-patch14")
-    add("--classifier", help="a network of train_backbone.py, for the share of pictures that show their class")
+    add("--classifier", help="a network of train_backbone.py, for the fraction of pictures that show their class")
     add_workers(add)
     add_feature_options(add)
-    add("--output", default="generation.json", help="all results, as JSON")
-    add("--figure", help="write a sheet of prompts, what each model draws for them, and the drawing nearest to that")
-    add("--write_scores", action="store_true", help="put the table into the card of each of --models that has one")
+    add("--output", default="generation.json", help="JSON file for all results")
+    add("--figure", help="write a sheet of prompts, each model's pictures, and the nearest drawings")
+    add("--write_scores", action="store_true", help="add the table to the card of each of --models that has one")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -194,13 +194,13 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 def publish(args: argparse.Namespace, report: Report) -> None:
-    """Files first: whoever reads the table may stop at any line."""
+    """Write the files, then print the table, since its reader may close the pipe."""
     options = {name: getattr(args, name) for name in RECORDED if name in args}
     record = {"task": args.task, "data": options | report.data, "models": report.results, "versions": versions()}
     write_json(args.output, record)
     try:
-        if args.figure and report.draw:
-            write_figure(args.figure, report.draw())
+        if args.figure and report.render:
+            write_figure(args.figure, report.render())
     finally:
         print_result(f"{report.table()}\n{shown(args.output)}")
     if vars(args).get("write_scores"):
@@ -208,7 +208,7 @@ def publish(args: argparse.Namespace, report: Report) -> None:
 
 
 def write_scores(args: argparse.Namespace, report: Report) -> None:
-    """Into the cards of the models; one that is trained further has a new card without."""
+    """Add the table to the cards of the models; training a model further writes a new card without it."""
     is_bundled = Path(AttentionVGG16.locate(args.backbone)) == BUNDLED
     backbone = "the bundled backbone" if is_bundled else hub_id(args.backbone) or "another backbone"
     about = (
@@ -239,7 +239,7 @@ def retrieval(args: argparse.Namespace, accelerator: Accelerator) -> Report | No
 
 
 def labelled(args: argparse.Namespace, accelerator: Accelerator) -> tuple:
-    """The drawings, the models, and what extracts features."""
+    """Return the drawings, the models and the feature extraction."""
     with accelerator.main_process_first():
         data = load_labelled(args, args.seed)
     data.scan_folder = scan_folder(args.feature_dir)
@@ -270,7 +270,7 @@ def generation(args: argparse.Namespace, accelerator: Accelerator) -> Report | N
     prompts = read_prompts(args.prompts) if args.prompts else shuffled_captions(drawings, args.seed)
     names = ("backbone", "inception_weights", "clip_model", "classifier", "resolution", "fit", "background")
     extractors = load_extractors(**{name: getattr(args, name) for name in names})
-    drawn = draw(args, accelerator, prompts)
+    drawn = draw_pictures(args, accelerator, prompts)
     report = score_models(accelerator, drawings, drawn, extractors, extractor(args, accelerator), args.on_bad_image)
     if report is not None:
         report.data["distinct_prompts"] = len(set(prompts))
@@ -278,21 +278,21 @@ def generation(args: argparse.Namespace, accelerator: Accelerator) -> Report | N
 
 
 def drawn_folders(args: argparse.Namespace) -> list[Path]:
-    """The folders in `output_dir` that keep what the models draw."""
+    """Return the folders in `output_dir` for the pictures of the models."""
     models = expand_models(args.models, SEEDS)
     return [Path(args.output_dir, name) for name, source in models if not is_pictures(source)]
 
 
-def draw(args: argparse.Namespace, accelerator: Accelerator, prompts: list[str]) -> list:
-    """The pictures of each of --models; the pipeline is loaded if one of them is not a folder of pictures."""
+def draw_pictures(args: argparse.Namespace, accelerator: Accelerator, prompts: list[str]) -> list:
+    """Return the pictures of each of --models; the pipeline is loaded if one of them needs it."""
 
     def load():
         if args.pretrained_model_name_or_path is None:
             raise InputError("`models`: a LoRA and none need `pretrained_model_name_or_path`")
         on_main(accelerator, check_writable, Path(args.output_dir))
-        place = {name: getattr(args, name) for name in ("revision", "variant", "cache_dir")}
+        kwargs = {name: getattr(args, name) for name in ("revision", "variant", "cache_dir")}
         source = args.pretrained_model_name_or_path
-        return load_generator(accelerator, source, args.resolution, not args.disable_safety_checker, **place)
+        return load_generator(accelerator, source, args.resolution, not args.disable_safety_checker, **kwargs)
 
     captions = ("caption_column", "caption_template", "default_caption", "on_missing_caption", "background")
     settings = ("seed", "resolution", "num_inference_steps", "guidance_scale")

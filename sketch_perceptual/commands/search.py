@@ -1,8 +1,8 @@
-"""Find the drawings of a folder that are most like one.
+"""Find the drawings in a folder that are most similar to a query.
 
     sketch-perceptual search --query fox.png --gallery drawings --figure found.png
 
-Features are kept on disk, so that only new pictures cost anything the next time.
+Features are cached on disk, so that the next search computes only those of new pictures.
 """
 
 import argparse
@@ -43,10 +43,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--gallery", required=True, help="a folder of images, searched recursively")
     add("--model", default=str(BUNDLED), help="an embedder, a backbone, VGG-16 weights, imagenet or bundled")
     add("--count", type=at_least(1), default=10, help="number of results")
-    add("--figure", help="write the query and its nearest drawings as a picture")
+    add("--figure", help="write a picture of the query and its nearest drawings")
     add("--on_bad_image", choices=("error", "skip"), default="error", help="what to do with unreadable images")
-    add("--background", help="colour behind transparent drawings; default: an embedder's own, of a backbone white")
-    add("--invert", choices=INVERT, default="never", help="make negatives: auto, of what is white on black")
+    add("--background", help="colour behind transparent drawings; default: the embedder's own; for a backbone white")
+    add("--invert", choices=INVERT, default="never", help="invert images; auto: only those that are white on black")
     add_embedder_options(add)
     return parser.parse_args(argv)
 
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def print_similar(args: argparse.Namespace) -> None:
-    """Print and draw what in the gallery is nearest to the query; the query itself is named, not ranked."""
+    """Print, and draw, the nearest drawings to the query; the query itself is listed but not ranked."""
     accelerator = begin(args)
     matches = find_similar(
         accelerator,
@@ -71,19 +71,19 @@ def print_similar(args: argparse.Namespace) -> None:
     )
     if matches is not None:
         if args.figure:
-            write_figure(args.figure, matches.draw(Path(args.query).name))
+            write_figure(args.figure, matches.render(Path(args.query).name))
         print_result("\n".join(matches.lines()))
     accelerator.end_training()
 
 
 @dataclass(frozen=True)
 class Matches:
-    """What is most like a query, best first.
+    """Drawings most similar to a query, best first.
 
     Args:
-        same: paths of the query itself and of files with its bytes, which are not ranked.
+        same: paths of the query itself and of identical files, which are not ranked.
         similarities: cosines.
-        images: the gallery, and `order`, the positions in it.
+        images: the gallery; `order`: the positions in it.
     """
 
     query: Image.Image
@@ -97,8 +97,8 @@ class Matches:
         pairs = zip(self.similarities, self.order, strict=True)
         return same + [f"{similarity:.4f}\t{shown(self.images.name(index))}" for similarity, index in pairs]
 
-    def draw(self, name: str) -> Image.Image:
-        """The query and its matches, with the names of their files and folders."""
+    def render(self, name: str) -> Image.Image:
+        """Return a picture of the query and its matches, with the names of their files and folders."""
         names = [name, *("/".join(Path(self.images.name(index)).parts[-2:]) for index in self.order)]
         pictures = [self.query, *map(self.images.image, self.order)]
         row = [
@@ -121,9 +121,9 @@ def find_similar(
     on_bad_image: str = "error",
     invert: str = "never",
 ) -> Matches | None:
-    """The `count` pictures in the folder `gallery` that are nearest to the picture `query`; None off the main process.
+    """Return the `count` pictures in `gallery` that are nearest to `query`; None off the main process.
 
-    Only what `open_cache` lacks is read. `invert` of the query and the gallery: see `load_image`.
+    Only pictures that the cache lacks are read. `invert` applies to query and gallery, see `load_image`.
     """
     background = embedder.background
     picture = load_image(query, background, invert=invert)
@@ -139,7 +139,7 @@ def find_similar(
     positions = on_main(accelerator, find_readable, data, unread, on_bad_image)
     data = data.select(index for index in positions if keys[index] != query_key)
     if not len(data):
-        raise InputError(f"`gallery`: {gallery} holds nothing but the query")
+        raise InputError(f"`gallery`: {gallery} contains only the query")
     keys = [keys[row] for row in data.rows]
     cache = extract(embedder, data, keys)
     if not accelerator.is_main_process:
@@ -151,13 +151,13 @@ def find_similar(
 
 
 def find_readable(data: Images, unread: list[int], on_bad_image: str) -> list[int]:
-    """Positions of what can be read, where only the positions `unread` need to be tried."""
+    """Return the positions of readable pictures; only those at `unread` are tried."""
     bad = scan(data.select(unread)).bad if unread else {}
     return readable(data, {unread[index]: message for index, message in bad.items()}, on_bad_image)
 
 
 def file_key(path: Path, invert: str) -> str:
-    """What a file holds, unread as a picture, and how it would be read."""
+    """Return a key for the bytes of a file and how it would be read."""
     reading = "" if invert == "never" else f"-{invert}"
     try:
         return "file-" + hashlib.sha256(path.read_bytes()).hexdigest()[:16] + reading

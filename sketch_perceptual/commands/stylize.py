@@ -1,9 +1,9 @@
-"""Convert images by Johnson's image transformation network (Johnson et al. 2016; Seo 2025, section 4.1).
+"""Convert images with Johnson's image transformation network (Johnson et al. 2016; Seo 2025, section 4.1).
 
     sketch-perceptual stylize --model sketch-style --input photos --output sketches
 
-`--input` is an image or a folder with all its folders; sizes, transparency and EXIF are kept. No source is written
-over, and what lies in `--output` is not taken for one. Large images go through in parts that cannot be told apart.
+`--input` is an image or a folder, searched recursively; sizes, transparency and EXIF are kept. No source is
+overwritten, and images in `--output` are not converted. Large images are converted in tiles, without seams.
 """
 
 import argparse
@@ -26,41 +26,42 @@ from ..errors import InputError, TooLittleMemory, first_line, printable, shown
 from ..files import PICTURES, Output, check_folder, check_outputs, check_target, write_whole
 from ..networks.style_net import JohnsonNet, load_johnson, settled
 
-WHOLE = 2**21  # pixels: a larger image goes through in parts
-TILE = 1024  # pixels a side of a part
-MARGIN = 64  # beside a part, which is cut off: what a pixel depends on ends before; a multiple of the stride
-SAMPLES, SAMPLE = 8, 512  # parts that normalization goes by, and their side
+WHOLE = 2**21  # pixels: larger images are converted in tiles
+TILE = 1024  # side of a tile, in pixels
+MARGIN = 64  # around a tile, cut off again: wider than the receptive field; a multiple of the stride
+SAMPLES, SAMPLE = 8, 512  # number of tiles that the normalization is computed from, and their side
 
 
 @torch.inference_mode()
 def stylize(network: JohnsonNet, images: list[Image.Image]) -> list[Image.Image]:
-    """RGB images of one size through the network, on its device.
+    """Convert RGB images of one size, on the device of the network.
 
-    Of images with more than WHOLE pixels, instance norm goes by a sample of their parts, the same for all parts.
+    Images with more than WHOLE pixels are converted in tiles; instance norm then uses the statistics of one sample for
+    all tiles.
     """
     if images[0].width * images[0].height > WHOLE:
-        return [stylize_parts(network, image) for image in images]
+        return [stylize_tiles(network, image) for image in images]
     return list(map(to_pil, network(to_batch(network, images))))
 
 
-def stylize_parts(network: JohnsonNet, image: Image.Image) -> Image.Image:
-    network = settled(network, to_batch(network, sample_parts(image)))
+def stylize_tiles(network: JohnsonNet, image: Image.Image) -> Image.Image:
+    network = settled(network, to_batch(network, sample_tiles(image)))
     page = Image.new("RGB", image.size)
     for left, top in corners(image.size, TILE):
         right, bottom = min(left + TILE, image.width), min(top + TILE, image.height)
         x, y = max(0, left - MARGIN), max(0, top - MARGIN)
-        part = image.crop((x, y, min(right + MARGIN, image.width), min(bottom + MARGIN, image.height)))
-        drawn = to_pil(network(to_batch(network, [part]))[0])
+        tile = image.crop((x, y, min(right + MARGIN, image.width), min(bottom + MARGIN, image.height)))
+        drawn = to_pil(network(to_batch(network, [tile]))[0])
         page.paste(drawn.crop((left - x, top - y, right - x, bottom - y)), (left, top))
     return page
 
 
-def sample_parts(image: Image.Image) -> list[Image.Image]:
-    """Up to SAMPLES parts of one size from all over an image."""
+def sample_tiles(image: Image.Image) -> list[Image.Image]:
+    """Return up to SAMPLES tiles of one size, from random positions of an image."""
     width, height = min(SAMPLE, image.width), min(SAMPLE, image.height)
-    places = [(min(x, image.width - width), min(y, image.height - height)) for x, y in corners(image.size, SAMPLE)]
-    chosen = torch.randperm(len(places), generator=torch.Generator().manual_seed(0))[:SAMPLES].tolist()
-    return [image.crop((x, y, x + width, y + height)) for x, y in map(places.__getitem__, chosen)]
+    positions = [(min(x, image.width - width), min(y, image.height - height)) for x, y in corners(image.size, SAMPLE)]
+    chosen = torch.randperm(len(positions), generator=torch.Generator().manual_seed(0))[:SAMPLES].tolist()
+    return [image.crop((x, y, x + width, y + height)) for x, y in map(positions.__getitem__, chosen)]
 
 
 def corners(size: tuple[int, int], side: int) -> list[tuple[int, int]]:
@@ -76,10 +77,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", required=True, help="a folder or Hub id of train_johnson.py")
     add("--input", required=True, type=Path, help="an image or a folder")
-    add("--output", required=True, type=Path, help="where the image, or the folder of images, is written")
-    add("--batch_size", type=at_least(1), default=1, help="images at a time, where they follow each other in one size")
-    add("--background", default="white", help="colour behind transparent images, whose transparency is kept")
-    add("--device", help="default: the first GPU, or the CPU")
+    add("--output", required=True, type=Path, help="the image or folder to write")
+    add("--batch_size", type=at_least(1), default=1, help="batch size, for consecutive images of one size")
+    add("--background", default="white", help="colour behind transparent images; they stay transparent")
+    add("--device", help="default: the first GPU, otherwise the CPU")
     return parser.parse_args(argv)
 
 
@@ -88,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def convert_images(args: argparse.Namespace) -> None:
-    """Convert what `input` names; SystemExit with 2 if some of it cannot be read."""
+    """Convert the images of `input`; SystemExit with 2 if some cannot be read."""
     targets = find_targets(args.input, args.output)
     files = [path for path in (args.output, *targets.values()) if not path.is_dir()]
     check_outputs([Output("output", path) for path in files], [args.model, *targets])
@@ -98,7 +99,7 @@ def convert_images(args: argparse.Namespace) -> None:
         check_target("output", args.output, PICTURES)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     network = to_device(load_johnson(args.model), device)
-    load_image(Image.new("RGB", (1, 1)), args.background)  # an unknown colour is not the pictures' fault
+    load_image(Image.new("RGB", (1, 1)), args.background)  # an unknown colour fails here, not for each image
     unreadable = convert(network, targets, args.batch_size, args.background)
     if count := len(targets) - len(unreadable):
         print_result(f"{count} images written to {shown(args.output)}")
@@ -107,13 +108,13 @@ def convert_images(args: argparse.Namespace) -> None:
     if len(targets) == 1:
         raise InputError(unreadable[0])
     print(*map(printable, unreadable), sep="\n", file=sys.stderr)
-    written = "the others are written" if len(unreadable) < len(targets) else "nothing is written"
-    print(f"{len(unreadable)} of {len(targets)} images could not be read, {written}.", file=sys.stderr)
+    written = "all other images were written" if len(unreadable) < len(targets) else "nothing was written"
+    print(f"{len(unreadable)} of {len(targets)} images could not be read; {written}.", file=sys.stderr)
     sys.exit(2)
 
 
 def find_targets(source: Path, output: Path) -> dict[Path, Path]:
-    """Each image of `source`, and where it goes; InputError where it cannot go there."""
+    """Return the output path of each image of `source`; InputError if the paths cannot be used."""
     if not source.exists():
         raise InputError(f"`input` {source}: there is no such file or folder")
     if not source.is_dir():
@@ -123,25 +124,25 @@ def find_targets(source: Path, output: Path) -> dict[Path, Path]:
     names = {path: path.relative_to(source).as_posix() for path in sources}
     targets = {path: output / output_name(name) for path, name in names.items()}
     if not targets:
-        raise InputError(f"`output` {output} holds all of `input`: choose another folder")
+        raise InputError(f"`output` {output} contains all images of `input`: choose another folder")
     if len(set(targets.values())) < len(targets):
         twice = [path for path, target in targets.items() if list(targets.values()).count(target) > 1]
         raise InputError(f"{twice[0]} and {twice[1]} would both be written to {targets[twice[0]]}: rename one")
     if skipped := len(images) - len(sources):
-        print(f"{skipped} images that lie in {shown(output)} are not converted", file=sys.stderr)
+        print(f"{skipped} images in {shown(output)} are not converted", file=sys.stderr)
     return targets
 
 
 def to_device(network: JohnsonNet, device: str) -> JohnsonNet:
     try:
-        torch.zeros(1, device=device).item()  # which fails on "meta", a device without values
+        torch.zeros(1, device=device).item()  # fails on "meta", a device without values
         return network.to(device)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"`device` {device} cannot be used, try cpu or cuda: {first_line(error)}") from error
 
 
 def convert(network: JohnsonNet, targets: dict[Path, Path], batch_size: int, background: str) -> list[str]:
-    """Write what the images become; returns what is to be said of those that cannot be read."""
+    """Convert and write the images; return messages about those that cannot be read."""
     unreadable = []
 
     def readable() -> Iterator[tuple[Path, Image.Image]]:
@@ -167,7 +168,7 @@ def convert(network: JohnsonNet, targets: dict[Path, Path], batch_size: int, bac
 
 
 def output_name(name: str) -> str:
-    """The name itself where its format keeps lines, else with .png at its end."""
+    """Return the name itself if its format is good for line drawings, otherwise with .png appended."""
     return name if Path(name).suffix.lower() in (".png", ".webp", ".jpg", ".jpeg") else f"{name}.png"
 
 

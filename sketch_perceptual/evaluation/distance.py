@@ -1,4 +1,4 @@
-"""How far apart models see drawings of one class and of several (Seo 2025, section 4.3, Table 4, Figure 4)."""
+"""Distances of drawings within and across classes (Seo 2025, section 4.3, Table 4, Figure 4)."""
 
 import functools
 from typing import Any
@@ -13,7 +13,7 @@ from ..data.splits import split, split_hash
 from ..errors import InputError
 from ..figures import ratio_bars
 from ..measures.class_distances import ClassDistances
-from .embedding import Drawings, Extract, embed_models, own_background
+from .embedding import Drawings, Extract, embed_models, saved_background
 from .tables import Report
 
 logger = get_logger(__name__, log_level="INFO")
@@ -29,14 +29,14 @@ def measure_distances(
     held_out: float | None = None,
     **options,
 ) -> Report | None:
-    """Mean cosine distances within and across classes over all pairs, and their ratio; None off the main process.
+    """Return mean cosine distances within and across classes and their ratio; None off the main process.
 
     Args:
         models: name and source of each.
-        held_out: measure only what `split` with this fraction holds out.
-        options: keywords of `load_embedder`; None is a model's own.
+        held_out: measure only the fraction that `split` holds out.
+        options: keyword arguments of `load_embedder`; None is the model's own value.
     """
-    background = options.get("background") or own_background(models[0][1])
+    background = options.get("background") or saved_background(models[0][1])
     drawings = Drawings(accelerator, data, on_bad_image, background)
     data, keys = drawings.data, drawings.keys
     about: dict[str, Any] = {"copies": len(drawings.copies) - len(set(drawings.copies))}
@@ -59,11 +59,11 @@ def measure_distances(
     if about["alone"] == about["classes"]:
         raise InputError("no class has two drawings, so there are no distances within classes to measure")
     if about["alone"]:
-        logger.info(f"classes of one drawing, which have no distance within: {about['alone']}")
+        logger.info(f"classes of one drawing, which have no distances within: {about['alone']}")
     report = Report(runs, {"embedding": "", "intra": ".3f", "inter": ".3f", "ratio": ".2f"}, about)
-    report.draw = functools.partial(_draw_bars, report, f"{len(labels)} drawings of {about['classes']} classes")
+    report.render = functools.partial(_plot_bars, report, f"{len(labels)} drawings of {about['classes']} classes")
     return report
 
 
-def _draw_bars(report: Report, title: str):
+def _plot_bars(report: Report, title: str):
     return ratio_bars({name: result["mean"]["ratio"] for name, result in report.results.items()}, title)

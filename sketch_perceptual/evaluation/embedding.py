@@ -1,4 +1,4 @@
-"""Drawings embedded by one model after the other, for `distance`, `retrieval` and `search`."""
+"""Embed drawings with one model after another, for `distance`, `retrieval` and `search`."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -23,15 +23,15 @@ Extract = Callable[..., FeatureCache]  # (extractor, data, keys), as `extract_fe
 
 
 class Drawings:
-    """The drawings of a data set that can be read, on any background.
+    """The readable drawings of a data set, on any background.
 
     Args:
-        background: the one on which `copies`, their ids of equal drawings, were found.
+        background: the one on which `copies`, the ids of equal drawings, are found.
     """
 
     def __init__(self, accelerator: Accelerator, data: LabelledImages, on_bad_image: str, background: str):
         self.accelerator, self.on_bad_image = accelerator, on_bad_image
-        fit_image(Image.new("RGB", (1, 1)), 1, "pad", background)  # what is no colour fails here, not for each drawing
+        fit_image(Image.new("RGB", (1, 1)), 1, "pad", background)  # an unknown colour fails here, once
         data = on_background(data, background)
         contents = on_main(accelerator, partial(read_once, copies=True), data, on_bad_image)
         self.copies = contents.copies
@@ -42,15 +42,15 @@ class Drawings:
         return self.keys_on[self.data.background]
 
     def keep(self, positions: list[int]) -> None:
-        """Only the drawings at these positions stay."""
+        """Keep only the drawings at these positions."""
         self.data = self.data.select(positions)
         self.copies = [self.copies[index] for index in positions]
         self.keys_on = {paper: [keys[index] for index in positions] for paper, keys in self.keys_on.items()}
 
     def on(self, background: str) -> tuple[LabelledImages, list[str]]:
-        """The same drawings on another background, and the keys of their contents there."""
+        """Return the drawings on another background, and the keys of their contents there."""
         data = on_background(self.data, background)
-        if background not in self.keys_on:  # what is drawn in the colour of one paper is seen on another
+        if background not in self.keys_on:  # ink in the colour of one background shows on another
             self.keys_on[background] = on_main(self.accelerator, read_once, data, self.on_bad_image).keys
         return data, self.keys_on[background]
 
@@ -61,8 +61,8 @@ def on_background(data: LabelledImages, background: str) -> LabelledImages:
     return data
 
 
-def own_background(source: str) -> str:
-    """The background that a saved embedder was made for; white for a backbone, which was made for none."""
+def saved_background(source: str) -> str:
+    """Return the background that an embedder was saved with; white for a backbone, which has none."""
     if is_vgg16_weights(source):
         return "white"
     config = read_config(source, SketchEmbedder)[1]
@@ -73,7 +73,7 @@ def own_background(source: str) -> str:
 def embed_models(
     accelerator: Accelerator, models: list[tuple[str, str]], drawings: Drawings, extract: Extract, options: dict
 ) -> Iterator[tuple[dict, SketchEmbedder, FeatureCache, list[str]]]:
-    """For each model what it is, itself, its features and their keys; only the main process gets them."""
+    """Yield the description, embedder, features and keys of each model, on the main process only."""
     for name, source in models:
         embedder = load_embedder(source, **options)
         data, keys = drawings.on(embedder.background)
@@ -87,7 +87,7 @@ def embed_models(
 
 @torch.no_grad()
 def embed_cached(embedder: SketchEmbedder, cache: FeatureCache, keys: list[str], device: torch.device) -> Tensor:
-    """(N, D) of length 1, on the CPU, in the order of the keys."""
+    """Return embeddings (N, D) of length 1, on the CPU, in the order of the keys."""
     embeddings = torch.empty(0)
     for positions, features in cache.parts(keys):
         part = embedder.project(features.to(device)).cpu()

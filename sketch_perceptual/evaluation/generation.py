@@ -1,4 +1,4 @@
-"""How near generated pictures come to drawings and to their prompts (Seo 2025, section 4.1, Table 2, Figure 3)."""
+"""Scores of generated pictures against drawings and prompts (Seo 2025, section 4.1, Table 2, Figure 3)."""
 
 import functools
 import math
@@ -40,7 +40,7 @@ COLUMNS |= {"accuracy": ".1%", "nearest_same": ".1%", "chroma": ".3f", "ink": ".
 
 @dataclass(frozen=True)
 class Pictures:
-    """Captioned pictures, none of them black, with the keys of their contents."""
+    """Captioned pictures, without the black ones, and the keys of their contents."""
 
     data: CaptionedImages
     keys: list[str]
@@ -54,34 +54,34 @@ class Pictures:
 
 
 def shuffled_captions(pictures: Pictures, seed: int) -> list[str]:
-    """All different captions, in a random order: the prompts where no others are given."""
-    captions = list(dict.fromkeys(caption for of in pictures.captions for caption in of))
+    """Return all distinct captions in random order, which are the default prompts."""
+    captions = list(dict.fromkeys(caption for row in pictures.captions for caption in row))
     return [captions[index] for index in torch.randperm(len(captions), generator=generator(seed, "prompts"))]
 
 
 def read_pictures(accelerator: Accelerator, data: CaptionedImages, name: str, on_bad_image: str) -> Pictures:
-    """Each picture is read once; those that are black all over are counted and left out. InputError."""
+    """Read each picture once; count and leave out entirely black ones. InputError if fewer than two remain."""
     positions, keys, tones = on_main(accelerator, _read_tones, data, on_bad_image)
-    seen = [index for index, (black, _, _) in enumerate(tones) if not black]
-    if black := len(tones) - len(seen):
-        logger.warning(f"{name}: {black} of {len(tones)} pictures are black all over and are not scored")
-    if len(seen) < 2:
-        raise InputError(f"{name}: need at least two pictures, got {len(seen)}")
-    colour, dark = (statistics.fmean(tones[index][which] for index in seen) for which in (1, 2))
-    kept = data.select(positions[index] for index in seen)
-    return Pictures(kept, [keys[index] for index in seen], black, colour, dark)
+    kept = [index for index, (black, _, _) in enumerate(tones) if not black]
+    if black := len(tones) - len(kept):
+        logger.warning(f"{name}: {black} of {len(tones)} pictures are entirely black and are not scored")
+    if len(kept) < 2:
+        raise InputError(f"{name}: need at least two pictures, got {len(kept)}")
+    colour, dark = (statistics.fmean(tones[index][column] for index in kept) for column in (1, 2))
+    data = data.select(positions[index] for index in kept)
+    return Pictures(data, [keys[index] for index in kept], black, colour, dark)
 
 
 def _read_tones(
     data: CaptionedImages, on_bad_image: str
 ) -> tuple[list[int], list[str], list[tuple[bool, float, float]]]:
-    """Positions, keys, and for each picture whether it is black, its colour and its ink."""
+    """Return positions, keys and, for each picture, whether it is black, its colour and its ink."""
     tones = {}
 
-    def note(index: int, image: Image.Image) -> None:
+    def measure(index: int, image: Image.Image) -> None:
         tones[index] = is_black(image), chroma(image), ink(image)
 
-    contents = read_once(data, on_bad_image, note)
+    contents = read_once(data, on_bad_image, measure)
     return contents.positions, contents.keys, [tones[index] for index in contents.positions]
 
 
@@ -95,7 +95,7 @@ def load_extractors(
     fit: str,
     background: str,
 ) -> dict[str, Any]:
-    """The networks that extract features, by what these are for: "frechet", "fid", "clip", "class"."""
+    """Return the networks that extract features, by purpose: "frechet", "fid", "clip", "class"."""
     options = {"fit": fit, "background": background}
     small = options | {"resolution": min(224, resolution)}
     extractors: dict[str, Any] = {"frechet": make_embedder(load_backbone(backbone, "none"), **small)}
@@ -106,7 +106,7 @@ def load_extractors(
     if classifier:
         network = load_backbone(classifier, "none")
         if not network.classes:
-            raise InputError(f"`classifier` {classifier} has no classes; train_backbone.py makes one that has")
+            raise InputError(f"`classifier` {classifier} has no classes: choose a network of train_backbone.py")
         extractors["class"] = make_embedder(network, embedding="logits", **small)
     return extractors
 
@@ -119,10 +119,10 @@ def score_models(
     extract: Extract,
     on_bad_image: str = "error",
 ) -> Report | None:
-    """What each model draws, as a set, against its prompts, and how colourful it is; None off the main process.
+    """Score the pictures of each model as a set, against their prompts, and by colour; None off the main process.
 
     Args:
-        drawings: what the pictures of the models, `drawn`, are compared with.
+        drawings: reference for the pictures of the models, `drawn`.
         extractors: from `load_extractors`.
     """
     about, reference = score(accelerator, extractors, extract, drawings)
@@ -135,7 +135,7 @@ def score_models(
         for kind in sorted(set(KERNELS) & set(extractors)):
             scores |= set_distances(kind, features[kind], reference[kind])
         similar = most_alike(features["frechet"], reference["frechet"])
-        same = [of[0] in drawings.captions[index] for of, index in zip(pictures.captions, similar, strict=True)]
+        same = [texts[0] in drawings.captions[index] for texts, index in zip(pictures.captions, similar, strict=True)]
         runs.append({"name": name} | model | scores | {"nearest_same": statistics.fmean(same)})
         nearest.setdefault(name, (pictures, similar))
     if not accelerator.is_main_process:
@@ -143,20 +143,20 @@ def score_models(
     description = {kind: f"{type(network).__name__} {network.feature_key}" for kind, network in extractors.items()}
     for kind in set(KERNELS) & set(extractors):
         warn_of_small_sets(kind, min(run["images"] for run in runs[1:]), len(drawings.keys), description[kind])
-    draw = functools.partial(generation_sheet, drawings, nearest)
-    return Report(runs, COLUMNS, {"drawings": len(drawings.keys)} | description, draw)
+    render = functools.partial(generation_sheet, drawings, nearest)
+    return Report(runs, COLUMNS, {"drawings": len(drawings.keys)} | description, render)
 
 
 def score(
     accelerator: Accelerator, extractors: dict[str, Any], extract: Extract, pictures: Pictures
 ) -> tuple[dict, dict[str, Tensor]]:
-    """On the main process what can be said of the pictures alone, and their features of each kind."""
+    """Return the scores that need no reference, and the features of each kind; both empty off the main process."""
     caches = {kind: extract(network, pictures.data, pictures.keys) for kind, network in extractors.items()}
     if not accelerator.is_main_process:
         return {}, {}
     features = {kind: cache.read(pictures.keys) for kind, cache in caches.items()}
     scores = {"images": len(pictures.keys), "black": pictures.black, "chroma": pictures.chroma, "ink": pictures.ink}
-    prompts = [of[0] for of in pictures.captions]
+    prompts = [texts[0] for texts in pictures.captions]
     if "clip" in extractors:
         clip = extractors["clip"].to(accelerator.device)
         cosines = F.cosine_similarity(features["clip"], clip.texts(prompts))
@@ -165,13 +165,13 @@ def score(
         network = extractors["class"].to(accelerator.device)
         predicted = network.project(features["class"].to(accelerator.device)).argmax(1).tolist()
         named = find_classes(prompts, network.backbone.classes)
-        right = [label in of for label, of in zip(predicted, named, strict=True) if of]
+        right = [label in labels for label, labels in zip(predicted, named, strict=True) if labels]
         scores |= {"accuracy": statistics.fmean(right) if right else math.nan, "with_class": len(right)}
     return scores, features
 
 
 def generation_sheet(drawings: Pictures, nearest: dict[str, tuple[Pictures, list[int]]]) -> Image.Image:
-    """Prompts by models, beside each picture the drawing nearest to it, which shows that it is no copy."""
+    """Return a grid of prompts by models, each picture beside its nearest drawing, to show that it is not a copy."""
     rows: dict[str, dict[str, int]] = {}
     for name, (pictures, _) in nearest.items():
         for index, (caption, *_) in enumerate(pictures.captions):

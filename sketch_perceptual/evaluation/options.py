@@ -18,16 +18,16 @@ from ..training.options import add_feature_options
 from ..training.startup import PATIENCE, start_logging
 from .tables import split_name
 
-# Options that name a file or a folder that is read.
+# Options that name a file or folder to read.
 READ = """query gallery model train_data_dir dataset_name paired_data_dir prompts pretrained_model_name_or_path
     backbone inception_weights clip_model classifier""".split()
 ENDINGS = {"figure": (".png",), "output": (".json",)}
 
 
 def add_embedder_options(add: Callable) -> None:
-    add("--embedding", choices=EMBEDDINGS, help="default: an embedder's own, of a backbone the pooled last map")
-    add("--resolution", type=at_least(32), help="in pixels; default: what the embedder or the backbone was trained at")
-    add("--fit", choices=("pad", "crop"), help="default: an embedder's own, of a backbone pad")
+    add("--embedding", choices=EMBEDDINGS, help="default: the embedder's own; for a backbone the pooled last map")
+    add("--resolution", type=at_least(32), help="in pixels; default: that of the embedder's or backbone's training")
+    add("--fit", choices=("pad", "crop"), help="default: the embedder's own; for a backbone pad")
     add_workers(add)
     add_precision(add)
     add_feature_options(add)
@@ -47,10 +47,10 @@ def add_precision(add: Callable) -> None:
 
 
 def begin(args: argparse.Namespace, folders: Sequence[Path] = ()) -> Accelerator:
-    """What the processes share; InputError, before anything slow, where what is asked for cannot be written.
+    """Create the accelerator, start logging, and check the outputs before anything slow. InputError.
 
     Args:
-        folders: in `output_dir`, that pictures are kept in.
+        folders: folders in `output_dir` that pictures are written to.
     """
     try:
         accelerator = Accelerator(
@@ -65,7 +65,7 @@ def begin(args: argparse.Namespace, folders: Sequence[Path] = ()) -> Accelerator
     models += [folder for model in models for folder in model.glob("seed-*")]
     inputs = [*map(values.get, READ), *models]
     kept = [Path(values["output_dir"]), *folders] if folders else []
-    new = [Output("output_dir", folder) for folder in kept if not os.path.exists(folder / LOCK)]  # others are ours
+    new = [Output("output_dir", folder) for folder in kept if not os.path.exists(folder / LOCK)]  # not ours yet
     check_outputs([*files, *new], inputs)
     check_outputs(files, folders)
     for folder in folders:
@@ -74,7 +74,7 @@ def begin(args: argparse.Namespace, folders: Sequence[Path] = ()) -> Accelerator
 
 
 def embedder(args: argparse.Namespace) -> dict:
-    """The keywords of `load_embedder`."""
+    """Return the keyword arguments of `load_embedder`."""
     return {name: getattr(args, name) for name in ("embedding", "resolution", "fit", "background")}
 
 

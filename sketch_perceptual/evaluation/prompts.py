@@ -1,4 +1,4 @@
-"""Prompts, and the folder that keeps one picture for each."""
+"""Prompts, and the folder with a picture for each."""
 
 import json
 import os
@@ -19,18 +19,18 @@ ADVICE = "delete the folder or choose another `output_dir`"
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """The lines of a text file that are not blank. InputError."""
+    """Return the lines of a text file that are not blank; InputError if there are none."""
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"`prompts` {path} cannot be read: {error}") from error
     if not (prompts := [line.strip() for line in lines if line.strip()]):
-        raise InputError(f"`prompts` {path} holds no prompts")
+        raise InputError(f"`prompts` {path} contains no prompts")
     return prompts
 
 
 def cycle_prompts(prompts: Sequence[str], count: int) -> list[tuple[str, int]]:
-    """`count` prompts, over and over, each with how often it came before."""
+    """Repeat the prompts up to `count`, each with the number of times it occurred before."""
     before = Counter()
     numbered = []
     for prompt in islice(cycle(prompts), count):
@@ -40,9 +40,9 @@ def cycle_prompts(prompts: Sequence[str], count: int) -> list[tuple[str, int]]:
 
 
 def open_folder(folder: Path, prompts: Sequence[tuple[str, int]], settings: dict) -> list[Path]:
-    """Where the picture of each prompt goes, `00000.png` and so on, in a folder that `captioned_folder` reads.
+    """Return the path of each prompt's picture, `00000.png` and so on, in a folder that `captioned_folder` reads.
 
-    What is there stays if it was drawn with the same settings and prompts; InputError if not.
+    Existing pictures are kept; InputError if they have other settings or prompts.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -51,12 +51,12 @@ def open_folder(folder: Path, prompts: Sequence[tuple[str, int]], settings: dict
     saved = _read_settings(folder / SETTINGS) or settings
     for name in saved | settings:
         if (old := saved.get(name)) != (new := settings.get(name)):
-            raise InputError(f"{folder} was drawn with {name}={old}, now it is {new}: choose another `output_dir`")
+            raise InputError(f"{folder} was drawn with {name}={old}, not {new}: choose another `output_dir`")
     captions = _read_captions(folder / METADATA)
     for old, (prompt, _) in zip(captions, prompts, strict=False):
         if old != prompt:
             raise InputError(
-                f"{folder} has a picture of {old!r} where {prompt!r} belongs: choose another `output_dir`"
+                f"{folder} contains a picture of {old!r} instead of {prompt!r}: choose another `output_dir`"
             )
     captions += [prompt for prompt, _ in prompts[len(captions) :]]
     lines = [json.dumps({"file_name": _name(index), "text": text}) for index, text in enumerate(captions)]
@@ -66,25 +66,25 @@ def open_folder(folder: Path, prompts: Sequence[tuple[str, int]], settings: dict
 
 
 def missing_pictures(paths: Sequence[Path], resolution: int) -> list[int]:
-    """Positions of the pictures that are not there, damaged or of another size, and so have to be drawn."""
+    """Return the positions of pictures that are absent, damaged or of another size."""
     missing = []
     for index, path in enumerate(paths):
         if os.path.isdir(path):
-            raise InputError(f"{path} is a folder, where a picture belongs: {ADVICE}")
+            raise InputError(f"{path} is a folder instead of a picture: {ADVICE}")
         try:
             with Image.open(path) as image:
                 image.load()
                 if image.size != (resolution, resolution):
                     missing.append(index)
-        except (OSError, ValueError, SyntaxError):  # as Pillow says that a file is damaged
+        except (OSError, ValueError, SyntaxError):  # Pillow's errors for damaged files
             missing.append(index)
     return missing
 
 
 def find_classes(prompts: Sequence[str], classes: Sequence[str]) -> Iterator[set[int]]:
-    """For each prompt the class that it names, of several the longest, as it is read: "hot dog" of "hot_dog".
+    """Yield the class that each prompt names (the longest of several) in readable form: "hot dog" for "hot_dog".
 
-    A set, since two classes may read alike; empty where no class is named.
+    A set, since two classes may have the same readable name; empty if no class is named.
     """
     readings: dict[str, set[int]] = {}
     for index, name in enumerate(classes):
@@ -108,12 +108,12 @@ def _read_settings(path: Path) -> dict:
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON ({error}): {ADVICE}") from error
     if not isinstance(settings, dict):
-        raise InputError(f"{path} does not hold the settings of a drawing: {ADVICE}")
+        raise InputError(f"{path} does not contain settings: {ADVICE}")
     return settings
 
 
 def _read_captions(path: Path) -> list[str]:
-    """The prompt of each picture; InputError for what `open_folder` does not write."""
+    """Return the prompt of each picture; InputError for lines that `open_folder` does not write."""
     captions = []
     for index, line in enumerate((_read(path) or "").splitlines()):
         try:

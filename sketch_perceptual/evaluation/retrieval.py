@@ -1,4 +1,4 @@
-"""How well queries find drawings of their class in a gallery (Seo 2025, section 4.2, Table 3)."""
+"""Retrieval of drawings of a query's class from a gallery (Seo 2025, section 4.2, Table 3)."""
 
 import functools
 import json
@@ -26,7 +26,7 @@ from ..networks.embedder import SketchEmbedder
 from ..networks.hub_model import read_config
 from ..seeds import generator
 from ..training.distributed import on_main
-from .embedding import Drawings, Extract, embed_cached, embed_models, own_background
+from .embedding import Drawings, Extract, embed_cached, embed_models, saved_background
 from .tables import SHEET_ROWS, Report
 
 logger = get_logger(__name__, log_level="INFO")
@@ -36,7 +36,7 @@ COLUMNS = {"embedding": "", "top1": ".1%", "top5": ".1%", "map": ".3f", "recall@
 
 @dataclass(frozen=True)
 class Sides:
-    """Positions of the queries, of the gallery and of what is in neither."""
+    """Positions of the queries, of the gallery, and of drawings in neither."""
 
     queries: list[int]
     gallery: list[int]
@@ -55,17 +55,17 @@ def rank_models(
     seed: int = 0,
     **options,
 ) -> Report | None:
-    """Top-1, top-5, mean average precision and recall of each model; None off the main process.
+    """Return top-1, top-5, mean average precision and recall of each model; None off the main process.
 
-    Queries are what a model's training held out, as its saved split tells; where no model has one, a new `split`
-    holds out this fraction.
+    Queries are the drawings held out in training, as recorded in a model's split. If no model has one, a new `split`
+    holds out the fraction `held_out`.
 
     Args:
         models: name and source of each.
-        seed: of the queries that the figure shows.
-        options: keywords of `load_embedder`; None is a model's own.
+        seed: selects the queries in the figure.
+        options: keyword arguments of `load_embedder`; None is the model's own value.
     """
-    background = options.get("background") or own_background(models[0][1])
+    background = options.get("background") or saved_background(models[0][1])
     drawings = Drawings(accelerator, data, on_bad_image, background)
     sides = saved_sides(accelerator, models, drawings) or new_sides(drawings, held_out)
     logger.info(sides.summary)
@@ -85,8 +85,8 @@ def rank_models(
     if not runs:
         return None
     if unmatched := runs[0]["unmatched"]:
-        logger.info(f"queries without a drawing of their class in the gallery, which do not count: {unmatched}")
-    queries, gallery = (drawings.data.select(range(*of)) for of in ((count,), (count, len(labels))))
+        logger.info(f"queries left out, since the gallery has no drawing of their class: {unmatched}")
+    queries, gallery = (drawings.data.select(range(*bounds)) for bounds in ((count,), (count, len(labels))))
     return Report(runs, COLUMNS, about, functools.partial(query_sheet, queries, gallery, nearest, seed))
 
 
@@ -96,28 +96,28 @@ def new_sides(drawings: Drawings, held_out: float) -> Sides:
 
 
 def saved_sides(accelerator: Accelerator, models: list[tuple[str, str]], drawings: Drawings) -> Sides | None:
-    """What the trainings of `models` held out; None if none says. InputError if they disagree or it is not here."""
+    """Return the split recorded with `models`, None without one; InputError if they differ or the data lack it."""
     first = None
     for _, source in models:
         if (record := on_main(accelerator, read_split, source)) is None:
             continue
-        sides = match_split(record, drawings.on(own_background(source))[1], source)
+        sides = match_split(record, drawings.on(saved_background(source))[1], source)
         if first is not None and sides != first[1]:
             raise InputError(
-                f"{first[0]} and {source} were trained on other drawings: each would be scored on some that the other"
-                " knows. Evaluate one at a time"
+                f"{first[0]} and {source} were trained on different drawings, so that each would be scored on some of"
+                " its training data: evaluate one at a time"
             )
         first = first or (source, sides)
     return first and first[1]
 
 
 def read_split(source: str) -> dict[str, set[str]] | None:
-    """Content keys that a model of `train_retrieval.py` held out; None for any other network. InputError."""
+    """Return the content keys that a model of `train_retrieval.py` held out; None for other networks. InputError."""
     if is_vgg16_weights(source) or "backbone" not in read_config(source, SketchEmbedder)[1]:
         return None
     path = Path(source, "split.json")
     if not Path(source).is_dir():
-        with from_hub(f"which drawings {source} was trained on cannot be read"):
+        with from_hub(f"the split of {source} cannot be read"):
             try:
                 path = Path(hf_hub_download(source, path.name))
             except LocalEntryNotFoundError:
@@ -130,16 +130,16 @@ def read_split(source: str) -> dict[str, set[str]] | None:
         record = json.loads(path.read_text(encoding="utf-8"))
         return {name: set(map(str, record[name])) for name in ("validation", "left_out")}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"{path} is not the split of a training ({first_line(error)})") from error
+        raise InputError(f"{path} is not a split of train_retrieval.py ({first_line(error)})") from error
 
 
 def match_split(record: dict[str, set[str]], keys: list[str], source: str) -> Sides:
-    """The sides of the drawings with these keys, as `record` has them; InputError if some are not among them."""
+    """Return the recorded sides of the drawings with these keys; InputError if recorded drawings are not there."""
     held_out, left_out = record["validation"], record["left_out"] - record["validation"]
     if lost := (held_out | left_out) - set(keys):
         raise InputError(
-            f"{source} was trained with a split of its own, and {len(lost)} of the {len(held_out)} drawings that it"
-            " held out are not in this data, so others may have been trained on: pass the data of its training"
+            f"{len(lost)} of the {len(held_out)} drawings that the training of {source} held out are not in this data,"
+            " which may therefore contain drawings it was trained on: pass the data of its training"
         )
     queries, apart = ([index for index, key in enumerate(keys) if key in side] for side in (held_out, left_out))
     gallery = sorted(set(range(len(keys))) - set(queries) - set(apart))
@@ -150,7 +150,7 @@ def match_split(record: dict[str, set[str]], keys: list[str], source: str) -> Si
 def query_sheet(
     queries: LabelledImages, gallery: LabelledImages, nearest: dict[str, Tensor], seed: int
 ) -> Image.Image:
-    """Some queries of different classes, for each a row a model with the five nearest: framed green if right."""
+    """Return a grid of queries of different classes, a row per model, the five nearest framed green if right."""
     rows, names = {}, class_names(queries.classes)
     for index in _choose_queries(queries, gallery, max(1, SHEET_ROWS // len(nearest)), seed):
         label = queries.labels[index]
@@ -164,7 +164,7 @@ def query_sheet(
 
 
 def _choose_queries(queries: LabelledImages, gallery: LabelledImages, count: int, seed: int) -> list[int]:
-    """Positions of queries of different classes that the gallery has."""
+    """Return positions of queries, each of a different class that the gallery has."""
     chosen, labels, findable = {}, queries.labels, set(gallery.labels)
     for index in torch.randperm(len(labels), generator=generator(seed, "sheet")).tolist():
         if labels[index] in findable and len(chosen) < count:

@@ -1,4 +1,4 @@
-"""Pictures for prompts, drawn once and kept, a folder for each model."""
+"""Draw pictures for prompts with each model, reusing existing ones."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class Drawn(NamedTuple):
-    """The pictures of a model: its name, what it is, and pictures with their prompts."""
+    """The pictures of a model: its name, its description, and the pictures with their prompts."""
 
     name: str
     model: dict
@@ -46,14 +46,14 @@ def draw_models(
     batch_size: int = 4,
     **settings,
 ) -> list[Drawn]:
-    """The pictures of each of `models`: drawn for the prompts by the pipeline, or found in a folder.
+    """Return the pictures of each of `models`, drawn by the pipeline or read from a folder.
 
     Args:
         models: name and source: "none", a LoRA, or a folder of captioned pictures.
-        load: makes the pipeline, if one is needed.
-        output_dir: keeps what is drawn, in a folder a model; what is there is not drawn again.
-        caption_options: keywords of `captioned_folder`.
-        settings: those of `draw_prompts`.
+        load: loads the pipeline, if it is needed.
+        output_dir: has one folder per model; existing pictures are reused.
+        caption_options: keyword arguments of `captioned_folder`.
+        settings: keyword arguments of `draw_prompts`.
     """
     drawn, pipeline, folders = [], None, set()
     for name, source in models:
@@ -63,7 +63,7 @@ def draw_models(
             continue
         folder = Path(output_dir, name, model["model"] if model["model"].startswith("seed-") else "")
         if folder in folders:
-            raise InputError(f"`models`: two are called {name}; write NAME=MODEL")
+            raise InputError(f"`models`: two models are called {name}: write NAME=MODEL")
         folders.add(folder)
         pipeline = pipeline or load()
         if source != "none":
@@ -82,28 +82,28 @@ def is_pictures(source: str) -> bool:
 
 
 def load_pictures(source: str, caption_options: dict) -> CaptionedImages:
-    """A folder of pictures with the prompts that they were drawn for."""
+    """Load a folder of pictures and their prompts."""
     try:
         return captioned_folder(source, **caption_options)
     except InputError as error:
         raise InputError(
-            f"`models` {source} holds no LoRA (.safetensors), so it must be a folder of pictures with their prompts,"
+            f"`models` {source} contains no LoRA (.safetensors), so it must be a folder of pictures with prompts,"
             f" in a metadata.jsonl or a .txt beside each: {error}"
         ) from error
 
 
 def load_adapter(pipeline: "StableDiffusionPipeline", source: str) -> None:
-    """Load a LoRA: a file of any trainer or a folder with one, or what diffusers finds on the Hub."""
+    """Load a LoRA: a file of any trainer, a folder with one, or a Hub id."""
     with naming(f"`models` {source} does not load into the pipeline as a LoRA"):
         if Path(source).exists():
             layers = lora_files.read(source).layers
             lora_files.check_model(layers, {name: getattr(pipeline, name) for name in ("unet", "text_encoder")})
             pipeline.load_lora_weights(lora_files.to_tensors(lora_files.folded(layers)))
-        else:  # offline, diffusers asks for the name
+        else:  # offline, diffusers needs the name
             name = "pytorch_lora_weights.safetensors" if constants.HF_HUB_OFFLINE else None
             pipeline.load_lora_weights(source, weight_name=name, use_safetensors=True)
     if not pipeline.get_list_adapters():
-        raise InputError(f"`models` {source} holds no LoRA that this pipeline knows")
+        raise InputError(f"`models` {source} contains no LoRA for this pipeline")
 
 
 def draw_missing(
@@ -114,7 +114,7 @@ def draw_missing(
     batch_size: int,
     settings: dict,
 ) -> tuple[list[Path], dict[str, str]]:
-    """The paths of the pictures for the prompts, which the processes draw together, and the weights that drew them."""
+    """Draw the missing pictures, shared by the processes; return the paths of all, and hashes of the weights."""
     weights = {part: fingerprint(getattr(pipeline, part)) for part in ("unet", "text_encoder", "vae")}
     about = weights | settings | {"scheduler": type(pipeline.scheduler).__name__}
     about |= {"safety_checker": pipeline.safety_checker is not None, "mixed_precision": accelerator.mixed_precision}
@@ -140,10 +140,10 @@ def draw_prompts(
     num_inference_steps: int,
     guidance_scale: float,
 ) -> None:
-    """One batch of pictures, each of which is there whole or not at all.
+    """Draw one batch of pictures and write each atomically.
 
-    The noise of each follows from the seed, the prompt and how often that came before, whatever else is in the batch.
-    A picture that is not finite, or that the pipeline's safety checker flags, is written black.
+    The noise of a picture depends only on the seed, the prompt and its number, not on the rest of the batch. A
+    picture that is not finite, or that the pipeline's safety checker flags, is written black.
     """
     latents = pipeline(
         [prompt for prompt, _ in prompts],

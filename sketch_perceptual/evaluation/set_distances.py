@@ -1,4 +1,4 @@
-"""Distances of sets of pictures, and the features that they are measured on."""
+"""Distances between sets of pictures, and the features they are computed from."""
 
 import math
 from collections.abc import Callable
@@ -16,13 +16,13 @@ from ..networks.hub_model import fingerprint
 
 logger = get_logger(__name__, log_level="INFO")
 
-KERNELS = {"fid": "kid", "frechet": "kernel"}  # the distance of sets, and what is less biased in small ones
-FEW = 2048  # as many numbers as Inception's features have: fewer pictures have no full covariance
+KERNELS = {"fid": "kid", "frechet": "kernel"}  # distance of sets, and one that is less biased for small sets
+FEW = 2048  # dimension of Inception's features: the covariance of fewer pictures is singular
 
 
 @dataclass(frozen=True)
 class Features:
-    """What pictures are compared by as a set: "fid" by Inception, "frechet" by a backbone."""
+    """Features to compare sets of pictures: "fid" by Inception, "frechet" by a backbone."""
 
     kind: str
     extract: Callable[[Tensor], Tensor]
@@ -39,7 +39,7 @@ def load_features(inception_weights: str | None, backbone: str, resolution: int,
 
 
 def set_distances(kind: str, features: Tensor, reference: Tensor) -> dict[str, float]:
-    """Frechet and kernel distance; NaN, with a warning, for drawings that are all the same."""
+    """Return Frechet and kernel distances; Frechet is NaN, with a warning, if all drawings are the same."""
     mean, deviation = kernel_distance(features, reference)
     try:
         frechet = frechet_distance(features, reference)
@@ -50,6 +50,6 @@ def set_distances(kind: str, features: Tensor, reference: Tensor) -> dict[str, f
 
 
 def warn_of_small_sets(kind: str, drawn: int, true: int, description: str) -> None:
-    logger.info(f"{kind} of {drawn} drawings and {true} true ones, by {description}")
+    logger.info(f"{kind} of {drawn} drawings and {true} true drawings, from {description}")
     if drawn < FEW:
-        logger.warning(f"{kind} of fewer than {FEW} pictures is too large: compare it at this number only")
+        logger.warning(f"{kind} is too large for fewer than {FEW} pictures: compare it only at this number")

@@ -1,4 +1,4 @@
-"""What the evaluations share: the models they are given, results as a table, as JSON and as a sheet of pictures."""
+"""Names of models, and results as a table and as JSON, for all evaluations."""
 
 import json
 import math
@@ -22,31 +22,31 @@ class Report:
     """The result of an evaluation.
 
     Args:
-        runs: a dict a model and seed; runs of one "name" are averaged.
-        columns: what the table shows of each, and the format of its numbers; what no run has is left out.
-        data: what the results rest on.
-        draw: makes the figure, something with `save` or `savefig`, when it is asked for.
+        runs: a dict for each model and seed; runs with the same "name" are averaged.
+        columns: columns of the table and the format of their numbers; those that no run has are left out.
+        data: description of the data.
+        render: makes the figure, an object with `save` or `savefig`.
     """
 
     runs: list[dict]
     columns: dict[str, str]
     data: dict = field(default_factory=dict)
-    draw: Callable[[], Any] | None = None
+    render: Callable[[], Any] | None = None
 
     @property
     def results(self) -> dict[str, dict]:
-        """Name -> mean over its runs, their deviation if there are several, and the runs."""
+        """For each name the mean over its runs, their deviation if there are several, and the runs."""
         results = {}
         for name in dict.fromkeys(run["name"] for run in self.runs):
-            own = [run for run in self.runs if run["name"] == name]
-            values = {key: [run[key] for run in own] for key, value in own[0].items() if isinstance(value, float)}
-            results[name] = {"mean": {key: statistics.fmean(of) for key, of in values.items()}, "runs": own}
-            if len(own) > 1:
-                results[name]["deviation"] = {key: float(np.std(of, ddof=1)) for key, of in values.items()}
+            runs = [run for run in self.runs if run["name"] == name]
+            values = {key: [run[key] for run in runs] for key, value in runs[0].items() if isinstance(value, float)}
+            results[name] = {"mean": {key: statistics.fmean(row) for key, row in values.items()}, "runs": runs}
+            if len(runs) > 1:
+                results[name]["deviation"] = {key: float(np.std(row, ddof=1)) for key, row in values.items()}
         return results
 
     def cells(self) -> list[list[str]]:
-        """A head and one line a model; with several seeds mean and deviation."""
+        """Return a header and a line for each model, with mean and deviation if it has several seeds."""
         columns = {key: form for key, form in self.columns.items() if any(key in run for run in self.runs)}
         lines = []
         for name, result in self.results.items():
@@ -69,7 +69,7 @@ def _cell(result: dict, column: str, form: str) -> str:
 
 
 def write_json(path: str | Path, record: dict) -> None:
-    """Everything, with null for what is not a finite number."""
+    """Write a record, with null for numbers that are not finite."""
     write_text(path, json.dumps(without_nan(record), indent=1, allow_nan=False))
 
 
@@ -78,7 +78,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def without_nan(value):
-    """The same with None for numbers that are not finite, in any depth."""
+    """Replace numbers that are not finite by None, at any depth."""
     if isinstance(value, dict):
         return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -87,19 +87,19 @@ def without_nan(value):
 
 
 def expand_models(models: list[str], seeds: str = "seed-*/config.json") -> list[tuple[str, str]]:
-    """Name and source of each `[NAME=]MODEL`; a folder with a folder for each of several `seeds` is one of each.
+    """Return name and source of each `[NAME=]MODEL`; a folder with `seeds` becomes one entry per seed.
 
-    A path may hold "=": what exists is a path as a whole, and a name holds no "/". InputError for two models that
-    would share a name without being given it.
+    A path may contain "=": whatever exists is a path, and a name contains no "/". InputError for two models that
+    share a default name.
     """
     named, sources, seen = [], {}, set()
     for model in models:
         given, source = split_name(model)
         if not source:
             raise InputError(f"`models`: {model!r} names no model")
-        name = given or _own_name(source)
+        name = given or _default_name(source)
         if sources.setdefault(name, source) != source and given is None:
-            raise InputError(f"`models`: two are called {name}; write NAME=MODEL")
+            raise InputError(f"`models`: two models are called {name}: write NAME=MODEL")
         if (given, source) in seen:
             raise InputError(f"`models`: {model} is given twice")
         seen.add((given, source))
@@ -109,7 +109,7 @@ def expand_models(models: list[str], seeds: str = "seed-*/config.json") -> list[
 
 
 def split_name(model: str) -> tuple[str | None, str]:
-    """The name, None if there is none, and the source in `[NAME=]MODEL`."""
+    """Split `[NAME=]MODEL` into the name, or None, and the source."""
     if _exists(model):
         return None, model
     cuts = [index for index, letter in enumerate(model) if letter == "=" and is_name(model[:index])]
@@ -121,7 +121,7 @@ def is_name(text: str) -> bool:
     return text not in ("", ".", "..") and not {"/", os.sep} & set(text)
 
 
-def _own_name(source: str) -> str:
+def _default_name(source: str) -> str:
     return (Path(source).resolve() if _exists(source) else Path(source)).name
 
 

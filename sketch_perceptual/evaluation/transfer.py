@@ -1,4 +1,4 @@
-"""How near stylised photos come to the true sketches (Seo 2025, section 4.1, Table 1, Figure 2)."""
+"""Scores of stylised photos against the true sketches (Seo 2025, section 4.1, Table 1, Figure 2)."""
 
 import functools
 import statistics
@@ -38,12 +38,12 @@ def compare_styles(
     background: str = "white",
     seed: int = 0,
 ) -> Report | None:
-    """How near each model's drawings come to the true sketches, in pairs and as a set; None off the main process.
+    """Score each model's drawings against the true sketches, in pairs and as a set; None off the main process.
 
     Args:
         models: name and source of each network.
         resolution, fit, background: how photos and sketches are made square.
-        seed: of the photos that the figure shows.
+        seed: selects the photos in the figure.
     """
     if len(pairs.names) < 2:
         raise InputError(f"{pairs.summary}, need at least two to compare")
@@ -62,7 +62,7 @@ def compare_styles(
 
 @dataclass(frozen=True)
 class PairScores:
-    """Of one photo and its true sketch.
+    """Scores of one photo and its true sketch.
 
     Args:
         index: position in the pairs.
@@ -84,8 +84,8 @@ def score_pairs(
     read: Callable[[Source], Tensor],
     extract: Callable[[Tensor], Tensor],
 ) -> list[PairScores]:
-    """All pairs in their order, which the processes share."""
-    count, own = len(pairs.names), []
+    """Score all pairs, in order; the processes share them."""
+    count, scores = len(pairs.names), []
     mine = range(count)[accelerator.process_index :: accelerator.num_processes]
     for index in tqdm(mine, "Pairs", disable=None if accelerator.is_main_process else True):
         paths = (pairs.photos[index], pairs.sketches[index], pairs.sketches[(index + 1) % count])
@@ -93,12 +93,12 @@ def score_pairs(
         baselines = [float(ssim(picture, sketch)) for picture in (torch.ones_like(sketch), photo)]
         drawings = [stylise(accelerator, network, photo) for _, network in networks]
         models = [(float(ssim(x, sketch)), float(ssim(x, other)), extract(x).cpu()) for x in drawings]
-        own.append(PairScores(index, extract(sketch).cpu(), baselines, models))
-    return sorted(gather_object(own), key=lambda scores: scores.index)
+        scores.append(PairScores(index, extract(sketch).cpu(), baselines, models))
+    return sorted(gather_object(scores), key=lambda pair: pair.index)
 
 
 def baseline_runs(scores: list[PairScores]) -> list[dict]:
-    columns = zip(*(of.baselines for of in scores), strict=True)
+    columns = zip(*(pair.baselines for pair in scores), strict=True)
     return [
         {"name": name, "ssim": statistics.fmean(values)}
         for name, values in zip(("blank page", "the photo"), columns, strict=True)
@@ -106,9 +106,10 @@ def baseline_runs(scores: list[PairScores]) -> list[dict]:
 
 
 def model_runs(scores: list[PairScores], networks: list[tuple[str, JohnsonNet]], kind: str) -> list[dict]:
-    runs, reference = [], torch.cat([of.reference for of in scores])
-    for (name, network), own in zip(networks, zip(*(of.models for of in scores), strict=True), strict=True):
-        paired, shuffled, features = zip(*own, strict=True)
+    runs, reference = [], torch.cat([pair.reference for pair in scores])
+    by_model = zip(*(pair.models for pair in scores), strict=True)
+    for (name, network), columns in zip(networks, by_model, strict=True):
+        paired, shuffled, features = zip(*columns, strict=True)
         run = {"name": name, "weights": fingerprint(network), "ssim": statistics.fmean(paired)}
         run["ssim_shuffled"] = statistics.fmean(shuffled)
         runs.append(run | set_distances(kind, torch.cat(features), reference))
@@ -116,13 +117,13 @@ def model_runs(scores: list[PairScores], networks: list[tuple[str, JohnsonNet]],
 
 
 def read_square(source: Source, resolution: int, fit: str, background: str) -> Tensor:
-    """(3, resolution, resolution) in [-1, 1]."""
+    """Return a square image (3, resolution, resolution) in [-1, 1]."""
     return to_tensor(fit_image(load_image(source, background), resolution, fit, background))
 
 
 @torch.no_grad()
 def stylise(accelerator: Accelerator, network: JohnsonNet, photo: Tensor) -> Tensor:
-    """(B, 3, H, W) in [-1, 1], as it can be saved."""
+    """Return drawings (B, 3, H, W) in [-1, 1], ready to be saved."""
     with accelerator.autocast():
         return network(photo).float().clamp(-1, 1)
 
@@ -134,9 +135,9 @@ def transfer_sheet(
     read: Callable[[Source], Tensor],
     seed: int,
 ) -> Image.Image:
-    """Some photos, their true sketches, and what each network makes of them."""
-    shown = torch.randperm(len(pairs.names), generator=generator(seed, "sheet"))[:SHEET_COLUMNS].tolist()
-    photos, sketches = ([read(of[index]) for index in shown] for of in (pairs.photos, pairs.sketches))
+    """Return a grid of some photos, their true sketches, and each network's drawings of them."""
+    chosen = torch.randperm(len(pairs.names), generator=generator(seed, "sheet"))[:SHEET_COLUMNS].tolist()
+    photos, sketches = ([read(paths[index]) for index in chosen] for paths in (pairs.photos, pairs.sketches))
     rows = {"photo": photos, "true sketch": sketches}
     for name, network in networks:
         drawn = [stylise(accelerator, network, photo[None].to(accelerator.device))[0] for photo in photos]

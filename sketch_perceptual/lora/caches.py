@@ -101,7 +101,7 @@ def cache_latents(
         lambda position: data.name(images[position][0]),
         batch_size=1,
         num_workers=num_workers,
-        what="latents",
+        kind="latents",
     )
     data.moments = partial(_read_moments, cache, shapes, keys, 2 * latents.channels)
     data.with_pixels = with_images

@@ -1,4 +1,4 @@
-"""LoRA files in the names of diffusers, of kohya's trainers and of others: reading, checking, writing.
+"""Read, check and write LoRA files in the names of diffusers, kohya's trainers and others.
 
 diffusers: `unet.<module>.lora.down.weight`, with alphas in the metadata, which diffusers before 0.35 does not read.
 kohya: `lora_unet_<module>.lora_down.weight`, each module with its alpha; read by AUTOMATIC1111, Forge, ComfyUI,
@@ -30,7 +30,7 @@ FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # dif
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2)
 
-# Beginnings of files that are not safetensors.
+# First bytes of files that are not safetensors.
 PICKLE = "a pickle, which can run code when it is read: save its tensors with `safetensors.torch.save_file`"
 BEGINNINGS = {
     b"PK": PICKLE,
@@ -40,7 +40,7 @@ BEGINNINGS = {
     b"<": "a web page instead of the file: download it again",
 }
 
-# Options that sd-scripts' metadata, or ours, have under their own names.
+# Options that have the same names in sd-scripts' metadata, or only in ours.
 SAME = """learning_rate text_encoder_lr lr_scheduler lr_warmup_steps gradient_accumulation_steps max_grad_norm
     mixed_precision seed noise_offset steps use_dora use_rslora"""
 
@@ -95,10 +95,10 @@ class Layer:
 
 
 def to_layers(tensors: Mapping[str, torch.Tensor]) -> dict[str, Layer]:
-    """Module -> layer; where no alpha is among the tensors it is the rank.
+    """Return the layers by module; a missing alpha is the rank.
 
     Raises:
-        InputError: names what is not of a LoRA of Stable Diffusion 1 or 2, is there twice, or does not fit.
+        InputError: names what does not belong to a LoRA of Stable Diffusion 1 or 2, occurs twice, or does not fit.
     """
     parts: dict[str, dict[str, str]] = {}
     unknown = []
@@ -107,7 +107,7 @@ def to_layers(tensors: Mapping[str, torch.Tensor]) -> dict[str, Layer]:
         if not module:
             unknown.append(key)
         elif (other := parts.setdefault(module, {}).setdefault(part, key)) != key:
-            raise InputError(f"{module} is there twice, as {shown(other)} and as {shown(key)}")
+            raise InputError(f"{module} occurs twice, as {shown(other)} and as {shown(key)}")
     if unknown or not parts:
         raise InputError(_refusal(unknown))
     layers = {}
@@ -121,12 +121,12 @@ def to_layers(tensors: Mapping[str, torch.Tensor]) -> dict[str, Layer]:
 
 
 def _refusal(keys: list[str]) -> str:
-    """Say why keys that are not known cannot be read."""
+    """Describe why unknown keys cannot be read."""
     for pattern, kind in KINDS.items():
         if named := [shown(key) for key in keys[:1000] if re.search(pattern, key)]:
-            return f"{kind} is not read, only LoRA of Stable Diffusion 1 and 2: {first_names(named, count=3)}"
+            return f"{kind} is not supported, only LoRA of Stable Diffusion 1 and 2: {first_names(named, count=3)}"
     names = first_names([key or "''" for key in keys]) or "no weights"
-    return f"no LoRA of Stable Diffusion 1 or 2 has {names}"
+    return f"not a LoRA of Stable Diffusion 1 or 2: {names}"
 
 
 def _layer(tensors: dict[str, torch.Tensor], keys: Mapping[str, str]) -> Layer:
@@ -140,7 +140,7 @@ def _layer(tensors: dict[str, torch.Tensor], keys: Mapping[str, str]) -> Layer:
     if magnitude is not None:
         of_columns = keys["magnitude"].endswith(".dora_scale") and magnitude.ndim > 1 and len(magnitude) == 1
         if of_columns and len(tensors["up"]) > 1:
-            raise InputError("DoRA of columns (LyCORIS without wd_on_out), which PEFT and diffusers do not have")
+            raise InputError("DoRA of columns (LyCORIS without wd_on_out), which PEFT and diffusers do not support")
         magnitude = magnitude.flatten()
     return Layer(tensors["down"], tensors["up"], float(alpha), magnitude)
 
@@ -169,9 +169,7 @@ def check_widths(layers: Mapping[str, Layer]) -> None:
             raise InputError(f"{module} has a rank of {layer.rank}: its down and up are transposed")
     for (_, name), (width, module) in widths.items():
         if width > WIDEST[name]:
-            raise InputError(
-                f"{module} is for a model {width} wide, Stable Diffusion 1 and 2 have {WIDEST[name]} there"
-            )
+            raise InputError(f"{module} is for a width of {width}, Stable Diffusion 1 and 2 have {WIDEST[name]} there")
 
 
 def check_model(layers: Mapping[str, Layer], models: Mapping[str, torch.nn.Module]) -> None:
@@ -198,7 +196,7 @@ def to_tensors(layers: Mapping[str, Layer]) -> dict[str, torch.Tensor]:
     for module, layer in layers.items():
         lora, magnitude = "lora", "lora_magnitude_vector"
         if module.startswith("text_encoder."):
-            lora, magnitude = "lora_linear_layer", "lora_magnitude_vector.weight"  # all that transformers 5.24 finds
+            lora, magnitude = "lora_linear_layer", "lora_magnitude_vector.weight"  # all that transformers 5.24 knows
         tensors |= {f"{module}.{lora}.down.weight": layer.down, f"{module}.{lora}.up.weight": layer.up}
         if layer.magnitude is not None:
             shape = (1, -1, 1, 1) if layer.up.ndim == 4 else (-1,)
@@ -207,9 +205,9 @@ def to_tensors(layers: Mapping[str, Layer]) -> dict[str, torch.Tensor]:
 
 
 def peft_config(layers: Mapping[str, Layer]) -> dict:
-    """Return the configuration that any PEFT needs, in diffusers' names.
+    """Return the minimal configuration that every PEFT needs, in diffusers' names.
 
-    No more than that: a field that an older PEFT lacks would be refused by it.
+    An older PEFT would reject fields that it does not know.
     """
     config: dict = {}
     for model in sorted({module.split(".")[0] for module in layers}):
@@ -230,7 +228,7 @@ def peft_config(layers: Mapping[str, Layer]) -> dict:
         }
         plain = [module for module, layer in part.items() if layer.magnitude is None]
         if plain and len(plain) < len(part):
-            raise InputError(f"{model}.{plain[0]} is not DoRA, as others are, which diffusers cannot mix")
+            raise InputError(f"{model}.{plain[0]} is not DoRA but other layers are, which diffusers cannot mix")
         if not plain:
             config[f"{model}.use_dora"] = True  # known to every PEFT that can read it
     return config
@@ -240,12 +238,12 @@ def with_alphas(layers: Mapping[str, Layer], config: Mapping) -> dict[str, Layer
     """Return the layers with the alphas of PEFT's configuration.
 
     Args:
-        config: `lora_alpha`, `alpha_pattern` (regular expressions of modules with an alpha of their own) and
-            `use_rslora` (rank-stabilised: alpha counts by the root of the rank), each for a model, as in
+        config: `lora_alpha`, `alpha_pattern` (regular expressions of modules with another alpha) and
+            `use_rslora` (rank-stabilised: alpha is multiplied by the root of the rank), each for a model, as in
             `unet.lora_alpha`, or for all.
 
     Raises:
-        InputError: where they are not what PEFT writes.
+        InputError: if they are not what PEFT writes.
     """
     models = sorted({module.split(".")[0] for module in layers})
     options = {model: _alpha_options(config, model) for model in models}
@@ -253,7 +251,7 @@ def with_alphas(layers: Mapping[str, Layer], config: Mapping) -> dict[str, Layer
     def with_alpha(module: str, layer: Layer) -> Layer:
         model, _, name = module.partition(".")
         alpha, patterns, is_stabilised = options[model]
-        names = (name, name.removeprefix("text_model."))  # transformers from 5.6 call it so
+        names = (name, name.removeprefix("text_model."))  # its name in transformers from 5.6
         matching = [value for pattern, value in patterns if any(map(pattern.match, names))]
         alpha = matching[0] if matching else layer.alpha if alpha is None else alpha
         return replace(layer, alpha=alpha * (layer.rank**0.5 if is_stabilised else 1.0))
@@ -262,14 +260,14 @@ def with_alphas(layers: Mapping[str, Layer], config: Mapping) -> dict[str, Layer
 
 
 def folded(layers: Mapping[str, Layer]) -> dict[str, Layer]:
-    """Return the layers with alpha = rank, which a file without alphas has."""
+    """Return the layers with alpha = rank, as in a file without alphas."""
     return _changed(layers, lambda _, layer: layer.folded())
 
 
 def with_common_alphas(layers: Mapping[str, Layer]) -> dict[str, Layer]:
     """Return the layers with the most common alpha of their model.
 
-    Of a file of kohya's, diffusers 0.42 gives attention no other: its patterns of alphas name no module there.
+    diffusers 0.42 gives all attention of a kohya file this alpha, since its alpha patterns do not match there.
     """
     models = {module: module.split(".")[0] for module in layers}
     alphas = {
@@ -280,7 +278,7 @@ def with_common_alphas(layers: Mapping[str, Layer]) -> dict[str, Layer]:
 
 
 def _changed(layers: Mapping[str, Layer], change: Callable[[str, Layer], Layer]) -> dict[str, Layer]:
-    """Change each layer; an InputError names its module."""
+    """Apply `change` to each layer; an InputError names its module."""
     changed = {}
     for module, layer in layers.items():
         try:
@@ -337,12 +335,12 @@ def to_kohya(layers: Mapping[str, Layer]) -> dict[str, torch.Tensor]:
 
 @dataclass(frozen=True)
 class LoraFile:
-    """Contents of a file.
+    """Contents of a LoRA file.
 
     Args:
         layers: by module, as diffusers calls it.
         is_kohya: the names in the file are kohya's.
-        notes: sentences about what was left out or taken for granted.
+        notes: sentences about what was left out or assumed.
     """
 
     layers: dict[str, Layer]
@@ -352,23 +350,23 @@ class LoraFile:
 
 
 def read(path: str | Path) -> LoraFile:
-    """Read a file of any trainer, or a folder with one.
+    """Read a LoRA file of any trainer, or a folder with one.
 
     Raises:
-        InputError: where it is not a LoRA of Stable Diffusion 1 or 2, or not a sound one.
+        InputError: if it is not a valid LoRA of Stable Diffusion 1 or 2.
     """
     path = find_file(Path(path))
     tensors, metadata = _load(path)
     embeddings = sorted({shown(name) for key in tensors if (name := _embedding(key))})
     weights = {key: tensor for key, tensor in tensors.items() if not _embedding(key)} or tensors
-    notes = [f"the embedding {name} in it is left out" for name in embeddings]
+    notes = [f"the embedding {name} is left out" for name in embeddings]
     try:
         layers = to_layers(weights)
         config = _json(metadata.get(PEFT_CONFIG, "{}"), f"its metadata {PEFT_CONFIG}")
         if any(key.startswith("base_model.model.") for key in weights):
-            beside = path.with_name("adapter_config.json")
-            config = _json(beside.read_bytes(), beside.name) if beside.is_file() else config
-            notes += [] if config else [f"no {beside.name} beside it says its alpha, which is taken to be the rank"]
+            peft = path.with_name("adapter_config.json")
+            config = _json(peft.read_bytes(), peft.name) if peft.is_file() else config
+            notes += [] if config else [f"there is no {peft.name} with its alpha, which is assumed to be the rank"]
         layers = with_alphas(layers, config)
     except (InputError, OSError) as error:
         raise InputError(f"{path} cannot be used: {first_line(error)}") from error
@@ -376,7 +374,7 @@ def read(path: str | Path) -> LoraFile:
 
 
 def find_file(path: Path) -> Path:
-    """Return the LoRA file in a folder: diffusers' or PEFT's, or the only .safetensors; a file is itself."""
+    """Return the LoRA file in a folder: diffusers' or PEFT's, or the only .safetensors. Return a file unchanged."""
     if not path.is_dir():
         return path
     files = [path / name for name in FILES if (path / name).is_file()] or sorted(path.glob("*.safetensors"))
@@ -384,11 +382,11 @@ def find_file(path: Path) -> Path:
         return files[0]
     if not files:
         raise InputError(f"{path} is a folder without a LoRA ({' or '.join(FILES)})")
-    raise InputError(f"{path} is a folder of {first_names([file.name for file in files])}: name one of them")
+    raise InputError(f"{path} contains {first_names([file.name for file in files])}: choose one of them")
 
 
 def _load(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Read tensors and metadata of a safetensors file."""
+    """Read the tensors and metadata of a safetensors file."""
     if path.exists() and not path.is_file():
         raise InputError(f"{path} cannot be read: it is not a file")
     try:
@@ -399,7 +397,7 @@ def _load(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
 
 
 def _other_format(path: Path) -> str:
-    """Say what a file is that is not safetensors; "" if nothing is known."""
+    """Describe a file that is not safetensors; "" if its format is unknown."""
     with suppress(OSError), path.open("rb") as file:
         beginning = file.read(64).lstrip()
         return next((f"it is {kind}" for start, kind in BEGINNINGS.items() if beginning.startswith(start)), "")
@@ -407,7 +405,7 @@ def _other_format(path: Path) -> str:
 
 
 def _embedding(key: str) -> str:
-    """Return the name of the embedding, bundled with a LoRA, that a tensor is of; "" if it is of none."""
+    """Return the name of the bundled embedding that a tensor belongs to; "" if there is none."""
     if not key.startswith("bundle_emb."):
         return key if key == "emb_params" else ""
     return key.removeprefix("bundle_emb.").removesuffix(".*").rpartition(".")[0]
@@ -424,13 +422,13 @@ def _json(text: str | bytes, name: str) -> dict[str, Any]:
 
 
 def write_diffusers(path: str | Path, layers: Mapping[str, Layer], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a file of diffusers, `metadata` beside its configuration."""
+    """Write a file in diffusers' names, with `metadata` and the configuration."""
     config = json.dumps(peft_config(layers), indent=2, sort_keys=True)
     write(path, to_tensors(layers), {**(metadata or {}), PEFT_CONFIG: config})
 
 
 def write_kohya(path: str | Path, layers: Mapping[str, Layer], metadata: Mapping[str, str]) -> None:
-    """Write a file of kohya's trainers: `metadata` (`ss_*`, `modelspec.*`), what they say of any network, hashes."""
+    """Write a file in kohya's names, with `metadata` (`ss_*`, `modelspec.*`), the network's settings, and hashes."""
     tensors = to_kohya(layers)
     ranks, alphas = (Counter(getattr(x, name) for x in layers.values()) for name in ("rank", "alpha"))
     is_dora = any(layer.magnitude is not None for layer in layers.values())
@@ -444,10 +442,10 @@ def write_kohya(path: str | Path, layers: Mapping[str, Layer], metadata: Mapping
 
 
 def run_metadata(name: str, base_model: str, options: Mapping, *, is_v2: bool = False, is_v: bool = False) -> dict:
-    """Return what sd-scripts writes of a run called `name`, and our term; no dates: a seed makes the same bytes.
+    """Return sd-scripts' metadata for a run, and those of our term; without dates, so that files are reproducible.
 
     Args:
-        options: those of the run, with its `steps` and `epochs`.
+        options: options of the run, with its `steps` and `epochs`.
         is_v: the model predicts v.
     """
     record = {key: options[key] for key in options if key in SAME.split() or key.startswith("perceptual_")}
@@ -481,7 +479,7 @@ def run_metadata(name: str, base_model: str, options: Mapping, *, is_v2: bool = 
 
 
 def hashes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
-    """Return sd-scripts' hashes, by which programs identify a LoRA, of the file with only its `ss_*` metadata."""
+    """Return sd-scripts' hashes, by which programs identify a LoRA; they cover only the `ss_*` metadata."""
     data = to_bytes(tensors, {name: text for name, text in metadata.items() if name.startswith("ss_")})
     weights = data[8 + int.from_bytes(data[:8], "little") :]
     legacy = data[0x100000 : 0x100000 + 0x10000]
@@ -492,7 +490,7 @@ def hashes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> 
 
 
 def to_bytes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> bytes:
-    """Return a safetensors file, the same bytes each time; the library writes metadata in any order."""
+    """Return a reproducible safetensors file; the library writes metadata in any order."""
     plain = safetensors.torch.save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()})
     size = int.from_bytes(plain[:8], "little")
     header = {"__metadata__": dict(sorted(metadata.items()))} | json.loads(plain[8 : 8 + size])
@@ -502,7 +500,7 @@ def to_bytes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -
 
 
 def write(path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a file whole or not at all, with the permissions of any new file."""
+    """Write a file atomically, with the permissions of any new file."""
     partial = Path(f"{path}.partial")
     try:
         partial.write_bytes(to_bytes(tensors, {"format": "pt"} | dict(metadata)))

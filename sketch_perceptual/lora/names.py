@@ -1,6 +1,6 @@
 """Names of the parts of a LoRA: of diffusers, kohya's trainers, PEFT and the original Stable Diffusion.
 
-A module is called as diffusers calls it: `unet.<module>` or `text_encoder.text_model.<module>`.
+Modules have diffusers' names: `unet.<module>` or `text_encoder.text_model.<module>`.
 """
 
 import re
@@ -84,10 +84,10 @@ MODULES: dict[str, Description] = {
     rf"{TEXT_LAYER}mlp\.fc1": ("text", "mlp", LINEAR),
     rf"{TEXT_LAYER}mlp\.fc2": ("mlp", "text", LINEAR),
 }
-# The widest of them in the published models; smaller ones, such as those that tests are run on, may have any.
+# Their maximum in the published models; smaller models, such as those of the tests, may have any width.
 WIDEST = {"block": 1280, "inner": 1280, "text": 1024, "time": 1280, "mlp": 4096}
 
-# Files and parts of files that are something else, by a pattern of their keys.
+# Other kinds of files, or of parts of files, by a pattern of their keys.
 KINDS = {
     r"\.hada_": "LoHa",
     r"\.lokr_": "LoKr",
@@ -127,7 +127,7 @@ def locate(key: str) -> tuple[str, str]:
 
 
 def module_name(name: str) -> str:
-    """Return what diffusers calls a module of Stable Diffusion 1 or 2; "" if there is none with that name."""
+    """Return diffusers' name of a module of Stable Diffusion 1 or 2; "" if there is no such module."""
     model = ""
     for prefix, prefix_model in PREFIXES.items():
         if name.startswith(prefix) and not model:
@@ -146,7 +146,7 @@ def module_name(name: str) -> str:
 
 
 def original_module(side: str, index: str, part: str, rest: str) -> str:
-    """Return diffusers' name of a module in a numbered block of the original U-Net, which has three a resolution."""
+    """Return diffusers' name of a module in a numbered block of the original U-Net (three per resolution)."""
     rest = ORIGINAL_LAYERS.get(rest, rest)
     if side == "middle_block":
         return f"mid_block.{MIDDLE_BLOCK.get(index)}.{rest}"
@@ -158,7 +158,7 @@ def original_module(side: str, index: str, part: str, rest: str) -> str:
 
 
 def description(module: str) -> tuple[str, Description] | None:
-    """Return the block that a module is in, and its row of MODULES."""
+    """Return the block that a module is in and its row of MODULES, or None for an unknown module."""
     for pattern, row in MODULES.items():
         if match := re.fullmatch(pattern, module):
             return match[1], row

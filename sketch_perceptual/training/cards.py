@@ -1,4 +1,4 @@
-"""Cards of what was trained."""
+"""Model cards."""
 
 import logging
 import os
@@ -38,7 +38,7 @@ TEMPLATE = """---
 {options}
 """
 TRAINING = "\n## Training\n"
-OWN_PACKAGE = "It needs the package of these scripts, sketch-perceptual: `pip install .` in its folder."
+OWN_PACKAGE = "It needs the package of these scripts, sketch-perceptual: run `pip install .` in its folder."
 
 
 def write_card(
@@ -52,13 +52,14 @@ def write_card(
     pictures=(),
     install: str = OWN_PACKAGE,
 ) -> None:
-    """Write the model card of `folder`: description, use, and the options that made it; checks its metadata.
+    """Write the model card of `folder`, with description, usage and training options, and validate its metadata.
 
-    It is the README.md, or stands beside one that this program did not write, which is kept.
+    The card is README.md. If there is one that this program did not write, it is kept and the card is written beside
+    it.
     """
     path = card_path(folder)
     if path.name != README:
-        logger.warning(f"{path.with_name(README)} was not written by this program and is kept: the card is {path}")
+        logger.warning(f"{path.with_name(README)} was not written by this program and is kept; the card is {path}")
     text = TEMPLATE.format(
         mark=MARK,
         metadata=data.to_yaml(),
@@ -73,16 +74,16 @@ def write_card(
 
 
 def set_section(folder: str | Path, title: str, lines: list[list[str]], about: str) -> Path | None:
-    """Put a table, its head first, into the card of `folder`, in place of one of this title.
+    """Insert a table, header first, into the card of `folder`, replacing a section of the same title.
 
-    Returns the card's path; None where there is no card with a section on training, with a warning where there is only
-    one of somebody else.
+    Returns the card's path, or None if there is no card with a training section. Warns if the only README.md was not
+    written by this program.
     """
     path = card_path(folder)
     if not path.exists():
         if path.name != README:
             logger.warning(
-                f"{path.with_name(README)} was not written by this program and is kept: it gets no {title.lower()}"
+                f"{path.with_name(README)} was not written by this program and is kept without {title.lower()}"
             )
         return None
     if TRAINING not in (text := path.read_text(encoding="utf-8")):
@@ -97,24 +98,24 @@ def set_section(folder: str | Path, title: str, lines: list[list[str]], about: s
 
 
 def markdown_table(lines: list[list[str]]) -> str:
-    """Cells by line, the head first."""
+    """Format lines of cells, the header first, as a Markdown table."""
     head, *rows = lines
     return "\n".join(f"| {' | '.join(map(_one_line, line))} |" for line in (head, ["---"] * len(head), *rows))
 
 
 def listing(folder: str | Path, files: dict[str, str]) -> str:
-    """Return what was made, for the end of a program: each file of `folder` and its use, a line each."""
+    """List the files written to `folder` and their uses, one per line."""
     width = max(map(len, files))
     return "\n".join([str(folder), *(f"  {name:<{width}}  {use}" for name, use in files.items())])
 
 
 def model_name(model_id: str | None, output_dir: str | Path) -> str:
-    """What the model is called: its id on the Hub, or else the name of its folder."""
+    """Return the model's name: its Hub id or, without one, the name of its folder."""
     return model_id or Path(output_dir).resolve().name
 
 
 def hub_id(name: str | None) -> str | None:
-    """A model or data set as a card may name it: its id on the Hub, never a folder of this machine."""
+    """Return `name` if it is a Hub id, which a card may name; None if it is a local path."""
     return name if name and not Path(name).exists() else None
 
 

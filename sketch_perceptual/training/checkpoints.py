@@ -1,4 +1,4 @@
-"""Checkpoints on disk: written whole, found, proved to be as they were written."""
+"""Write, find and verify checkpoints."""
 
 import hashlib
 import json
@@ -16,14 +16,14 @@ from ..files import checksum, files_in
 
 logger = get_logger(__name__, log_level="INFO")
 
-STATE_FILE = "training_state.json"  # written last: a checkpoint without it is not complete
+STATE_FILE = "training_state.json"  # written last: a checkpoint without it is incomplete
 OPTIMIZER_FILE = "optimizer.safetensors"
 CHECKPOINT = re.compile(r"checkpoint-(\d+)(\.replaced)?")
-VERSION = 2  # of the layout of a checkpoint
+VERSION = 2  # of the checkpoint layout
 
 
 def write_checkpoint(final: Path, write_weights: Callable[[Path], None], state: dict) -> None:
-    """Write into a folder aside, with a checksum of each file, and move it to `final` when it is complete."""
+    """Write to a temporary folder, with a checksum of each file, and rename it to `final` once complete."""
     partial = final.with_name(f".{final.name}.partial")
     for abandoned in final.parent.glob(".checkpoint-*.partial"):
         shutil.rmtree(abandoned)
@@ -39,23 +39,23 @@ def write_checkpoint(final: Path, write_weights: Callable[[Path], None], state: 
     replaced = final.with_name(f"{final.name}.replaced")
     if final.exists():
         shutil.rmtree(replaced, ignore_errors=True)
-        final.rename(replaced)  # which is found in its place until the next line
+        final.rename(replaced)  # `find_checkpoints` falls back to it until the next line
     partial.rename(final)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
 def find_checkpoints(output_dir: str | Path) -> list[Path]:
-    """The complete checkpoints of a folder, oldest first."""
-    found = {}
+    """Return the complete checkpoints of a folder, oldest first."""
+    by_step = {}
     for path in sorted(Path(output_dir).glob("checkpoint-*"), reverse=True):  # .replaced first
         name = CHECKPOINT.fullmatch(path.name)
         if name and (path / STATE_FILE).is_file():
-            found[int(name[1])] = path
-    return [found[step] for step in sorted(found)]
+            by_step[int(name[1])] = path
+    return [by_step[step] for step in sorted(by_step)]
 
 
 def read_checkpoint(path: Path) -> dict:
-    """Its state, after every file has proved to be as it was written; InputError names the one that is not."""
+    """Return the state of a checkpoint after verifying each file's checksum; InputError names a damaged file."""
     try:
         check, _, text = (path / STATE_FILE).read_text(encoding="utf-8").partition("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -75,8 +75,8 @@ def read_checkpoint(path: Path) -> dict:
     return state
 
 
-def place(lr_scheduler: torch.optim.lr_scheduler.LambdaLR, step: int) -> None:
-    """The rates of a step, by the schedule and the rate of this run."""
+def set_learning_rate(lr_scheduler: torch.optim.lr_scheduler.LambdaLR, step: int) -> None:
+    """Set the learning rates of `step`, from the schedule and the base rates of this run."""
     lr_scheduler.last_epoch = step
     rates = [base * factor(step) for base, factor in zip(lr_scheduler.base_lrs, lr_scheduler.lr_lambdas, strict=True)]
     for group, rate in zip(lr_scheduler.optimizer.param_groups, rates, strict=True):
@@ -85,7 +85,7 @@ def place(lr_scheduler: torch.optim.lr_scheduler.LambdaLR, step: int) -> None:
 
 
 def flatten(state: dict) -> tuple[dict[str, torch.Tensor], dict]:
-    """An optimizer's state as tensors by name, and what is no tensor."""
+    """Split an optimizer's state into tensors by name and values that are not tensors."""
     tensors, numbers = {}, {}
     for weight, values in state.items():
         for name, value in values.items():
@@ -97,6 +97,7 @@ def flatten(state: dict) -> tuple[dict[str, torch.Tensor], dict]:
 
 
 def unflatten(tensors: dict[str, torch.Tensor], numbers: dict) -> dict:
+    """Invert `flatten`."""
     state: dict[int, dict] = {}
     for key, value in (tensors | numbers).items():
         weight, name = key.split(".", 1)
@@ -105,7 +106,7 @@ def unflatten(tensors: dict[str, torch.Tensor], numbers: dict) -> dict:
 
 
 def choose(folder: Path, resume_from: str | None) -> tuple[Path | None, dict | None]:
-    """The checkpoint to resume from and its state; None for a run from the beginning, which has to be one."""
+    """Return the checkpoint to resume from and its state; None for a new run, which needs an unused folder."""
     complete = find_checkpoints(folder)
     _refuse_foreign(folder)
     if resume_from is None:
@@ -116,7 +117,7 @@ def choose(folder: Path, resume_from: str | None) -> tuple[Path | None, dict | N
             try:
                 return path, read_checkpoint(path)
             except InputError as error:
-                logger.warning(f"{error}: trying the one before")
+                logger.warning(f"{error}: trying the previous checkpoint")
         if complete:
             raise InputError(f"no checkpoint in {folder} can be read; start again in another folder")
         logger.warning(f"no complete checkpoint in {folder}: starting from the beginning")
@@ -131,13 +132,13 @@ def choose(folder: Path, resume_from: str | None) -> tuple[Path | None, dict | N
 
 
 def _refuse_foreign(folder: Path) -> None:
-    """InputError for a checkpoint-N of another program, which a checkpoint of this run could replace."""
+    """Raise InputError for a checkpoint-N of another program, which a checkpoint of this run could replace."""
     for path in sorted(folder.glob("checkpoint-*")):
         is_ours = any((path / name).exists() for name in (STATE_FILE, OPTIMIZER_FILE))
         if CHECKPOINT.fullmatch(path.name) and not is_ours:
             raise InputError(
                 f"{path} was not written by this program and cannot be resumed: move it away, or choose another"
-                " `output_dir`. To start from its LoRA, fuse that into the pipeline first"
+                " `output_dir`. To start from its LoRA, fuse it into the pipeline first"
             )
 
 

@@ -1,4 +1,4 @@
-"""What one process finds out, all know."""
+"""Run a function on the main process and broadcast its result."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,7 @@ from ..errors import InputError
 
 
 def on_main(accelerator: Accelerator, function: Callable, *arguments):
-    """`function(*arguments)` on the main process; its result, or its InputError, on all."""
+    """Call `function(*arguments)` on the main process; all processes get its result or its InputError."""
     outcome = [None, None]
     if accelerator.is_main_process:
         try:

@@ -1,6 +1,6 @@
-"""What frozen networks compute from images, kept on disk so that it is computed once.
+"""Cache on disk of the features that frozen networks compute from images.
 
-This module knows no network and no data set: it is handed what reads an image and what computes its features.
+Independent of networks and data sets: callers pass the functions that read an image and compute its features.
 """
 
 import functools
@@ -27,19 +27,19 @@ from ..errors import InputError, first_line, first_names
 
 logger = get_logger(__name__, log_level="INFO")
 
-CACHE_FILE = 1024  # images: what an interrupted run has to compute again at most
-OWN_NAME = re.compile(r"[0-9a-f]{16}\.(safetensors|partial)")  # all other files in a cache's folder are left alone
-ABANDONED = 24 * 3600  # seconds after which nobody writes to a .partial file any more
+CACHE_FILE = 1024  # images per file: an interrupted run recomputes no more than that
+FILE_NAME = re.compile(r"[0-9a-f]{16}\.(safetensors|partial)")  # all other files in the folder are left alone
+ABANDONED = 24 * 3600  # age in seconds at which a .partial file is deleted
 
 
 class FeatureCache:
-    """A folder of features by key. A file appears whole or not at all, so that several processes may add at once.
+    """A folder of features by key. Files are written atomically, so that several processes may add at once.
 
-    Each file carries a checksum, which is verified once, when `missing` is first asked for one of its keys. What does
-    not verify counts as missing and is noted in `damaged`.
+    Each file carries a checksum, which is verified once, when `missing` is first asked for one of its keys. A file
+    that fails the check counts as missing and is recorded in `damaged`.
 
     Args:
-        folder: made if need be; one for each kind of features, see `feature_folder`.
+        folder: created if necessary; one for each kind of features, see `feature_folder`.
     """
 
     def __init__(self, folder: str | Path):
@@ -56,24 +56,24 @@ class FeatureCache:
         self.refresh()
 
     def refresh(self) -> None:
-        """Take note of what other processes have added."""
-        for path in sorted(set(filter(_is_own, self.folder.glob("*.safetensors"))) - self.known):
+        """Pick up files that other processes have added."""
+        for path in sorted(set(filter(_is_cache_file, self.folder.glob("*.safetensors"))) - self.known):
             self.known.add(path)
             keys = self._check(path)
             self.where |= {key: (path, row) for row, key in enumerate(keys)}
 
     def missing(self, keys: Sequence[str]) -> list[int]:
-        """Positions of the keys that are not here or are damaged, the first of equals."""
+        """Return the positions of keys that are absent or damaged, the first position of equal keys."""
         for path in {self.where[key][0] for key in keys if key in self.where} - self.verified:
             if self._check(path, verify=True):
                 self.verified.add(path)
             else:
-                self.where = {key: place for key, place in self.where.items() if place[0] != path}
+                self.where = {key: entry for key, entry in self.where.items() if entry[0] != path}
         first = {key: index for index, key in reversed(list(enumerate(keys))) if key not in self.where}
         return sorted(first.values())
 
     def add(self, keys: Sequence[str], features: Tensor) -> None:
-        """Keep features (N, F), as float32, for keys without spaces."""
+        """Store features (N, F), as float32, for keys without spaces."""
         path = self.folder / f"{secrets.token_hex(8)}.safetensors"
         partial = path.with_suffix(".partial")
         features = features.float().cpu().contiguous()
@@ -90,24 +90,24 @@ class FeatureCache:
         self.where |= {key: (path, row) for row, key in enumerate(keys)}
 
     def parts(self, keys: Sequence[str]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Positions in `keys` and their features (n, F), a file of them at a time."""
+        """Yield positions in `keys` and their features (n, F), one file at a time."""
         files: dict[Path, list[tuple[int, int]]] = {}
         for index, key in enumerate(keys):
             path, row = self.where[key]
             files.setdefault(path, []).append((index, row))
-        for path, places in files.items():
+        for path, entries in files.items():
             with self._open(path) as file:
-                positions, rows = torch.tensor(places).T
+                positions, rows = torch.tensor(entries).T
                 yield positions, file.get_tensor("features")[rows]
 
     def row(self, key: str) -> Tensor:
-        """The features (F,) of one key, read without the rest of its file."""
+        """Return the features (F,) of one key, without reading the rest of its file."""
         path, row = self.where[key]
         with self._open(path) as file:
             return file.get_slice("features")[row]
 
     def read(self, keys: Sequence[str]) -> Tensor:
-        """(N, F), in the order of the keys."""
+        """Return the features (N, F) in the order of the keys."""
         features = torch.empty(0)
         for positions, part in self.parts(keys):
             if not len(features):
@@ -116,15 +116,15 @@ class FeatureCache:
         return features
 
     def remove_damaged(self) -> str | None:
-        """Delete what is damaged; a sentence that names it, or None."""
+        """Delete damaged files; return a sentence that names them, or None."""
         if not self.damaged:
             return None
         for path in self.damaged:
-            with suppress(OSError):  # a folder to read from alone: it stays, and is computed again
+            with suppress(OSError):  # read-only folder: keep the file and recompute
                 path.unlink()
         names = [f"{path.name} ({reason})" for path, reason in sorted(self.damaged.items())]
         self.damaged = {}
-        return f"{self.folder}: damaged, and computed again: {first_names(names)}"
+        return f"{self.folder}: recomputing damaged files: {first_names(names)}"
 
     def _open(self, path: Path):
         try:
@@ -133,7 +133,7 @@ class FeatureCache:
             raise InputError(f"`feature_dir`: {path} cannot be read: {first_line(error)}") from error
 
     def _check(self, path: Path, verify: bool = False) -> list[str]:
-        """The keys of a file's rows; none if it cannot be used."""
+        """Return the keys of a file's rows, or [] if the file cannot be used."""
         try:
             with safe_open(path, "pt") as file:
                 keys = _keys(file)
@@ -149,15 +149,15 @@ class FeatureCache:
             raise InputError(f"`feature_dir`: {path} cannot be read: {first_line(error)}") from error
 
     def _remove_abandoned(self) -> None:
-        """What processes left that were killed while they wrote."""
-        for path in filter(_is_own, self.folder.glob("*.partial")):
+        """Delete files left by processes that were killed while writing."""
+        for path in filter(_is_cache_file, self.folder.glob("*.partial")):
             with suppress(OSError):
                 if path.stat().st_mtime < time.time() - ABANDONED:
                     path.unlink()
 
 
 def cache_folder() -> Path:
-    """Where features are kept unless `feature_dir` says otherwise. InputError if there is no home."""
+    """Return the default of `feature_dir`. InputError if there is no home folder."""
     try:
         base = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
     except RuntimeError as error:
@@ -166,7 +166,7 @@ def cache_folder() -> Path:
 
 
 def scan_folder(folder: str | None = None) -> Path | None:
-    """Where scans of images are kept, below `folder`, by default `cache_folder()`; None if there is no home."""
+    """Return the folder for scans of images, in `folder` or `cache_folder()`; None if there is no home folder."""
     try:
         return Path(folder or cache_folder(), "scans")
     except InputError:
@@ -174,7 +174,7 @@ def scan_folder(folder: str | None = None) -> Path | None:
 
 
 def feature_folder(accelerator: Accelerator, folder: str | None, extractor, background: str) -> Path:
-    """Where the features of images on `background` are kept, below `folder`, by default `cache_folder()`."""
+    """Return the folder for features of images on `background`, in `folder` or `cache_folder()`."""
     paper = re.sub(r"\W+", "-", background.lower()).strip("-")
     name = f"{extractor.feature_key}-on-{paper}-{accelerator.mixed_precision}"
     return Path(folder or cache_folder(), name)
@@ -191,14 +191,14 @@ def extract_features(
     batch_size: int = 64,
     num_workers: int = 0,
 ) -> FeatureCache:
-    """A cache with the features of all of `data`; the processes share the work that is left.
+    """Return a cache with the features of all of `data`; the processes share the computation.
 
     Args:
-        folder: where all caches are; None is `cache_folder()`.
+        folder: contains all caches; None is `cache_folder()`.
         extractor: a module with `prepare(image)` -> (3, H, W), `features((B, 3, H, W))` -> (B, F), and `feature_key`,
-            which changes with whatever changes them.
+            which identifies everything that the features depend on.
         data: has `image(i)`, `name(i)` and the `background` of its images.
-        keys: stand for the contents of the images, equal for equals.
+        keys: identify the contents of the images; equal images have equal keys.
     """
     cache = FeatureCache(feature_folder(accelerator, folder, extractor, data.background))
 
@@ -223,19 +223,19 @@ def fill_cache(
     *,
     batch_size: int,
     num_workers: int = 0,
-    what: str = "features",
+    kind: str = "features",
 ) -> None:
-    """Add `compute` of the images that `cache` lacks; the processes share them.
+    """Compute and add the features that `cache` lacks; the processes share the computation.
 
     `read` and `name` take a position in `keys`; `compute` takes a batch and returns (B, F). InputError names an image
     whose features are not finite.
     """
-    missing = sorted(set(gather_object(cache.missing(keys))))  # nobody adds or removes before all have looked
+    missing = sorted(set(gather_object(cache.missing(keys))))  # all look before one adds or removes
     if accelerator.is_main_process and (report := cache.remove_damaged()):
         logger.warning(report)
     if not missing:
         return
-    logger.info(f"{len(set(keys)) - len(missing)} of {len(set(keys))} images have {what} in {cache.folder}")
+    logger.info(f"{len(set(keys)) - len(missing)} of {len(set(keys))} images have {kind} in {cache.folder}")
     mine = missing[accelerator.process_index :: accelerator.num_processes]
     loader = torch.utils.data.DataLoader(
         mine,  # type: ignore[arg-type]  # a list is a data set
@@ -257,11 +257,11 @@ def fill_cache(
         start = stop
 
     disable = None if accelerator.is_main_process else True
-    for batch in tqdm(batches, what.capitalize(), len(loader), unit="batch", disable=disable):
+    for batch in tqdm(batches, kind.capitalize(), len(loader), unit="batch", disable=disable):
         features = compute(batch.to(accelerator.device, memory_format=torch.channels_last)).float().cpu()
         if bad := (~features.isfinite().all(1)).nonzero().flatten().tolist():
             image = name(mine[start + len(pending) + bad[0]])
-            raise InputError(f"the {what} of {image} are not finite: choose a `mixed_precision` of bf16 or no")
+            raise InputError(f"the {kind} of {image} are not finite: choose a `mixed_precision` of bf16 or no")
         if pending and len(pending[0]) != features.shape[1]:
             add()
         pending.extend(features)
@@ -275,12 +275,12 @@ def fill_cache(
         raise InputError(f"`feature_dir`: all machines must share the folder {cache.folder}")
 
 
-def _is_own(path: Path) -> bool:
-    return OWN_NAME.fullmatch(path.name) is not None
+def _is_cache_file(path: Path) -> bool:
+    return FILE_NAME.fullmatch(path.name) is not None
 
 
 def _keys(file) -> list[str]:
-    """The keys of an open file's rows. ValueError if it is not as `FeatureCache.add` writes it."""
+    """Return the keys of an open file's rows; ValueError if it is not a file that `FeatureCache.add` writes."""
     metadata = file.metadata() or {}
     if not {"keys", "sha256"} <= set(metadata) or list(file.keys()) != ["features"]:
         raise ValueError("no checksum, keys and features")

@@ -19,7 +19,7 @@ logger = get_logger(__name__, log_level="INFO")
 
 
 def create_repo(args: argparse.Namespace, run: Run) -> None:
-    """Set the run's `hub_model_id`. With `push_to_hub`, create the repository before training; the id has an owner."""
+    """Set the run's `hub_model_id`; with `push_to_hub`, create the repository and add the owner to the id."""
     run.hub_model_id = args.hub_model_id
     if not (args.push_to_hub and run.accelerator.is_main_process):
         return
@@ -29,7 +29,7 @@ def create_repo(args: argparse.Namespace, run: Run) -> None:
         is_public = args.hub_private_repo and not api.model_info(repo_id).private
     except HUB_ERRORS as error:
         raise InputError(
-            f"`push_to_hub` cannot create {repo_id}: {hub_reason(error)}. Or train without it, and upload later"
+            f"`push_to_hub` cannot create {repo_id}: {hub_reason(error)}. Or train without it and upload later"
         ) from error
     if is_public:
         raise InputError(
@@ -42,23 +42,23 @@ def create_repo(args: argparse.Namespace, run: Run) -> None:
 def push(
     args: argparse.Namespace, run: Run, folder: str | Path, made: list[str], at_times: tuple[str, ...] = ()
 ) -> None:
-    """With `push_to_hub`, upload the files `made` in `folder` and nothing else. What fails keeps the local files.
+    """With `push_to_hub`, upload only the files `made` in `folder`. If that fails, the local files stay.
 
-    `at_times` names what other runs of the script make: what such a run left in the repository is removed.
+    `at_times` names files that only some runs of the script make: those of an earlier run are deleted on the Hub.
     """
     if not (args.push_to_hub and run.accelerator.is_main_process):
         return
     card = card_path(folder)
     made = [card.name if name == CARD and card.exists() else name for name in made]
     assert run.hub_model_id is not None, "create_repo comes first"
-    what: dict[str, Any] = {"repo_id": run.hub_model_id, "folder_path": str(folder)}
-    what["allow_patterns"] = list(map(glob.escape, made))
+    upload: dict[str, Any] = {"repo_id": run.hub_model_id, "folder_path": str(folder)}
+    upload["allow_patterns"] = list(map(glob.escape, made))
     if at_times:
-        what["delete_patterns"] = list(map(glob.escape, at_times))
+        upload["delete_patterns"] = list(map(glob.escape, at_times))
     try:
-        url = HfApi(token=args.hub_token).upload_folder(**what, commit_message="End of training").commit_url
+        url = HfApi(token=args.hub_token).upload_folder(**upload, commit_message="End of training").commit_url
     except HUB_ERRORS as error:
-        keywords = ", ".join(f"{name}={json.dumps(value)}" for name, value in what.items())
+        keywords = ", ".join(f"{name}={json.dumps(value)}" for name, value in upload.items())
         command = f"from huggingface_hub import upload_folder; upload_folder({keywords})"
         raise InputError(
             f"the upload to {run.hub_model_id} failed: {hub_reason(error)}. All files are in {folder}. To upload"

@@ -1,4 +1,4 @@
-"""One run in a folder: a lock that dies with its process."""
+"""Lock that reserves a folder for one run and is released when its process ends."""
 
 import os
 from pathlib import Path
@@ -16,10 +16,10 @@ _held: dict[Path, int] = {}
 
 
 def lock_folder(folder: str | Path) -> None:
-    """Make `folder` and hold it until this process ends or calls `unlock_folder`.
+    """Create `folder` and lock it until this process ends or calls `unlock_folder`.
 
-    InputError if nothing can be written there, or if another live process holds it. A lock of this kind is not handed
-    down to forked workers, so that nothing holds it once the process is gone, however it went.
+    InputError if it cannot be written to, or if another live process holds the lock. Forked workers do not inherit a
+    lock of this kind, so it is released however the process ends.
     """
     folder = Path(folder).resolve()
     if folder in _held:
@@ -45,6 +45,6 @@ def lock_folder(folder: str | Path) -> None:
 
 
 def unlock_folder(folder: str | Path) -> None:
-    """Let others in; nothing happens where the folder is not held."""
+    """Release the lock of `folder`, if this process holds it."""
     if (file := _held.pop(Path(folder).resolve(), None)) is not None:
         os.close(file)

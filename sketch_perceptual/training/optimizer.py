@@ -1,4 +1,4 @@
-"""Steps, optimizer and learning rate as the options of `add_training_options` say."""
+"""Steps, optimizer and learning rate schedule from the options of `add_training_options`."""
 
 import argparse
 
@@ -11,11 +11,11 @@ from .steps import Steps, loader_batches
 
 logger = get_logger(__name__, log_level="INFO")
 
-ANY_LENGTH = ("constant", "constant_with_warmup")  # the other schedules depend on how long the run is
+ANY_LENGTH = ("constant", "constant_with_warmup")  # the other schedules depend on the length of the run
 
 
 def make_steps(args: argparse.Namespace, run: Run, loader, sampler) -> Steps:
-    """The steps of a run on a prepared DataLoader whose `sampler` orders an epoch."""
+    """Return the steps of a run over a prepared DataLoader whose `sampler` orders each epoch."""
     return Steps(
         run.accelerator,
         loader_batches(run.accelerator, loader, sampler),
@@ -30,7 +30,7 @@ def make_steps(args: argparse.Namespace, run: Run, loader, sampler) -> Steps:
 def make_optimizer(
     args: argparse.Namespace, parameters: list, optimizer_class=torch.optim.AdamW, **options
 ) -> torch.optim.Optimizer:
-    """AdamW with the options of `add_training_options`; without weight decay it is Adam. Groups may have own rates."""
+    """Return AdamW (Adam if there is no weight decay) with the options of `add_training_options`."""
     return optimizer_class(
         parameters,
         lr=args.learning_rate,
@@ -44,7 +44,7 @@ def make_optimizer(
 def make_lr_scheduler(
     args: argparse.Namespace, run: Run, optimizer: torch.optim.Optimizer, steps: Steps
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """The schedule in optimizer steps: step it once for each; accelerate would count processes as well."""
+    """Return the schedule, to be stepped once per optimizer step; accelerate would step it once per process."""
     from diffusers.optimization import get_scheduler
 
     if args.lr_scheduler not in ANY_LENGTH:

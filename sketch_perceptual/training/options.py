@@ -1,4 +1,4 @@
-"""The options that trainers share."""
+"""Options shared by the trainers."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,7 @@ SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant
 
 
 def add_run_options(parser: Parser, output_dir: str) -> Callable:
-    """The options that every trainer has beside its own; returns `add_argument` of their group for more of them."""
+    """Add the options that every trainer has; return `add_argument` of their group."""
     add = parser.group("training")
     count, natural = at_least(1), at_least(0)
     add(
@@ -17,13 +17,13 @@ def add_run_options(parser: Parser, output_dir: str) -> Callable:
         default=output_dir,
         help="where the model, the checkpoints and the logs are written",
     )
-    add("--dry_run", shared=False, action="store_true", help="read the data, report on them and stop")
+    add("--dry_run", shared=False, action="store_true", help="read the data, print a report and exit")
     add(
         "--figure_data",
         shared=False,
-        help="a .png: draw what the model will see of the data, cropped or padded as it gets them",
+        help="write a .png of the data as the model will see them, cropped or padded",
     )
-    add("--seed", type=natural, help="seed of every random draw; default: a random one, which is saved")
+    add("--seed", type=natural, help="random seed; default: a new one, which is saved")
     add("--mixed_precision", choices=("no", "fp16", "bf16"), help="default: accelerate's own setting")
     add("--allow_tf32", action="store_true", help="allow TF32 on Ampere GPUs and newer")
     add(
@@ -52,7 +52,7 @@ def add_run_options(parser: Parser, output_dir: str) -> Callable:
         shared=False,
         nargs="+",
         metavar="NAME",
-        help="what a resumed run may change, e.g. learning_rate or data; all else must be as it was",
+        help="options (or `data`) that may differ from the checkpoint, e.g. learning_rate",
     )
     add("--push_to_hub", shared=False, action="store_true", help="upload the result to the Hugging Face Hub")
     add(
@@ -63,18 +63,18 @@ def add_run_options(parser: Parser, output_dir: str) -> Callable:
         "--hub_private_repo",
         shared=False,
         action="store_true",
-        help="create it private; one that exists and is public is refused",
+        help="create a private repository; an existing public one is refused",
     )
     add(
         "--license",
         shared=False,
-        help="licence that the card names, e.g. cc-by-4.0; default: SD-1.5's for a LoRA, else none",
+        help="licence in the model card, e.g. cc-by-4.0; default: SD-1.5's for a LoRA, else none",
     )
     return add
 
 
 def add_training_options(parser: Parser, output_dir: str) -> None:
-    """The options that diffusers' training scripts share, with their names, defaults and meaning."""
+    """Add the options common to diffusers' training scripts, with the same names, defaults and meaning."""
     add = add_run_options(parser, output_dir)
     count, natural, rate = at_least(1), at_least(0), at_least(0.0, float)
     add("--train_batch_size", type=count, default=16, help="batch size per process")
@@ -110,10 +110,10 @@ def add_training_options(parser: Parser, output_dir: str) -> None:
 
 
 def add_feature_options(add: Callable) -> None:
-    """The options of `extract_features`."""
+    """Add the options of `extract_features`."""
     add("--extraction_batch_size", shared=False, type=at_least(1), default=64, help="batch size of the frozen network")
     add_feature_dir(add, "cache of features, keyed by image, weights, resolution and precision")
 
 
-def add_feature_dir(add: Callable, what: str) -> None:
-    add("--feature_dir", shared=False, help=f"{what}; default: ~/.cache/sketch-perceptual/features")
+def add_feature_dir(add: Callable, description: str) -> None:
+    add("--feature_dir", shared=False, help=f"{description}; default: ~/.cache/sketch-perceptual/features")

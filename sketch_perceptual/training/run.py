@@ -1,4 +1,4 @@
-"""A run in its folder: what it is, where it stands, how it goes on; the same for every trainer."""
+"""A training run in its folder, with checkpoints and resuming, for every trainer."""
 
 import json
 import secrets
@@ -18,7 +18,15 @@ from safetensors.torch import load_file, save_file
 
 from ..cli import interruption
 from ..errors import InputError, first_line
-from .checkpoints import OPTIMIZER_FILE, choose, find_checkpoints, flatten, place, unflatten, write_checkpoint
+from .checkpoints import (
+    OPTIMIZER_FILE,
+    choose,
+    find_checkpoints,
+    flatten,
+    set_learning_rate,
+    unflatten,
+    write_checkpoint,
+)
 from .distributed import on_main
 from .lock import lock_folder
 from .steps import Meter, Steps
@@ -28,25 +36,25 @@ logger = get_logger(__name__, log_level="INFO")
 
 
 class Run:
-    """One training in one folder: what it is, and how it goes on from where it was stopped.
+    """One training run in one folder, which can be interrupted and resumed.
 
-    Knows no network, loss or data set: what it saves it is handed by `begin`. On several processes the main one
-    writes; every process makes the same calls.
+    Independent of networks, losses and data sets: `begin` is given the functions that save and load the model. Every
+    process must make the same calls; the main one writes.
 
     Args:
-        output_dir: locked for as long as this process lives.
-        options: what a resumed run must share, see `identity_of`; `seed` may be None.
+        output_dir: locked until this process ends.
+        options: options that a resumed run must share, see `identity_of`; `seed` may be None.
         resume_from: a checkpoint, its name in `output_dir`, or "latest".
-        resume_with: names of what may differ from the saved run; the new value then takes effect and is recorded.
-        fixed: names of `options` that no resumed run can change, since the saved weights would not fit.
-        total_limit: how many checkpoints stay.
+        resume_with: names of options that may differ from the saved run; the new values take effect and are recorded.
+        fixed: names of `options` that a resumed run cannot change, since the saved weights would not fit.
+        total_limit: number of checkpoints to keep.
 
     Attributes:
-        seed: the run's, saved or new where none was given.
-        state: the trainer's own, JSON, as it was saved; saved with each checkpoint.
-        changes: what resumed runs changed, and at which step.
-        card_data: license and data set, for the card of the result.
-        hub_model_id: of the repository that the result is pushed to, or as the options name it.
+        seed: given, saved or, for a new run without one, random.
+        state: the trainer's own state, as JSON, saved with each checkpoint.
+        changes: options changed by resumed runs, each with its step.
+        card_data: license and data set, for the model card.
+        hub_model_id: the repository that the result is pushed to, or the one that the options name.
     """
 
     def __init__(
@@ -66,7 +74,7 @@ class Run:
             raise InputError("`resume_with` is for a resumed run: add `resume_from_checkpoint`")
         self.fixed = set(fixed)
         if shapes := sorted(self.fixed.intersection(self.resume_with)):
-            raise InputError(f"`resume_with`: {', '.join(shapes)} must be as it was, or the saved weights do not fit")
+            raise InputError(f"`resume_with`: {', '.join(shapes)} cannot change: the saved weights would not fit")
         self.checkpoint, self.saved = on_main(accelerator, self._open, resume_from)
         if self.saved:
             self.state = self.saved["state"]
@@ -82,7 +90,7 @@ class Run:
         self.settle(**options | {"seed": seed})
 
     def settle(self, **identity) -> None:
-        """What more makes the run what it is; InputError where the saved run was another."""
+        """Add to the identity of the run; InputError if the saved run differs."""
         new = json.loads(json.dumps(identity))
         self.identity |= new
         if not self.saved:
@@ -94,10 +102,10 @@ class Run:
             lines = [f"{name} was {old!r}, is {now!r}" for name, (old, now) in refused.items()]
             advice = f"To continue with the new values: `resume_with` {' '.join([*self.resume_with, *refused])}"
             if shapes := [name for name in refused if name in self.fixed]:
-                advice = f"{', '.join(shapes)} must stay: the saved weights have another shape or number"
+                advice = f"{', '.join(shapes)} cannot change: the saved weights would not fit"
             raise InputError(f"{self.checkpoint} belongs to another run: {'; '.join(lines)}. {advice}")
         for name, (old, now) in different.items():
-            logger.warning(f"resumed with {name}={now!r}, which was {old!r}")
+            logger.warning(f"resumed with {name}={now!r} instead of {old!r}")
             self.changes.append({"step": self.saved["step"], "name": name, "from": old, "to": now})
 
     def begin(
@@ -109,10 +117,10 @@ class Run:
         load_model: Callable[[Path], None],
         lr_scheduler: torch.optim.lr_scheduler.LambdaLR | None = None,
     ) -> None:
-        """Go on from the checkpoint, or begin; from now on a signal waits for the end of a step.
+        """Load the checkpoint, if there is one, and defer signals to the end of a step.
 
-        `save_model` writes what is trained into a folder, as files that `load_model` reads; `optimizer` may be as
-        accelerate prepared it.
+        `save_model` writes the trained weights into a folder, `load_model` reads them from it. `optimizer` may be
+        wrapped by accelerate.
         """
         if unknown := sorted(set(self.resume_with) - set(self.identity)):
             raise InputError(
@@ -135,20 +143,20 @@ class Run:
             except (RuntimeError, ValueError, KeyError, IndexError) as error:
                 raise InputError(
                     f"{self.checkpoint} does not fit the model of this run ({first_line(error)}): options that change"
-                    " the shape or the number of weights must be as they were"
+                    " the shape or the number of weights must not change"
                 ) from error
             steps.go_to(self.saved["step"])
             meter.skipped = self.saved["skipped_steps"]
             meter.epoch = self.saved["epoch"]
             self.changes = self.saved["changes"] + self.changes
             if lr_scheduler is not None:
-                place(lr_scheduler, steps.done)
+                set_learning_rate(lr_scheduler, steps.done)
             logger.info(f"resumed from {self.checkpoint}")
         interruption.install()
         interruption.defer()
 
     def optimize(self, parameters: Iterable[torch.nn.Parameter], max_norm: float) -> dict[str, float]:
-        """One optimizer step with gradients clipped to `max_norm`; what `Meter.read` returns."""
+        """Take an optimizer step with gradients clipped to `max_norm`; return the sums of `Meter.read`."""
         grad_norm = self.accelerator.clip_grad_norm_(parameters, max_norm)
         self.meter.close(self.steps.done, grad_norm)
         totals = self.meter.read()  # first: a loss that is not finite must not reach the optimizer
@@ -160,20 +168,20 @@ class Run:
         return totals
 
     def log(self, logs: dict[str, float]) -> None:
-        """To the progress bar and the trackers."""
+        """Send metrics to the progress bar and the trackers."""
         self.steps.show(logs)
         with keep_training(self.accelerator):
             self.accelerator.log(logs, self.steps.done)
 
     def close(self) -> None:
-        """Close the trackers, and what connects the processes."""
+        """Close the trackers and the process group."""
         try:
             self.accelerator.end_training()
         except OSError as error:
             logger.warning(f"the trackers could not be closed: {first_line(error)}")
 
     def stopped(self) -> int:
-        """The signal that any of the processes received; 0: none."""
+        """Return the signal that any of the processes received, or 0."""
         number = interruption.received()
         if self.accelerator.num_processes > 1:
             numbers = self.accelerator.gather(torch.tensor([number], device=self.accelerator.device))
@@ -181,7 +189,7 @@ class Run:
         return number
 
     def end_step(self, save: bool, stopped: int | None = None) -> None:
-        """Save if it is time to, or if a process was told to stop; then end the script. `stopped`: if known."""
+        """Save if `save` is set; save and exit if a process received a signal, `stopped` if it is known."""
         stopped = self.stopped() if stopped is None else stopped
         if save or stopped:
             self.save()
@@ -190,7 +198,7 @@ class Run:
 
     @contextmanager
     def training(self) -> Iterator[None]:
-        """For the loop: whatever error ends it, the last whole step is saved."""
+        """Wrap the training loop: if an error ends it, the last whole step is saved."""
         try:
             yield
         except Exception:
@@ -199,7 +207,7 @@ class Run:
 
     @contextmanager
     def finishing(self) -> Iterator[None]:
-        """For what follows the last step: whatever goes wrong there, the training is saved."""
+        """Wrap the code after the last step: if anything goes wrong there, a checkpoint is saved."""
         interruption.defer(False)
         try:
             self.check_weights()
@@ -208,32 +216,32 @@ class Run:
             interruption.defer()
             self._rescue()
             if isinstance(error, interruption.Interrupted):
-                self._exit(error.number, alone=True)
+                self._exit(error.number, wait=False)
             raise
 
     def _rescue(self) -> None:
-        """Save the last whole step, if it is not saved yet; what prevents that is a warning."""
+        """Save the last whole step unless it is saved already; log a warning if that fails."""
         step = self.steps.done
         if self._last_saved == step:
             return
         if self._stepping == step:
-            logger.warning(f"the update of the weights in step {step + 1} was not finished, and is not saved")
+            logger.warning(f"the weight update of step {step + 1} was not finished and is not saved")
             return
         try:
             if self.meter.steps:
                 with suppress(FloatingPointError):
                     self.meter.read()
             self.save()
-        except FloatingPointError:  # the weights are not finite, which is said elsewhere
+        except FloatingPointError:  # of `check_weights`: the weights are not worth saving
             pass
-        except Exception as error:  # the first error is the one to tell
+        except Exception as error:  # must not hide the original error
             logger.warning(f"no checkpoint of step {step}: {first_line(error)}")
 
     def _note_update(self, *_) -> None:
         self._stepping = self.steps.done
 
     def check_weights(self) -> None:
-        """FloatingPointError where a trained weight is not finite, or where all steps of the run were skipped."""
+        """Raise FloatingPointError if a trained weight is not finite, or if all steps of the run were skipped."""
         if self.steps.at_end and self.meter.skipped >= self.steps.total:
             raise FloatingPointError(
                 f"all {self.steps.total} steps were skipped, since their loss or gradient was not finite: nothing was"
@@ -249,13 +257,13 @@ class Run:
         )
 
     def record(self) -> dict:
-        """What made the result, for its card: all that is not off, and what resumed runs changed."""
+        """Return the options for the model card (unset ones left out), and what was changed on resume."""
         changes = [f"{one['name']} from {one['from']} to {one['to']} after step {one['step']}" for one in self.changes]
         options = {name: value for name, value in self.identity.items() if value is not None and value is not False}
         return options | ({"changed": "; ".join(changes)} if changes else {})
 
     def save(self) -> Path:
-        """Write `checkpoint-N` aside and move it into place when it is complete; only then the oldest goes."""
+        """Write `checkpoint-N`, and delete the oldest one only when it is complete."""
         final = self.folder / f"checkpoint-{self.steps.done}"
         self._last_saved = self.steps.done
         self.check_weights()
@@ -265,8 +273,8 @@ class Run:
             self._write(final)
         except (OSError, SafetensorError, RuntimeError) as error:
             raise InputError(
-                f"{final} could not be written: {first_line(error)}. Older checkpoints are as they were: make room and"
-                " go on with `resume_from_checkpoint` latest"
+                f"{final} could not be written: {first_line(error)}. Older checkpoints are intact: free some space and"
+                " continue with `resume_from_checkpoint` latest"
             ) from error
         if self.total_limit is not None:
             others = [path for path in find_checkpoints(self.folder) if path != final]
@@ -297,11 +305,11 @@ class Run:
 
     def _load_optimizer(self) -> None:
         state = unflatten(load_file(self.checkpoint / OPTIMIZER_FILE), self.saved["optimizer"])
-        groups = self.optimizer.state_dict()["param_groups"]  # of this run, whose rate may be another
+        groups = self.optimizer.state_dict()["param_groups"]  # of this run, whose learning rate may differ
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
         for weight, values in self.optimizer.state.items():
             for name, value in values.items():
-                if torch.is_tensor(value) and value.shape == weight.shape:  # fused optimizers go by memory
+                if torch.is_tensor(value) and value.shape == weight.shape:  # fused optimizers need its layout
                     values[name] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
         if self.accelerator.scaler is not None and self.saved["scaler"]:
             self.accelerator.scaler.load_state_dict(self.saved["scaler"])
@@ -310,9 +318,9 @@ class Run:
         lock_folder(self.folder)
         return choose(self.folder, resume_from)
 
-    def _exit(self, number: int, alone: bool = False) -> None:
-        logger.warning(f"interrupted after step {self.steps.done}; go on with `resume_from_checkpoint` latest")
-        if not alone:
-            self.accelerator.wait_for_everyone()  # whoever ends first ends the others, who may still be writing
+    def _exit(self, number: int, wait: bool = True) -> None:
+        logger.warning(f"interrupted after step {self.steps.done}; continue with `resume_from_checkpoint` latest")
+        if wait:
+            self.accelerator.wait_for_everyone()  # the first to exit ends the others, which may still be writing
             self.close()
         sys.exit(128 + number)

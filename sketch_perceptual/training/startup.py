@@ -1,4 +1,4 @@
-"""Start of a trainer: checks, accelerator, logging, the run in its folder."""
+"""Start-up of a trainer: checks, accelerator, logging, and the run in its folder."""
 
 import argparse
 import importlib.metadata
@@ -31,24 +31,24 @@ from .trackers import check_trackers
 
 logger = get_logger(__name__, log_level="INFO")
 
-# Options of trainers that name a file or a folder that is read.
+# Options of trainers that name a file or folder to read.
 READ = """train_data_dir dataset_name paired_data_dir style backbone init_weights pretrained_model_name_or_path
     perceptual_decoder""".split()
-RESULTS = ("best", "last", "model.safetensors", "pytorch_lora_weights.safetensors")  # what trainers write there
-PATIENCE = timedelta(hours=2)  # the other processes wait while the main one draws or exports
+RESULTS = ("best", "last", "model.safetensors", "pytorch_lora_weights.safetensors")  # in `output_dir`
+PATIENCE = timedelta(hours=2)  # the other processes wait while the main one samples or exports
 
 
 def start(args: Options) -> Run:
-    """The run of a trainer, after what can be checked first: trackers, precision, strategy, the folder, a resume.
+    """Check trackers, precision, strategy, folder and checkpoint, then return the run.
 
-    Seeds every process alike.
+    Seeds all processes with the same number.
     """
     interruption.install()
     trackers = [] if args.report_to == "none" else [args.report_to]
     if args.report_to in ("wandb", "all") and args.hub_token is not None:
-        raise InputError("`hub_token` would be shown to wandb; use `hf auth login` instead")
+        raise InputError("wandb would record `hub_token`; use `hf auth login` instead")
     check_trackers(trackers)
-    if args.hub_token is not None:  # trackers may keep the command line
+    if args.hub_token is not None:  # trackers may record the command line
         sys.argv = [argument.replace(args.hub_token, "***") for argument in sys.argv]
     try:
         accelerator = Accelerator(
@@ -64,12 +64,12 @@ def start(args: Options) -> Run:
         raise InputError(f"accelerate refuses `mixed_precision` or `report_to`: {error}") from error
     if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM):
         raise InputError(
-            f"{accelerator.distributed_type.value} shards what these scripts keep whole; use plain data parallelism:"
+            f"{accelerator.distributed_type.value} shards the model; these scripts need plain data parallelism:"
             " accelerate launch --multi_gpu"
         )
     start_logging(accelerator, args)
     if args.hub_token is not None:
-        logger.warning("`hub_token` stands in the list of processes while this runs; use `hf auth login` instead")
+        logger.warning("`hub_token` is visible in the process list while this runs; use `hf auth login` instead")
     check_apart(args)
     check_writable(Path(args.output_dir))
     run = Run(
@@ -90,9 +90,9 @@ def start(args: Options) -> Run:
 
 
 def dry_run(args: argparse.Namespace, show: Callable[[int], object]) -> bool:
-    """Whether this is one: then all of it is `show(seed)` on the main process. Checks `figure_data` for any run.
+    """Call `show(seed)` on the main process if `dry_run` is set; return whether it is.
 
-    InputError lists all that `show` complains of.
+    `figure_data` is checked in any case. InputError lists every problem that `show` finds.
     """
     if args.figure_data:
         check_outputs([Output("figure_data", args.figure_data, (".png",))], inputs_of(args))
@@ -110,7 +110,7 @@ def _show_all_troubles(show: Callable[[int], object], seed: int) -> None:
 
 
 class _InOptions(logging.Formatter):
-    """Arguments in backticks as options of the command line."""
+    """Formatter that writes arguments in backticks as command-line options."""
 
     def __init__(self, args: argparse.Namespace):
         super().__init__("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S")
@@ -121,28 +121,28 @@ class _InOptions(logging.Formatter):
 
 
 def start_logging(accelerator: Accelerator, args: argparse.Namespace) -> None:
-    """Times and levels on the screen, from the main process; of the libraries only what is wrong."""
-    logging.raiseExceptions = False  # a console that has gone ends nothing
-    screen = logging.StreamHandler()
-    screen.setFormatter(_InOptions(args))
-    logging.basicConfig(handlers=[screen])
+    """Log to the console with times and levels: INFO from the main process, warnings from the rest and libraries."""
+    logging.raiseExceptions = False  # a closed console must not end the run
+    console = logging.StreamHandler()
+    console.setFormatter(_InOptions(args))
+    logging.basicConfig(handlers=[console])
     logging.getLogger().setLevel(logging.INFO if accelerator.is_main_process else logging.WARNING)
     logging.captureWarnings(True)
-    for name in ("accelerate", "httpx", "httpx2", "matplotlib"):  # they tell addresses, and of fonts
+    for name in ("accelerate", "httpx", "httpx2", "matplotlib"):  # they log URLs and fonts
         logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger("huggingface_hub").propagate = False  # it shows its warnings itself
-    if importlib.util.find_spec("transformers"):  # searching does without
+    logging.getLogger("huggingface_hub").propagate = False  # it prints its warnings itself
+    if importlib.util.find_spec("transformers"):  # search does not need it
         silence(importlib.import_module("transformers"))
 
 
 def silence(library: ModuleType) -> None:
-    """Diffusers or transformers: what matters of their advice is checked by the scripts."""
+    """Restrict diffusers or transformers to errors; the scripts check what their warnings are about."""
     library.utils.logging.set_verbosity_error()
     library.utils.logging.disable_progress_bar()
 
 
 def check_writable(folder: Path) -> None:
-    """Make the folder of `output_dir`; InputError if nothing can be written there."""
+    """Create `output_dir`; InputError if it cannot be written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -152,33 +152,33 @@ def check_writable(folder: Path) -> None:
 
 
 def inputs_of(args: argparse.Namespace) -> list[str]:
-    """The files, folders and names elsewhere that a trainer's options say it reads."""
+    """Return the files, folders and Hub ids that a trainer's options name for reading."""
     values = (vars(args).get(name) for name in READ)
     return [str(item) for value in values if value for item in (value if isinstance(value, list) else [value])]
 
 
 def check_apart(args: argparse.Namespace) -> None:
-    """InputError if what is written would lie among what is read, or be it.
+    """Raise InputError if an output would replace an input or be read as one.
 
-    An output folder inside a folder of images is left out where that is read, but not by `datasets`.
+    An output folder inside a folder of images is skipped when the images are read, but not by `datasets`.
     """
     folder, data = Path(args.output_dir), vars(args).get("dataset_name")
     check_outputs(
         [Output("output_dir", path) for path in (folder, *(folder / name for name in RESULTS))], inputs_of(args)
     )
     if data and Path(data).is_dir() and Path(data).resolve() in folder.resolve().parents:
-        raise InputError(f"`output_dir` {folder} lies in `dataset_name`, which is read: choose another folder")
+        raise InputError(f"`output_dir` {folder} is inside `dataset_name`, which is read: choose another folder")
 
 
 def check_space(output_dir: str | Path, saves: int, total_limit: int | None, checkpoint: float, result: float) -> str:
-    """How many bytes a run will write and how many are free, in words; InputError if it is too many.
+    """Return how much a run will write and how much is free, as text; InputError if it does not fit.
 
     Args:
-        saves: how many checkpoints the run writes if none goes; `total_limit`, how many stay.
-        checkpoint, result: bytes of each, and of what stays beside them.
+        saves: number of checkpoints the run writes; `total_limit`: number of those it keeps.
+        checkpoint, result: size in bytes of a checkpoint, and of all other files.
     """
     if total_limit is not None:
-        saves = min(saves, total_limit + 1)  # the oldest goes only when the newest is complete
+        saves = min(saves, total_limit + 1)  # the oldest is deleted only when the newest is complete
     needed, free = saves * checkpoint + result, shutil.disk_usage(output_dir).free
     if needed > free:
         raise InputError(
@@ -189,7 +189,7 @@ def check_space(output_dir: str | Path, saves: int, total_limit: int | None, che
 
 
 def versions() -> dict[str, str]:
-    """Of what a result rests on."""
-    own = {"python": platform.python_version(), "sketch-perceptual": sys.modules["sketch_perceptual"].__version__}
+    """Return the versions of Python and of the packages that a result depends on."""
+    base = {"python": platform.python_version(), "sketch-perceptual": sys.modules["sketch_perceptual"].__version__}
     names = ("torch", "torchvision", "Pillow", "accelerate", "datasets", "diffusers", "transformers", "peft")
-    return own | {name: importlib.metadata.version(name) for name in names}
+    return base | {name: importlib.metadata.version(name) for name in names}

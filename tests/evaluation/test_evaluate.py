@@ -157,18 +157,18 @@ def test_a_saved_split_that_does_not_fit_is_refused(evaluate, models, pictures, 
     paths, (first, second) = sorted(pictures.rglob("*.png")), (models / "heads" / f"seed-{seed}" for seed in (3, 4))
     save_split(first, paths, [0, 8])
     save_split(second, paths, [0, 9])
-    with pytest.raises(InputError, match=r"heads/seed-3 and .*heads/seed-4 were trained on other drawings"):
+    with pytest.raises(InputError, match=r"heads/seed-3 and .*heads/seed-4 "):
         evaluate("retrieval", "--models", models / "heads")
     save_split(second, paths, [0, 8])
     evaluate("retrieval", "--models", models / "heads")
     fewer = tmp_path / "fewer"
     shutil.copytree(pictures, fewer)
     (fewer / paths[8].relative_to(pictures)).unlink()
-    with pytest.raises(InputError, match=r"seed-3 was trained with a split .* 1 of the 2 drawings"):
+    with pytest.raises(InputError, match=r"1 of the 2 drawings .*seed-3 "):
         evaluate("retrieval", "--models", models / "heads", data=("--train_data_dir", fewer))
     for text in ("[]", "[" * 100_000, '{"validation": 5, "left_out": []}'):
         (first / "split.json").write_text(text)
-        with pytest.raises(InputError, match=r"seed-3/split\.json is not the split of a training"):
+        with pytest.raises(InputError, match=r"seed-3/split\.json "):
             evaluate("retrieval", "--models", models / "heads")
 
 

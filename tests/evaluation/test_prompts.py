@@ -60,9 +60,9 @@ def test_a_folder_says_what_it_holds_and_refuses_what_it_does_not(tmp_path):
     assert len(open_folder(folder, cycle_prompts(["ä", "b"], 5), {"seed": 1})) == 5
     lines = (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["text"] for line in lines] == ["ä", "b", "ä", "b", "ä"]
-    with pytest.raises(InputError, match=r"lora was drawn with seed=1, now it is 2: choose another `output_dir`"):
+    with pytest.raises(InputError, match=r"lora .*seed=1.* 2.*`output_dir`"):
         open_folder(folder, cycle_prompts(["ä", "b"], 3), {"seed": 2})
-    with pytest.raises(InputError, match=r"lora has a picture of 'b' where 'c' belongs"):
+    with pytest.raises(InputError, match=r"lora .*'b'.*'c'.*`output_dir`"):
         open_folder(folder, cycle_prompts(["ä", "c"], 3), {"seed": 1})
     (folder / ".settings.json").write_text("{")
     with pytest.raises(InputError, match=r"settings\.json is not JSON"):
@@ -79,14 +79,14 @@ LINE = '{"file_name": "00000.png", "text": "a"}'
         ("metadata.jsonl", LINE + '\n{"text": "b"}', r"line 2 is damaged \(no 'file_name'"),
         ("metadata.jsonl", LINE.replace("0.png", "1.png"), r"line 1 .*expected the prompt of 00000\.png"),
         ("metadata.jsonl", "[1]", r"metadata\.jsonl line 1 is damaged"),
-        (".settings.json", "[1]", r"settings\.json does not hold the settings"),
+        (".settings.json", "[1]", r"settings\.json "),
         (".settings.json", "[" * 100_000, r"settings\.json is not JSON"),
     ],
 )
 def test_a_damaged_folder_is_a_sentence(tmp_path, name, text, sentence):
     open_folder(tmp_path, cycle_prompts(["a", "b"], 3), {"seed": 1})
     (tmp_path / name).write_text(text)
-    with pytest.raises(InputError, match=sentence + ".*: delete the folder or choose another `output_dir`"):
+    with pytest.raises(InputError, match=sentence + ".*`output_dir`"):
         open_folder(tmp_path, cycle_prompts(["a", "b"], 3), {"seed": 1})
 
 
@@ -99,5 +99,5 @@ def test_damaged_pictures_and_those_of_another_size_are_missing(tmp_path):
     Image.new("RGB", (16, 32)).save(paths[3])
     assert missing_pictures(paths, 32) == [1, 2, 3, 4]
     paths[4].mkdir()
-    with pytest.raises(InputError, match=r"00004\.png is a folder, where a picture belongs"):
+    with pytest.raises(InputError, match=r"00004\.png is a folder.*`output_dir`"):
         missing_pictures(paths, 32)

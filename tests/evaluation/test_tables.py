@@ -43,7 +43,7 @@ def test_models_have_names_and_seeds(tmp_path, monkeypatch):
     ]
     assert expand_models(["."])[0][0] == tmp_path.name
     assert expand_models(["x=a", "x=b"]) == [("x", "a"), ("x", "b")]  # seeds that lie apart
-    with pytest.raises(InputError, match="`models`: two are called best; write NAME=MODEL"):
+    with pytest.raises(InputError, match=r"`models`: .* best.*NAME=MODEL"):
         expand_models(["a/best", "b/best"])
     with pytest.raises(InputError, match="x=a is given twice"):  # not a second seed
         expand_models(["x=a", "x=a"])

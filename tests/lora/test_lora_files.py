@@ -172,7 +172,7 @@ def test_eight_bits_are_widened(dtype):
     ],
 )
 def test_a_module_under_two_names_is_refused(first, second):
-    with pytest.raises(InputError, match=f"is there twice, as {first}.* and as {second}"):
+    with pytest.raises(InputError, match=f"twice.*{first}.*{second}"):
         lora_files.to_layers(two(first) | two(second))
 
 
@@ -199,8 +199,8 @@ def test_widths_of_stable_diffusion_and_of_small_models_are_read(widths):
     ("tensors", "message"),
     [
         (model(*SD1) | two(TEXT_MLP, (2, 1024), (4096, 2)), "attn2.to_k has a width of 768, but text_.* fits 1024"),
-        (model(320, 2048, 3072), "2048 wide, .* have 1024 there"),
-        (model(2560, 768, 3072), "2560 wide, .* have 1280 there"),
+        (model(320, 2048, 3072), " 2048, .* 1024 "),
+        (model(2560, 768, 3072), " 2560, .* 1280 "),
         (two(KOHYA, (320, 4), (4, 320)), "to_q has a rank of 320: .* transposed"),
         (GOOD | two(KOHYA.replace("to_q", "to_v"), (2, 6), (6, 2)), "to_v has a width of 6, but .*to_q fits 4"),
         (two(ATTENTION.format("mid_block", "ff_net_0_proj"), (2, 4), (31, 2)), "a width of 31, but .* fits 32"),
@@ -291,21 +291,21 @@ def test_dora_of_some_modules_is_refused_where_diffusers_cannot_mix(tmp_path):
 )
 def test_other_kinds_are_named(key, kind):
     for tensors in ({key: torch.ones(1, 1)}, GOOD | {key: torch.ones(1, 1)}):
-        with pytest.raises(InputError, match=f"{kind}.* is not read, .*{re.escape(key)}$"):
+        with pytest.raises(InputError, match=f"{kind}.*{re.escape(key)}$"):
             lora_files.to_layers(tensors)
 
 
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({"conv.weight": torch.ones(1)}, "has conv.weight"),
-        ({}, "has no weights"),
+        ({"conv.weight": torch.ones(1)}, ": conv.weight$"),
+        ({}, ": no weights$"),
         ({f"{UNET}.lora_A.weight": torch.ones(1, 1)}, f"{UNET}: up of the LoRA is missing"),
         ({f"{UNET}.alpha": torch.ones(1)}, "down and up of the LoRA is missing"),
-        ({"\x1b[2Ja\nb": torch.ones(1)}, r"has \\x1b\[2Ja\\nb$"),
-        ({"": torch.ones(1)}, "has ''$"),
+        ({"\x1b[2Ja\nb": torch.ones(1)}, r": \\x1b\[2Ja\\nb$"),
+        ({"": torch.ones(1)}, ": ''$"),
         (two(KOHYA, (), ()), r"down of \(\)"),
-        (GOOD | {"x" * 5000: torch.ones(1)}, r"has x{1000}\.\.\.$"),
+        (GOOD | {"x" * 5000: torch.ones(1)}, r": x{1000}\.\.\.$"),
         (GOOD | {f"n{index}": torch.ones(1) for index in range(99)}, "and 89 more$"),
     ],
 )
@@ -346,9 +346,9 @@ def test_bundled_embeddings_are_left_out_and_named(tmp_path):
     save_file(GOOD | bundled, tmp_path / "a.safetensors")
     file = lora_files.read(tmp_path / "a.safetensors")
     assert len(file.layers) == 1 and file.is_kohya
-    assert file.notes == ("the embedding <fox> in it is left out", "the embedding v1.5 in it is left out")
+    assert file.notes == ("the embedding <fox> is left out", "the embedding v1.5 is left out")
     save_file(bundled, tmp_path / "a.safetensors")
-    with pytest.raises(InputError, match="a textual inversion is not read"):
+    with pytest.raises(InputError, match="a textual inversion"):
         lora_files.read(tmp_path / "a.safetensors")
 
 
@@ -388,12 +388,12 @@ def test_a_folder_is_read_if_it_leaves_no_choice(tmp_path):
     save_file(GOOD, tmp_path / "fox.safetensors")
     assert len(lora_files.read(tmp_path).layers) == 1
     save_file(GOOD, tmp_path / "cat.safetensors")
-    with pytest.raises(InputError, match=r"cat\.safetensors, fox\.safetensors: name one"):
+    with pytest.raises(InputError, match=r"cat\.safetensors, fox\.safetensors"):
         lora_files.read(tmp_path)
     save_file(model(*SD1), tmp_path / "pytorch_lora_weights.safetensors")
     assert len(lora_files.read(tmp_path).layers) == 4
     save_file(GOOD, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(InputError, match=r"adapter_model.*: name one"):
+    with pytest.raises(InputError, match=r"pytorch_lora_weights.*adapter_model"):
         lora_files.read(tmp_path)
 
 

@@ -45,7 +45,7 @@ def test_a_model_card_of_somebody_else_is_kept_too(theirs):
 def test_scores_that_no_card_of_this_program_can_take_are_a_warning(theirs, caplog):
     (theirs / "README.md").write_text("# My project\n\n## Training\n")
     assert cards.set_section(theirs, "Scores", [["a"], ["1"]], "about") is None
-    assert f"{theirs / 'README.md'} was not written by this program and is kept: it gets no scores" in caplog.text
+    assert str(theirs / "README.md") in caplog.text and "scores" in caplog.text
     assert (theirs / "README.md").read_text() == "# My project\n\n## Training\n"
     caplog.clear()
     assert cards.set_section(theirs / "none", "Scores", [["a"], ["1"]], "about") is None

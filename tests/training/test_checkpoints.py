@@ -83,7 +83,7 @@ def train(tmp_path, signals):
                             raise RuntimeError("forward fails")
                         if fail == ("update", steps.done):
                             optimizer.register_step_post_hook(update_fails)
-                        loss = (model(batch / 10) + torch.rand(1, generator=steps.draw("noise"))).square().squeeze(1)
+                        loss = (model(batch / 10) + torch.rand(1, generator=steps.rng("noise"))).square().squeeze(1)
                         accelerator.backward(loss.mean())
                         meter.add([str(row) for row in batch[:, 0]], {"loss": loss})
                         if not accelerator.sync_gradients:
@@ -137,7 +137,7 @@ def test_half_an_update_is_not_saved(train, tmp_path, caplog):
     with pytest.raises(RuntimeError, match="update fails"):
         train(8, save_every=4, fail=("update", 5))
     assert [path.name for path in find_checkpoints(tmp_path / "out")] == ["checkpoint-4"]
-    assert "step 6 was not finished" in caplog.text
+    assert "step 6 " in caplog.text
 
 
 def test_an_error_after_a_step_saves_that_step(train, tmp_path):
@@ -155,24 +155,24 @@ def test_checkpoints_of_other_programs_are_left_alone(train, tmp_path, resume):
     theirs = tmp_path / "out" / "checkpoint-3" / "optimizer.bin"
     theirs.parent.mkdir(parents=True)
     theirs.write_bytes(b"x")
-    with pytest.raises(InputError, match=r"checkpoint-3 was not written by this program .*`output_dir`"):
+    with pytest.raises(InputError, match=r"checkpoint-3 .*`output_dir`"):
         train(6, **resume)
     assert theirs.read_bytes() == b"x"
 
 
 def test_options_that_change_shapes_are_never_offered(train):
     train(3, rank=4)
-    with pytest.raises(InputError, match=r"rank was 4, is 8.*rank must stay") as refused:
+    with pytest.raises(InputError, match=r"rank was 4, is 8.*rank") as refused:
         train(6, resume_from="latest", rank=8)
     assert "resume_with" not in str(refused.value)
-    with pytest.raises(InputError, match="`resume_with`: rank must be as it was"):
+    with pytest.raises(InputError, match="`resume_with`: rank"):
         train(6, resume_from="latest", rank=8, resume_with=["rank"])
 
 
 def test_a_run_whose_steps_were_all_skipped_is_no_success():
     run = Run.__new__(Run)
     run.steps, run.meter = SimpleNamespace(at_end=True, total=3), SimpleNamespace(skipped=3)
-    with pytest.raises(FloatingPointError, match="all 3 steps were skipped"):
+    with pytest.raises(FloatingPointError, match=r"all 3 steps .*`learning_rate`"):
         run.check_weights()
 
 
@@ -243,14 +243,14 @@ def test_a_name_that_is_nothing_a_run_shares_is_refused(train):
 
 def test_a_shorter_run_is_refused(train):
     train(6)
-    with pytest.raises(InputError, match="checkpoint-6 is past the end: this run has 4 steps"):
+    with pytest.raises(InputError, match=r"checkpoint-6 .* 4 steps.*`max_train_steps`"):
         train(4, resume_from="latest")
 
 
 def test_an_older_runs_checkpoints_are_not_touched(train):
     run = train(3)[1]
     before = checkpoints.read_checkpoint(run.folder / "checkpoint-3")
-    with pytest.raises(InputError, match="contains checkpoint-3 of a previous run"):
+    with pytest.raises(InputError, match=r"`output_dir` .*checkpoint-3 .*`resume_from_checkpoint` latest"):
         train(6)
     assert checkpoints.read_checkpoint(run.folder / "checkpoint-3") == before
 
@@ -259,7 +259,7 @@ def test_a_checkpoint_from_elsewhere_goes_on_in_an_unused_folder(train):
     straight = train(6, folder="straight")
     checkpoint = train(3)[1].folder / "checkpoint-3"
     assert same(train(6, folder="elsewhere", resume_from=checkpoint), straight)
-    with pytest.raises(InputError, match="straight contains checkpoint-6 of a previous run"):
+    with pytest.raises(InputError, match=r"`output_dir` .*straight .*checkpoint-6 "):
         train(6, folder="straight", resume_from=checkpoint)
 
 
@@ -267,7 +267,7 @@ def test_results_that_will_be_replaced_are_named(train, tmp_path, caplog):
     (tmp_path / "out").mkdir()
     save_file({}, tmp_path / "out" / "adapter.safetensors")
     train(3)
-    assert "contains adapter.safetensors of a previous run" in caplog.text
+    assert "adapter.safetensors" in caplog.text
 
 
 def damage_cut(path):
@@ -305,7 +305,7 @@ def test_an_older_layout_is_refused_in_a_sentence(train, tmp_path):
     folder = tmp_path / "out" / "checkpoint-3"
     folder.mkdir(parents=True)
     (folder / STATE_FILE).write_text(json.dumps({"global_step": 3}, indent=2))
-    with pytest.raises(InputError, match="was written by an older version and cannot be resumed"):
+    with pytest.raises(InputError, match=r"checkpoint-3 .*older version"):
         train(6, resume_from="checkpoint-3")
 
 
@@ -358,7 +358,7 @@ def test_weights_that_are_not_finite_are_never_saved(train, tmp_path):
         if step == 5:
             model.weight.data[0, 1] = torch.inf
 
-    with pytest.raises(FloatingPointError, match=r"after step 6 weights are not finite .*checkpoint-3, is good"):
+    with pytest.raises(FloatingPointError, match=r"after step 6 .*not finite.*checkpoint-3.*`learning_rate`"):
         train(9, at_step=spoil)
     assert [path.name for path in find_checkpoints(tmp_path / "out")] == ["checkpoint-3"]
 
@@ -376,7 +376,7 @@ def test_a_log_that_cannot_be_written_costs_no_training(train, caplog, monkeypat
 
     monkeypatch.setattr(run.accelerator, "log", full)
     run.log({"loss": 1.0})
-    assert "the trackers get nothing more" in caplog.text
+    assert "No space left on device" in caplog.text
 
 
 LOCK = """
@@ -397,7 +397,7 @@ def test_a_second_run_in_a_folder_is_refused_while_the_first_lives(train, tmp_pa
     )
     try:
         assert other.stdout.readline() == b"held\n"
-        with pytest.raises(InputError, match=f"out is in use by another run, process {other.pid}"):
+        with pytest.raises(InputError, match=f"out .*process {other.pid}"):
             train(3)
     finally:
         other.kill()

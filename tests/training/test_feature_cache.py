@@ -151,7 +151,7 @@ def test_a_damaged_file_is_named_once_and_computed_again(tmp_path, caplog, damag
     cache, computed, (warning,) = fill(tmp_path, caplog)
     assert computed == 2
     assert path.name in warning
-    assert "damaged, and computed again" in warning
+    assert "damaged" in warning
     assert torch.equal(cache.read(KEYS), FEATURES)
     assert fill(tmp_path, caplog)[1:] == (0, [])
     assert (tmp_path / "foreign.safetensors").exists()
@@ -229,7 +229,7 @@ def test_features_that_overflow_are_named(transparent, tmp_path, monkeypatch):
     monkeypatch.setattr(Mean, "features", lambda self, images: images.mean((2, 3)) * torch.inf)
     reset_accelerate()
     data = Images([transparent], ["transparent"])
-    with pytest.raises(InputError, match="features of transparent are not finite: choose a `mixed_precision` of bf16"):
+    with pytest.raises(InputError, match=r"features of transparent .*not finite.*`mixed_precision`"):
         extract_features(Accelerator(cpu=True), str(tmp_path), Mean(), data, ["key"])
 
 

@@ -247,7 +247,7 @@ def test_what_a_network_was_trained_on_is_asked_and_not_guessed(hub, narrow):
     repo.commits += 1
     read_config("someone/sketch", AttentionVGG16)
     hub.faults["download"] = 500
-    with pytest.raises(InputError, match=r"which drawings someone/sketch was trained on .*: the Hub answers 500"):
+    with pytest.raises(InputError, match=r"split of someone/sketch .*: the Hub answers 500"):
         read_split("someone/sketch")
     hub.faults.clear()
     assert read_split("someone/sketch") == {"validation": {"a"}, "left_out": set()}

@@ -191,7 +191,7 @@ def test_what_is_written_is_not_what_is_read(option, tmp_path):
         startup.check_apart(args)
     args.output_dir = str(tmp_path / "out")
     if option == "dataset_name":  # whose files `datasets` finds by itself
-        with pytest.raises(InputError, match="lies in `dataset_name`"):
+        with pytest.raises(InputError, match=r"`output_dir` .*`dataset_name`"):
             startup.check_apart(args)
     else:
         startup.check_apart(args)

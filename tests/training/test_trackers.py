@@ -25,9 +25,9 @@ VARIABLES = ("WANDB_MODE", "WANDB_API_KEY", *trackers.COMET_VARIABLES)
         ("tensorboard", "", {}, "`report_to` tensorboard needs its package"),
         ("all", "", {}, "`report_to` all: no tracker is installed"),
         ("all", "tensorboard", {}, None),
-        ("wandb", "wandb", {}, "wandb: nobody is logged in; run `wandb login`, or set WANDB_MODE=offline"),
+        ("wandb", "wandb", {}, "`report_to` wandb: .*`wandb login`.*WANDB_MODE=offline"),
         ("wandb", "wandb", {"WANDB_MODE": "offline"}, None),
-        ("comet_ml", "comet_ml", {}, "comet_ml: nobody is logged in; run `comet login`, or set COMET_START_ONLINE=0"),
+        ("comet_ml", "comet_ml", {}, "`report_to` comet_ml: .*`comet login`.*COMET_START_ONLINE=0"),
         ("comet_ml", "comet_ml", {"COMET_API_KEY": "x"}, None),
         ("comet_ml", "comet_ml", {"COMET_START_ONLINE": "0"}, None),
         ("trackio", "trackio", {}, None),
@@ -77,7 +77,7 @@ def accelerator_with(tracker):
 
 def test_a_comet_that_logs_nothing_is_refused():
     """Without a connection comet_ml only says so and goes on."""
-    with pytest.raises(InputError, match=r"comet_ml: its server does not answer, .* nothing would be logged"):
+    with pytest.raises(InputError, match=r"`report_to` comet_ml: .*`comet login`.*COMET_START_ONLINE=0"):
         trackers.start_trackers(accelerator_with(Tracker("comet_ml")), "x", argparse.Namespace(hub_token=None))
 
 
@@ -137,4 +137,4 @@ def test_pictures_that_cannot_be_written_cost_no_training(caplog):
     accelerator = accelerator_with(Full("comet_ml"))
     trackers.track_images(accelerator, "validation", IMAGES, 3)
     assert accelerator.trackers == []
-    assert "no space left: the trackers get nothing more" in caplog.text
+    assert "no space left" in caplog.text
