@@ -44,6 +44,17 @@ def accelerator():
     return Accelerator(cpu=True)
 
 
+@pytest.fixture
+def run(accelerator):
+    return SimpleNamespace(accelerator=accelerator, hub_model_id="someone/sketch")
+
+
+def made(args, run):
+    """The id of the repository that is created."""
+    create_repo(args, run)
+    return run.hub_model_id
+
+
 def options(**given):
     usual = {"push_to_hub": True, "hub_model_id": "sketch", "hub_token": None, "hub_private_repo": False}
     return SimpleNamespace(**usual | {"output_dir": "out"} | given)
@@ -60,48 +71,48 @@ def folder(tmp_path):
 
 
 @pytest.mark.parametrize("private", [False, True])
-def test_a_repository_is_made_or_found_and_its_full_name_known(private, hub, accelerator):
+def test_a_repository_is_made_or_found_and_its_full_name_known(private, hub, run):
     args = options(hub_private_repo=private)
-    assert create_repo(args, accelerator) == create_repo(args, accelerator) == "someone/sketch"
+    assert made(args, run) == made(args, run) == "someone/sketch"
     assert hub.repos["someone/sketch"].private == private
-    assert create_repo(options(hub_model_id="people/sketch"), accelerator) == "people/sketch"
-    assert create_repo(options(hub_model_id=None, output_dir="a/b"), accelerator) == "someone/b"
+    assert made(options(hub_model_id="people/sketch"), run) == "people/sketch"
+    assert made(options(hub_model_id=None, output_dir="a/b"), run) == "someone/b"
 
 
-def test_what_is_public_is_not_pushed_to_as_private(hub, accelerator):
-    create_repo(options(), accelerator)
+def test_what_is_public_is_not_pushed_to_as_private(hub, run):
+    create_repo(options(), run)
     with pytest.raises(InputError, match=r"`hub_private_repo`: someone/sketch exists and is public"):
-        create_repo(options(hub_private_repo=True), accelerator)
+        create_repo(options(hub_private_repo=True), run)
 
 
-def test_who_is_not_logged_in_or_may_only_read_is_told_before_training(hub, accelerator, monkeypatch):
+def test_who_is_not_logged_in_or_may_only_read_is_told_before_training(hub, run, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(InputError, match=r"cannot create sketch: the Hub answers 401, .*: log in with "):
-        create_repo(options(), accelerator)
+        create_repo(options(), run)
     with pytest.raises(InputError, match=r"cannot create sketch: the Hub answers 403, .*access denied") as error:
-        create_repo(options(hub_token="hf_reader"), accelerator)
+        create_repo(options(hub_token="hf_reader"), run)
     assert "hf_reader" not in str(error.value)
 
 
 @pytest.mark.parametrize("fault", [429, 500, DROP, CUT])
-def test_a_repository_that_cannot_be_made_is_told_before_training(fault, hub, accelerator):
+def test_a_repository_that_cannot_be_made_is_told_before_training(fault, hub, run):
     hub.faults["create"] = fault
     with pytest.raises(InputError, match=f"`push_to_hub` cannot create sketch: {WRONG[fault]}"):
-        create_repo(options(), accelerator)
+        create_repo(options(), run)
 
 
-def test_what_is_made_is_uploaded_and_nothing_else(hub, folder):
+def test_what_is_made_is_uploaded_and_nothing_else(hub, folder, run):
     repo = hub.repos["someone/sketch"] = Repo(private=False)
-    push(options(hub_model_id="someone/sketch"), folder, FILES)
+    push(options(hub_model_id="someone/sketch"), run, folder, FILES)
     assert repo.files == {name: (folder / name).read_bytes() for name in FILES}
-    push(options(push_to_hub=False), folder, ["optimizer.safetensors"])
+    push(options(push_to_hub=False), run, folder, ["optimizer.safetensors"])
     assert repo.commits == 1
 
 
-def test_a_second_push_removes_what_the_first_left_and_nothing_of_the_user(hub, folder):
+def test_a_second_push_removes_what_the_first_left_and_nothing_of_the_user(hub, folder, run):
     repo = hub.repos["someone/sketch"] = Repo(private=False)
     repo.files = {"before.png": b"", "before2.png": b"", "docs/before.png": b"", "notes.md": b"", "README.md": b"old"}
-    push(options(hub_model_id="someone/sketch"), folder, FILES, at_times=("before.png", "README.md"))
+    push(options(hub_model_id="someone/sketch"), run, folder, FILES, at_times=("before.png", "README.md"))
     assert sorted(repo.files) == ["README.md", "before2.png", "docs/before.png", "model.safetensors", "notes.md"]
     assert repo.files["README.md"] != b"old"
 
@@ -112,11 +123,11 @@ STAGES = ["list", "preupload", "lfs", "storage", "commit"]
 @pytest.mark.parametrize(
     ("stage", "fault"), [(stage, fault) for stage in STAGES for fault in (403, 409, 500, DROP, CUT)]
 )
-def test_an_upload_that_fails_keeps_the_files_and_says_why(stage, fault, hub, folder, caplog):
+def test_an_upload_that_fails_keeps_the_files_and_says_why(stage, fault, hub, folder, caplog, run):
     repo = hub.repos["someone/sketch"] = Repo(private=False)
     hub.faults[stage] = fault
     with pytest.raises(InputError, match=f"the upload to someone/sketch failed: {WRONG[fault]}.*All files") as error:
-        push(options(hub_model_id="someone/sketch"), folder, FILES, at_times=("before.png",))
+        push(options(hub_model_id="someone/sketch"), run, folder, FILES, at_times=("before.png",))
     assert stage in hub.asked
     assert sorted(path.name for path in folder.iterdir()) == sorted([*FILES, "optimizer.safetensors"])
     assert "Signature" not in str(error.value)
@@ -124,12 +135,12 @@ def test_an_upload_that_fails_keeps_the_files_and_says_why(stage, fault, hub, fo
     assert repo.files == {} or (stage, fault) == ("commit", CUT)  # which was done, though nobody heard of it
 
 
-def test_the_command_that_is_told_uploads_the_same(hub, folder):
+def test_the_command_that_is_told_uploads_the_same(hub, folder, run):
     repo = hub.repos["someone/sketch"] = Repo(private=False)
     repo.files = {"before.png": b"", "notes.md": b""}
     hub.faults["commit"] = 409
     with pytest.raises(InputError) as error:
-        push(options(hub_model_id="someone/sketch"), folder, FILES, at_times=("before.png",))
+        push(options(hub_model_id="someone/sketch"), run, folder, FILES, at_times=("before.png",))
     hub.faults.clear()
     told = str(error.value).partition("To upload them: ")[2]
     command = [sys.executable, *shlex.split(told)[1:]]
@@ -139,14 +150,14 @@ def test_the_command_that_is_told_uploads_the_same(hub, folder):
 
 
 @pytest.mark.parametrize("fault", [403, 500, DROP, None])
-def test_an_upload_by_xet_that_fails_says_why(fault, hub, folder, monkeypatch):
+def test_an_upload_by_xet_that_fails_says_why(fault, hub, folder, monkeypatch, run):
     """At its token, and None: at the storage, where nothing listens."""
     pytest.importorskip("hf_xet")
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
     hub.repos["someone/sketch"] = Repo(private=False)
     hub.faults["xet"] = fault
     with pytest.raises(InputError, match=r"the upload to someone/sketch failed: the Hub (answers|cannot be reached)"):
-        push(options(hub_model_id="someone/sketch"), folder, FILES)
+        push(options(hub_model_id="someone/sketch"), run, folder, FILES)
     assert "xet" in hub.asked
 
 
@@ -253,11 +264,11 @@ def test_what_a_network_was_trained_on_is_asked_and_not_guessed(hub, narrow):
     assert read_split("someone/sketch") == {"validation": {"a"}, "left_out": set()}
 
 
-def test_addresses_stay_out_of_the_log(hub, folder, accelerator, caplog, monkeypatch):
+def test_addresses_stay_out_of_the_log(hub, folder, accelerator, caplog, monkeypatch, run):
     monkeypatch.setattr(logging.getLogger(), "handlers", logging.getLogger().handlers[:])
     args = options(hub_model_id="someone/sketch")
     start_logging(accelerator, args)
-    create_repo(args, accelerator)
-    push(args, folder, FILES)
+    create_repo(args, run)
+    push(args, run, folder, FILES)
     lines = [record.getMessage() for record in caplog.records]
     assert [line.split()[-1] for line in lines if "http" in line] == [f"{hub.url}/someone/sketch/commit/{1:040x}"]
