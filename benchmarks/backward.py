@@ -14,10 +14,10 @@ import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 
 import train_lora_sketch
-from benchmarks.make_tiny_sd import SIZE, TINY_SD
 from sketch_perceptual import PerceptualLoss, PerceptualTerm
 from sketch_perceptual.diffusion import balance
 from sketch_perceptual.lora.adapter import Adapter
+from tools.make_tiny_sd import SIZE, TINY_SD
 
 TURNS, WARM_UP, ROWS = 40, 4, 4
 

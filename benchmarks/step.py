@@ -21,8 +21,8 @@ from pathlib import Path
 from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from benchmarks.make_tiny_sd import SIZE, TINY_SD
 from sketch_perceptual.drawings import write_folder
+from tools.make_tiny_sd import SIZE, TINY_SD
 
 ROOT = Path(__file__).parent.parent
 WARM_UP = 2

@@ -13,7 +13,6 @@ from diffusers import StableDiffusionPipeline
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
-from sketch_perceptual.files import MARK
 from tiny_clip import save_clip
 
 from sketch_perceptual.commands import evaluate as script
@@ -21,6 +20,7 @@ from sketch_perceptual.data.images import fit_image, to_tensor
 from sketch_perceptual.errors import InputError
 from sketch_perceptual.evaluation import sampling
 from sketch_perceptual.evaluation.sampling import draw_prompts
+from sketch_perceptual.files import MARK
 from sketch_perceptual.measures.image_quality import frechet_distance
 from sketch_perceptual.networks.backbone import AttentionVGG16
 from sketch_perceptual.networks.embedder import load_embedder
