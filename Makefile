@@ -6,7 +6,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 INSTALLED = .venv/.installed
-PATHS = *.py sketch_perceptual tests benchmarks
+PATHS = *.py benchmarks research sketch_perceptual tests tools
 TESTS =
 
 .PHONY: demo docs test test-oldest test-adapters quality style dist

@@ -8,7 +8,7 @@ project = "sketch-perceptual"
 author = copyright = "The sketch-perceptual maintainers"
 release = sketch_perceptual.__version__
 root_doc = "README"
-include_patterns = ["*.md", "docs/*.md", "benchmarks/README.md", "sketch_perceptual/assets/*/README.md"]
+include_patterns = ["*.md", "docs/*.md", "benchmarks/*.md", "research/*.md", "sketch_perceptual/assets/*/README.md"]
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 myst_heading_anchors = 3  # of links to #sections, as code hosts make them
 default_role = "code"
@@ -33,6 +33,14 @@ docs/reproduce-the-paper
 docs/what-survives-what
 docs/api
 benchmarks/README
+research/distances
+research/backbone
+research/retrieval
+research/style
+research/term
+research/stable-diffusion
+research/speed
+research/compatibility
 sketch_perceptual/assets/attention-vgg16/README
 sketch_perceptual/assets/tiny-sd/README
 CONTRIBUTING

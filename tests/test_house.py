@@ -212,9 +212,13 @@ def anchors(text):
     return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
 
 
-@pytest.mark.parametrize("page", PAGES)
+STUDIES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "research").glob("*.md"))
+LINKED = [*PAGES, "benchmarks/README.md", *STUDIES]
+
+
+@pytest.mark.parametrize("page", LINKED)
 def test_links_in_a_page_lead_somewhere(page):
-    for link in re.findall(r"\]\((?!http)([^)]+)\)", PAGES[page]):
+    for link in re.findall(r"\]\((?!http)([^)]+)\)", (ROOT / page).read_text(encoding="utf-8")):
         path, _, anchor = link.partition("#")
         target = (ROOT / page).parent / path if path else ROOT / page
         assert target.is_file(), link
@@ -223,7 +227,7 @@ def test_links_in_a_page_lead_somewhere(page):
 
 def test_every_page_is_in_the_contents_of_the_site():
     listed = re.findall(r"^[\w/-]+$", (ROOT / "docs/conf.py").read_text(encoding="utf-8"), re.MULTILINE)
-    assert {page.removesuffix(".md") for page in PAGES} - {"README"} <= set(listed)
+    assert {page.removesuffix(".md") for page in LINKED} - {"README"} <= set(listed)
     assert [name for name in listed if not (ROOT / f"{name}.md").is_file()] == []
 
 

@@ -13,7 +13,7 @@ from conftest import ROOT
 from sketch_perceptual import __version__
 from sketch_perceptual.networks.backbone import BUNDLED
 
-FOLDERS = ("benchmarks", "docs", "sketch_perceptual", "tests")
+FOLDERS = ("benchmarks", "docs", "research", "sketch_perceptual", "tests", "tools")
 TRAINERS = {f"train_{name}.py" for name in ("lora_sketch", "backbone", "johnson", "retrieval")}
 
 

@@ -2,7 +2,7 @@
 
 diffusers: `unet.<module>.lora.down.weight`, with alphas in the metadata, which diffusers before 0.35 does not read.
 kohya: `lora_unet_<module>.lora_down.weight`, each module with its alpha; read by AUTOMATIC1111, Forge, ComfyUI,
-sd-scripts and diffusers, none of which computes DoRA as PEFT and LyCORIS do (see benchmarks/README.md).
+sd-scripts and diffusers, none of which computes DoRA as PEFT and LyCORIS do (see research/compatibility.md).
 """
 
 import hashlib

@@ -63,7 +63,7 @@ def calibrate(backbone: AttentionVGG16, layers: Iterable[str]) -> dict[str, dict
     - `softening`: half of the features' root mean square length, the e of `soft_distance`;
     - `distance`, `gram`: the mean of `soft_distance` and of `gram_distance` between drawings of different classes.
 
-    One that was learned also has `weight`, how much the layer counts; see benchmarks/learned.py. After training on,
+    One that was learned also has `weight`, how much the layer counts; see research/learned.py. After training on,
     empty `backbone.calibration` first. Deterministic; seconds on a CPU.
     """
     if missing := [name for name in layers if name not in backbone.calibration]:

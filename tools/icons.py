@@ -1,7 +1,7 @@
-"""Real drawings in SD-1.5's own latents: a pipeline that knows icons in colours, and a judge of them.
+"""Make a pipeline in SD-1.5's latents that knows icons in colours, and a judge of them.
 
-    python -m benchmarks.icons --dataset_name concepts --taesd madebyollin/taesd --output_dir icons
-    python -m benchmarks.term --pipeline icons --judge icons/judge.safetensors --results icons.jsonl
+    python -m tools.icons --dataset_name concepts --taesd madebyollin/taesd --output_dir icons
+    python -m research.term --pipeline icons --judge icons/judge.safetensors --results icons.jsonl
 
 Two thirds of the hands draw what the base model and the judge learn, the others what LoRAs learn. The base model
 starts from the embedded pipeline and sees the icons at 128 pixels, moved and turned, in one colour on another, under
@@ -22,8 +22,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torchvision.transforms import v2
 
-from benchmarks import judge as judging
-from benchmarks.make_tiny_sd import CAPTIONS, SIZE, TINY_SD, caption, crayons, denoising_loss, encode, fit, images_of
+from research import judge as judging
+from tools.make_tiny_sd import CAPTIONS, SIZE, TINY_SD, caption, crayons, denoising_loss, encode, fit, images_of
 
 NAMES = (
     *("sun", "flag", "lock", "eye", "calendar", "trash", "user", "briefcase"),
@@ -40,21 +40,21 @@ def read(dataset: str) -> dict[str, dict[bool, list[Tensor]]]:
     rows = datasets.load_dataset(dataset, split="train")
     names, hands = rows.features["label"].names, sorted(set(rows["set"]))
     random.Random(0).shuffle(hands)
-    kept, found = set(hands[: len(hands) // 3]), defaultdict(lambda: {True: [], False: []})
+    kept, drawings = set(hands[: len(hands) // 3]), defaultdict(lambda: {True: [], False: []})
     side = SIZE - 2 * MARGIN
     for row in rows:
         if names[row["label"]] in NAMES:
             image = row["image"].convert("RGB").resize((side, side), Image.Resampling.LANCZOS)
             page = ImageOps.expand(image, MARGIN, "white")
-            found[names[row["label"]]][row["set"] in kept].append(v2.functional.pil_to_tensor(page))
-    return found
+            drawings[names[row["label"]]][row["set"] in kept].append(v2.functional.pil_to_tensor(page))
+    return drawings
 
 
 def coloured(drawings: list[list[Tensor]]) -> tuple[Tensor, Tensor]:
     """COLOURS of each drawing, moved and turned, and their classes."""
     move = v2.RandomAffine(10, (0.08, 0.08), (0.75, 1.1), 4, v2.InterpolationMode.BILINEAR, fill=255)
-    labels = torch.tensor([label for label, own in enumerate(drawings) for _ in own]).repeat(COLOURS)
-    images = torch.stack([move(image) for _ in range(COLOURS) for own in drawings for image in own])
+    labels = torch.tensor([label for label, drawn in enumerate(drawings) for _ in drawn]).repeat(COLOURS)
+    images = torch.stack([move(image) for _ in range(COLOURS) for drawn in drawings for image in drawn])
     return crayons(images), labels
 
 
@@ -84,8 +84,8 @@ def train_base(args: argparse.Namespace, drawings: list[list[Tensor]]) -> Stable
 
 def small(drawings: list[list[Tensor]]) -> tuple[Tensor, Tensor]:
     """As the judge sees them, (N, 3, 64, 64), and their classes."""
-    images = images_of(torch.stack([image for own in drawings for image in own]))
-    labels = [label for label, own in enumerate(drawings) for _ in own]
+    images = images_of(torch.stack([image for drawn in drawings for image in drawn]))
+    labels = [label for label, drawn in enumerate(drawings) for _ in drawn]
     return F.interpolate(images, judging.SIZE, mode="area"), torch.tensor(labels)
 
 
@@ -98,7 +98,7 @@ def train_judge(path: Path, drawings: list[list[Tensor]], unseen: list[list[Tens
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset_name", required=True, help="`concepts`, as in benchmarks/README.md")
+    parser.add_argument("--dataset_name", required=True, help="`concepts`, see benchmarks/README.md")
     parser.add_argument("--taesd", required=True, help="an AutoencoderTiny, folder or Hub id")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--bf16", action="store_true", help="for cores that know bfloat16; others only emulate it")
@@ -110,11 +110,11 @@ def main() -> None:
     args.output_dir.mkdir(parents=True, exist_ok=True)
     args.work_dir = args.output_dir
     torch.manual_seed(args.seed)
-    found = read(args.dataset_name)
-    others, kept = ([found[name][own] for name in NAMES] for own in (False, True))
+    drawings = read(args.dataset_name)
+    others, kept = ([drawings[name][is_kept] for name in NAMES] for is_kept in (False, True))
     chosen = {"learned": (kept, LEARNED), "true": (others, TRUE)}
     save_file(
-        {part: torch.stack([x for own in of for x in own[:n]]) for part, (of, n) in chosen.items()},
+        {part: torch.stack([x for drawn in sides for x in drawn[:n]]) for part, (sides, n) in chosen.items()},
         args.output_dir / DRAWINGS,
     )
     if not (args.output_dir / JUDGE).exists():

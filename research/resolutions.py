@@ -1,7 +1,7 @@
-"""At which resolution a backbone finds the same thing by another hand, and what that costs.
+"""Measure at each resolution how often a backbone finds the same thing by another hand, and what that costs.
 
-    python -m benchmarks.resolutions --dataset_name concepts
-    python -m benchmarks.resolutions --dataset_name wide --unknown_to concepts
+    python -m research.resolutions --dataset_name concepts
+    python -m research.resolutions --dataset_name wide --unknown_to concepts
 
 For each drawing its nearest neighbour among those by other hands, copies left out; right is the same thing. Of the
 first data set only the hands that `train_backbone.py --group_column set` keeps apart; with --unknown_to things that
@@ -17,10 +17,10 @@ import datasets
 import torch
 from torch import Tensor
 
-from benchmarks.triplets import Labelled, load_labelled
 from sketch_perceptual import load_embedder
 from sketch_perceptual.networks.backbone import BUNDLED
 from sketch_perceptual.networks.embedder import SketchEmbedder
+from tools.triplets import Labelled, load_labelled
 
 
 def main() -> None:
@@ -78,8 +78,8 @@ def nearest_is_right(vectors: Tensor, data: Labelled) -> Tensor:
     apart = (hands[:, None] != hands) & (copies[:, None] != copies)
     right = things[:, None] == things
     nearest = (vectors @ vectors.T).masked_fill(~apart, -2).argmax(1)
-    found = right[torch.arange(len(things)), nearest].float()
-    return found.masked_fill(~(apart & right).any(1), torch.nan)
+    scores = right[torch.arange(len(things)), nearest].float()
+    return scores.masked_fill(~(apart & right).any(1), torch.nan)
 
 
 def codes(column: list) -> Tensor:

@@ -1,6 +1,6 @@
 """Train a tiny Stable Diffusion on the project's own coloured drawings and write it as a diffusers pipeline.
 
-    python -m benchmarks.make_tiny_sd --taesd madebyollin/taesd --output_dir sketch_perceptual/assets/tiny-sd
+    python -m tools.make_tiny_sd --taesd madebyollin/taesd --output_dir sketch_perceptual/assets/tiny-sd
 
 It has the parts, module names, latents and noise schedule of SD 1.5 at 128 x 128 pixels, so that tests and the demo
 can train a LoRA in minutes without a download. Its VAE is TAESD, which encodes to the latents of SD 1.5 and decodes
@@ -111,7 +111,7 @@ def go_on(folder, tokenizer, model):
     """Takes over the weights of such a pipeline, cut to size, and of its tokens those that there still are."""
     old = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, torch_dtype=torch.float32)
     unet = old.unet.state_dict()
-    cut = {name: unet[name][tuple(map(slice, own.shape))] for name, own in model["unet"].state_dict().items()}
+    cut = {name: unet[name][tuple(map(slice, weight.shape))] for name, weight in model["unet"].state_dict().items()}
     model["unet"].load_state_dict(cut)
     weights, vocab = old.text_encoder.state_dict(), old.tokenizer.get_vocab()
     name = next(name for name in weights if name.endswith("token_embedding.weight"))
@@ -212,9 +212,9 @@ def load_latents(args):
 def denoising_loss(model, scheduler, looks, tokens, empty, counts):
     """looks: of each, latents and their classes; tokens: of each, (captions, classes, 77)."""
     latents, text = [], []
-    for (own, labels), captions, count in zip(looks, tokens, counts, strict=True):
-        rows = torch.randint(len(own), (count,))
-        latents.append(own[rows])
+    for (drawn, labels), captions, count in zip(looks, tokens, counts, strict=True):
+        rows = torch.randint(len(drawn), (count,))
+        latents.append(drawn[rows])
         text.append(captions[torch.randint(len(captions), (count,)), labels[rows]])
     latents, text = torch.cat(latents), torch.cat(text)
     text = torch.where(torch.rand(len(text), 1) < 0.1, empty, text)

@@ -34,8 +34,8 @@ class Loras(nn.Module):
         self.down, self.up = nn.Parameter(down), nn.Parameter(up)  # (N, rank, in), (N, out, rank)
 
     def forward(self, x: Tensor) -> Tensor:
-        own = x.reshape(len(self.down), -1, x.shape[-1])
-        added = own @ self.down.mT @ self.up.mT
+        rows = x.reshape(len(self.down), -1, x.shape[-1])
+        added = rows @ self.down.mT @ self.up.mT
         return self.base(x) + added.view(*x.shape[:-1], -1) * self.scale
 
 
@@ -66,11 +66,11 @@ class Term(PerceptualTerm):
     def _random_squares(self, latents: Tensor, images: Tensor, size: int, draws: Squares) -> tuple[Tensor, Tensor]:
         side = latents.shape[-1]
         corners = [torch.randint(side - size + 1, (2, count), generator=draw) for draw, count in draws]
-        places = torch.cat(corners, 1)[..., None].to(latents.device)
+        starts = torch.cat(corners, 1)[..., None].to(latents.device)
 
         def cut(x: Tensor) -> Tensor:
             scale = x.shape[-1] // side
-            y, z = scale * places + torch.arange(scale * size, device=x.device)
+            y, z = scale * starts + torch.arange(scale * size, device=x.device)
             rows = torch.arange(len(x), device=x.device)[:, None, None]
             return x[rows, :, y[:, :, None], z[:, None, :]].permute(0, 3, 1, 2)
 
@@ -121,23 +121,23 @@ class LatentPerceptual(LatentTerm):
     """
 
     def features(self, latents: Tensor) -> list[Tensor]:
-        found: list[Tensor] = []
+        features: list[Tensor] = []
         blocks = self.decoder.vae.decoder.up_blocks
-        hooks = [block.register_forward_hook(lambda *call: found.append(call[-1])) for block in blocks]
+        hooks = [block.register_forward_hook(lambda *call: features.append(call[-1])) for block in blocks]
         self.decoder.decode(latents)
         for hook in hooks:
             hook.remove()
-        return found
+        return features
 
     def compare(self, predicted: Tensor, true: Tensor) -> Tensor:
         with torch.no_grad():
             wanted = self.features(true)
         values = []
-        for depth, (own, target) in enumerate(zip(self.features(predicted), wanted, strict=True)):
+        for depth, (features, target) in enumerate(zip(self.features(predicted), wanted, strict=True)):
             whole = target.flatten(1).std(1).view(-1, 1, 1, 1)
             deviation = target.std((2, 3), keepdim=True).maximum(0.1 * whole)  # of blank paper it is next to nothing
             inside = (target - target.mean((2, 3), keepdim=True)).abs() <= 3 * deviation
-            values.append(0.5**depth * ((own - target) / deviation * inside).square().flatten(1).mean(1))
+            values.append(0.5**depth * ((features - target) / deviation * inside).square().flatten(1).mean(1))
         return torch.stack(values).sum(0)
 
 
@@ -145,14 +145,14 @@ class InkLoss(PerceptualLoss):
     """The distance where the target has ink, and two pixels around it."""
 
     def forward(self, images: Tensor, target: Tensor) -> Tensor:  # type: ignore[override]
-        places = super().forward(images, target, spatial=True)
+        map_of_loss = super().forward(images, target, spatial=True)
         ink = F.max_pool2d((1 - target.mean(1, keepdim=True)).clamp(0, 2) / 2, 5, 1, 2)[:, 0]
-        return (places * ink).sum((1, 2)) / ink.sum((1, 2)).clamp(min=1)
+        return (map_of_loss * ink).sum((1, 2)) / ink.sum((1, 2)).clamp(min=1)
 
 
 @dataclass
 class Recipe:
-    """How the LoRAs of an arm are trained: with `term`, a ratio of gradients, or without."""
+    """Training of the LoRAs of an arm: with `term` at a ratio of gradients, or without."""
 
     term: Term | None = None
     ratio: float = 0.0
@@ -170,7 +170,7 @@ class Data:
 
 
 def draw_batch(options, vae, seed: int, step: int, data: Data):
-    """What the trainer draws for a step: rows, latents, noise, timesteps, and the generator as it then is."""
+    """The trainer's draws for a step: rows, latents, noise, timesteps, and the generator as it then is."""
     size = options.train_batch_size
     epoch, number = divmod(step, len(data.moments) // size)
     order = torch.randperm(len(data.moments), generator=generator(seed, "order", epoch))
@@ -198,28 +198,28 @@ def train(options, unet, vae, noise_scheduler, recipes: list[Recipe], seeds: Seq
         drawn = [draw_batch(options, vae, seed, step, data) for seed in seeds]
         rows, latents, noise, timesteps = (torch.cat(part) for part in list(zip(*drawn, strict=True))[:4])
         raised = torch.cat([raise_noise(batch[3], seed, step) for batch, seed in zip(drawn, seeds, strict=True)])
-        places = [raised if recipe.high_noise else timesteps for recipe in recipes]  # (arms) of (seeds x batch)
-        rows, latents, noise, timesteps = (x.to(device) for x in (rows, latents, noise, torch.cat(places)))
+        drawn_at = [raised if recipe.high_noise else timesteps for recipe in recipes]  # (arms) of (seeds x batch)
+        rows, latents, noise, timesteps = (x.to(device) for x in (rows, latents, noise, torch.cat(drawn_at)))
         batch = {"images": data.images[rows], "latents": latents}
         noisy = noise_scheduler.add_noise(latents.repeat(arms, 1, 1, 1), noise.repeat(arms, 1, 1, 1), timesteps)
         prediction = unet(noisy, timesteps, data.embeds[rows].repeat(arms, 1, 1), return_dict=False)[0]
         parts = (x.chunk(arms) for x in (prediction.detach(), noisy, timesteps))
         pulls = []
-        for recipe, place, own, own_noisy, own_timesteps in zip(recipes, places, *parts, strict=True):
-            own = own.requires_grad_()
-            target = process_of(noise_scheduler).target(latents, noise, own_timesteps)
-            losses = F.mse_loss(own, target, reduction="none").flatten(1).mean(1)
+        for recipe, drawn_timesteps, part, part_noisy, part_timesteps in zip(recipes, drawn_at, *parts, strict=True):
+            part = part.requires_grad_()
+            target = process_of(noise_scheduler).target(latents, noise, part_timesteps)
+            losses = F.mse_loss(part, target, reduction="none").flatten(1).mean(1)
             if recipe.snr_gamma is not None:
-                losses = losses * process_of(noise_scheduler).min_snr_weights(own_timesteps, recipe.snr_gamma)
+                losses = losses * process_of(noise_scheduler).min_snr_weights(part_timesteps, recipe.snr_gamma)
             loss = losses.sum() / options.train_batch_size  # the sum of what each LoRA has as its mean
             if recipe.term is not None:
-                counts = recipe.term.gate(place, step).view(len(seeds), -1).sum(1).tolist()
+                counts = recipe.term.gate(drawn_timesteps, step).view(len(seeds), -1).sum(1).tolist()
                 squares = [(made[4].clone_state(), count) for made, count in zip(drawn, counts, strict=True)]
                 images = batch[recipe.term.compares]
-                values = recipe.term(own, own_noisy, own_timesteps, images, step, squares)
+                values = recipe.term(part, part_noisy, part_timesteps, images, step, squares)
                 # `balance` takes the mean over all rows, here those of len(seeds) LoRAs
-                loss, _ = balance(loss, len(seeds) * values, own, recipe.ratio)
-            pulls += torch.autograd.grad(loss, own)
+                loss, _ = balance(loss, len(seeds) * values, part, recipe.ratio)
+            pulls += torch.autograd.grad(loss, part)
         prediction.backward(torch.cat(pulls))
         clip(parameters, options.max_grad_norm)
         optimizer.step()
@@ -227,7 +227,7 @@ def train(options, unet, vae, noise_scheduler, recipes: list[Recipe], seeds: Seq
 
 
 def clip(parameters: list[nn.Parameter], limit: float) -> None:
-    """`clip_grad_norm_` for each LoRA alone."""
+    """`clip_grad_norm_` for each LoRA by itself."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norms = torch.stack([gradient.flatten(1).norm(dim=1) for gradient in gradients]).norm(dim=0)
     factors = (limit / (norms + 1e-6)).clamp(max=1).view(-1, 1, 1)
@@ -240,15 +240,15 @@ def draw_latents(
     unet, scheduler, noise: Tensor, embeds: Tensor, empty: Tensor, guidance: float, steps: int, loras: int
 ) -> Tensor:
     """Latents (loras, N, 4, h, w) that each LoRA makes of the same noise (N, 4, h, w)."""
-    found = []
+    drawn = []
     for part in torch.arange(len(noise)).split(max(1, DRAWN_AT_ONCE // loras)):
-        place = part.to(noise.device)
-        contexts = embeds[place][None]
+        rows = part.to(noise.device)
+        contexts = embeds[rows][None]
         if guidance > 1:
             contexts = torch.cat([empty.expand_as(contexts), contexts])
         copies = len(contexts)
         contexts = contexts.flatten(0, 1).repeat(loras, 1, 1)
-        latents = noise[place].expand(loras, -1, -1, -1, -1)
+        latents = noise[rows].expand(loras, -1, -1, -1, -1)
         scheduler.set_timesteps(steps)
         for t in scheduler.timesteps.tolist():
             given = latents[:, None].expand(-1, copies, -1, -1, -1, -1).flatten(0, 2)
@@ -257,5 +257,5 @@ def draw_latents(
             predicted = predicted.float().unflatten(0, (loras, copies, -1))
             predicted = predicted[:, 0] + guidance * (predicted[:, -1] - predicted[:, 0])
             latents = scheduler.step(predicted, t, latents).prev_sample
-        found.append(latents)
-    return torch.cat(found, 1)
+        drawn.append(latents)
+    return torch.cat(drawn, 1)

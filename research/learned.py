@@ -1,12 +1,12 @@
 """Fit how much each layer of a backbone counts to which drawings show the same thing, and write it with that.
 
-    python -m benchmarks.learned --dataset_name concepts --output_dir attention-vgg16
+    python -m research.learned --dataset_name concepts --output_dir attention-vgg16
 
 Weights that are not negative, so that of triplets the same thing lies nearer: one a layer, which goes into the
 backbone's calibration, and one a channel, as LPIPS learned its heads from judgements (Zhang et al. 2018), which goes
-into channels.json, for `benchmarks.agreement` to judge. Triplets are of the hands that `train_backbone.py
+into channels.json, for `research.agreement` to judge. Triplets are of the hands that `train_backbone.py
 --group_column set` trains on and of redraws of half of the embedded classes, each drawing turned, moved and scaled a
-little. Nothing that `benchmarks.agreement` tests is seen.
+little. Nothing that `research.agreement` tests is seen.
 """
 
 import argparse
@@ -18,14 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.triplets import Triplets, by_hands, load_labelled, redraws, synonyms
 from sketch_perceptual import load_backbone
 from sketch_perceptual.drawings import CLASSES
 from sketch_perceptual.losses import DEFAULT_LAYERS, calibrate
 from sketch_perceptual.losses.calibration import SIDE
 from sketch_perceptual.networks.backbone import BUNDLED
+from tools.triplets import Triplets, by_hands, load_labelled, redraws, synonyms
 
-FITTED_CLASSES = CLASSES[::2]  # the others are for benchmarks.agreement
+FITTED_CLASSES = CLASSES[::2]  # the others are for research.agreement
 
 
 def main() -> None:
@@ -62,31 +62,31 @@ def main() -> None:
         print(f"{name}: {weight:.3f}")
     backbone.half().save_pretrained(args.output_dir)
     parts = zip(DEFAULT_LAYERS, channels.split(widths), strict=True)
-    found = {name: [round(value, 3) for value in part.tolist()] for name, part in parts}
-    (args.output_dir / "channels.json").write_text(json.dumps(found))
+    rounded = {name: [round(value, 3) for value in part.tolist()] for name, part in parts}
+    (args.output_dir / "channels.json").write_text(json.dumps(rounded))
 
 
 @torch.no_grad()
 def measure(backbone, triplets: Triplets, side: int, chunk: int = 32) -> Tensor:
-    """How much farther the other is than the same, in each channel of each layer: (triplets, channels)."""
-    draw, found, weight = random.Random(0), [], next(backbone.parameters())
+    """Margins by which the other is farther than the same, in each channel of each layer: (triplets, channels)."""
+    draw, margins, weight = random.Random(0), [], next(backbone.parameters())
     for start in range(0, len(triplets.rows), chunk):
         rows = range(start, min(start + chunk, len(triplets.rows)))
-        images, places = triplets.tensors(rows, side)
+        images, positions = triplets.tensors(rows, side)
         taps = backbone.walk(torch.stack([jitter(image, draw) for image in images]).to(weight), DEFAULT_LAYERS)
-        found.append(torch.cat([_channels(backbone, name, features, places) for name, features in taps], 1).cpu())
-    return torch.cat(found)
+        margins.append(torch.cat([_channels(backbone, name, features, positions) for name, features in taps], 1).cpu())
+    return torch.cat(margins)
 
 
-def _channels(backbone, name: str, features: Tensor, places: Tensor) -> Tensor:
+def _channels(backbone, name: str, features: Tensor, positions: Tensor) -> Tensor:
     values = backbone.calibration[name]
-    anchor, same, other = soft_units(features, values["softening"])[places.T]
+    anchor, same, other = soft_units(features, values["softening"])[positions.T]
     same, other = ((anchor - x).square().mean((2, 3)) for x in (same, other))
     return (other - same) / values["distance"] / len(DEFAULT_LAYERS)
 
 
 def soft_units(features: Tensor, softening: float) -> Tensor:
-    """What `soft_distance` compares."""
+    """Soft unit vectors, which `soft_distance` compares."""
     return features * (features.square().sum(1, keepdim=True) + softening**2).rsqrt()
 
 

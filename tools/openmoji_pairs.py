@@ -1,6 +1,6 @@
-"""OpenMoji as a paired set: its coloured pictures as photos, its line drawings as sketches.
+"""Make a paired set of OpenMoji: its coloured pictures as photos, its line drawings as sketches.
 
-    python -m benchmarks.openmoji_pairs --dataset_name openmoji --output_dir openmoji-pairs
+    python -m tools.openmoji_pairs --dataset_name openmoji --output_dir openmoji-pairs
 
 Reads a data set with the columns `colour`, `line` and `label`, and writes photos/, sketches/ and pairs.csv. A tenth of
 each class, whose lines have no copy among the others, is the part "test".

@@ -1,6 +1,6 @@
 """A judge of pictures of the embedded things that shares nothing with the losses.
 
-    python -m benchmarks.judge --output judge.safetensors
+    python -m research.judge --output judge.safetensors
 
 trains `Judge`, a small classifier, from scratch on embedded drawings that are moved, turned, blurred, noisy and in
 part erased, and tells how many unseen drawings of each style it names.
