@@ -34,6 +34,9 @@ from tqdm import tqdm
 
 from research.learned import FITTED_CLASSES, soft_units
 from sketch_perceptual import AttentionVGG16, PerceptualLoss, drawings, load_backbone, to_tensor
+from sketch_perceptual.drawings.outlines import turn
+from sketch_perceptual.drawings.render import STROKES, sketch
+from sketch_perceptual.drawings.scene import Scene
 from sketch_perceptual.losses import DEFAULT_LAYERS, LPIPSLoss, calibrate, gram_matrix, soft_distance
 from sketch_perceptual.losses.calibration import gram_distance, reference_drawings, unrelated
 from sketch_perceptual.networks.backbone import BUNDLED
@@ -212,21 +215,21 @@ SHOWN = ("pixels, L1", "lpips, its heads", "DISTS, its weights", "vgg, raw L1, s
 SHOWN += tuple(f"bundled, {row}" for row in ("raw L1, summed: the paper's words", "soft, balanced", LAYERS_LEARNED))
 
 
-def change(scene: drawings.Scene, kind: str, level: float, side: int) -> Tensor:
+def change(scene: Scene, kind: str, level: float, side: int) -> Tensor:
     """The drawing of a scene after a change, by a hand that moves as before; a level of 0 is the drawing itself."""
-    shapes, stroke = scene.shapes, drawings.STROKES["pen"]
+    shapes, stroke = scene.shapes, STROKES["pen"]
     if level and kind.startswith("shift"):
         shapes = [replace(shape, points=shape.points + level / 100) for shape in shapes]
     elif level and kind.startswith("rotation"):
-        shapes = [replace(shape, points=drawings.turn(shape.points, level, 0.5, 0.5)) for shape in shapes]
+        shapes = [replace(shape, points=turn(shape.points, level, 0.5, 0.5)) for shape in shapes]
     elif level and kind.startswith("stroke width"):
         stroke = replace(stroke, width=level * max(stroke.width, stroke.thinnest / side))
     elif level and kind.startswith("strokes erased"):
         kept = round(len(shapes) * (1 - level / 100))
         shapes = [shapes[index] for index in sorted(random.Random(0).sample(range(len(shapes)), kept))]
-    copy = drawings.Scene("")
+    copy = Scene("")
     copy.shapes = shapes
-    image = to_tensor(drawings.sketch(copy, stroke, side, random.Random(0)))
+    image = to_tensor(sketch(copy, stroke, side, random.Random(0)))
     if kind.startswith("noise"):
         image = (image + level * torch.randn(image.shape, generator=torch.Generator().manual_seed(0))).clamp(-1, 1)
     return image

@@ -13,6 +13,9 @@ from PIL import Image
 from sketch_perceptual import drawings, to_tensor
 from sketch_perceptual.data.near_duplicates import content_key, near_duplicates, thumbnail
 from sketch_perceptual.data.splits import split
+from sketch_perceptual.drawings.outlines import turn
+from sketch_perceptual.drawings.render import STROKES, sketch
+from sketch_perceptual.drawings.scene import Shape
 
 
 @dataclass
@@ -107,22 +110,22 @@ def redraws(count: int, side: int, classes: Sequence[str] = drawings.CLASSES, se
     for number in range(count):
         name, (style, other_style) = draw.choice(classes), draw.sample(drawings.STYLES, 2)
         scene, other = (drawings.compose(name, 2 * number + k, seed + 1000) for k in (0, 1))
-        images.append(drawings.sketch(scene, drawings.STROKES[style], side, draw))
+        images.append(sketch(scene, STROKES[style], side, draw))
         for unsteady, its_style in ((scene, other_style), (other, style)):
-            stroke = drawings.STROKES[its_style]
+            stroke = STROKES[its_style]
             unsteady.shapes = moved(unsteady.shapes, draw)
-            images.append(drawings.sketch(unsteady, replace(stroke, wobble=3 * stroke.wobble), side, draw))
+            images.append(sketch(unsteady, replace(stroke, wobble=3 * stroke.wobble), side, draw))
         rows.append((3 * number, 3 * number + 1, 3 * number + 2))
         subjects.append(f"{name} {number}")
     return Triplets(images, rows, subjects)
 
 
-def moved(shapes: list[drawings.Shape], draw: random.Random) -> list[drawings.Shape]:
+def moved(shapes: list[Shape], draw: random.Random) -> list[Shape]:
     scale, angle, shift = draw.uniform(0.9, 1.1), draw.uniform(-6, 6), [draw.uniform(-0.05, 0.05) for _ in range(2)]
     waves = [(draw.uniform(5, 9), draw.uniform(0, 6)) for _ in range(2)]
 
     def move(points: np.ndarray) -> np.ndarray:
-        points = drawings.turn((points - 0.5) * scale, angle) + 0.5 + shift
+        points = turn((points - 0.5) * scale, angle) + 0.5 + shift
         return points + 0.02 * np.stack([np.sin(f * points[:, 1 - k] + p) for k, (f, p) in enumerate(waves)], 1)
 
     return [replace(shape, points=move(shape.points)) for shape in shapes]
