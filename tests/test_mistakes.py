@@ -149,7 +149,7 @@ add(
     ("--perceptual_loss nowhere:Loss", "the loss nowhere:Loss cannot be imported"),
     (
         "--perceptual_loss attention_vgg --backbone shallow --perceptual_layers relu5_1",
-        "ends at relu4_3, it has no relu5_1",
+        "ends at relu4_3 .*relu5_1",
     ),
     ("--perceptual_loss attention_vgg --perceptual_layers relu9", "`layers` must be distinct names .* got relu9"),
     ("--perceptual_loss attention_vgg --backbone nowhere/vgg", "no backbone at nowhere/vgg"),
@@ -210,7 +210,7 @@ add(
 add(
     ["evaluate distance", "evaluate retrieval"],
     ("--models x=nowhere/net", "no network at nowhere/net"),
-    ("--models net --embedding head", "net is a backbone, without a head"),
+    ("--models net --embedding head", "net is a backbone without a head"),
     ("--embedding mean", "invalid choice: 'mean'"),
     ("--output nowhere/found.json", r"--output nowhere/found\.json cannot be written"),
     ("--output found.txt", r"--output found\.txt must end in \.json"),
