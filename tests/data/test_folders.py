@@ -97,9 +97,7 @@ def test_lists_of_pairs_behind_links_are_refused(name, root, elsewhere):
 
 def test_captions_that_cannot_be_read_are_named(root):
     (root / "a" / "good.txt").symlink_to(root / "nothing")
-    with pytest.raises(
-        InputError, match=r"caption of a/good\.png: .*a/good\.txt is a link to .*nothing, which"
-    ):
+    with pytest.raises(InputError, match=r"caption of a/good\.png: .*a/good\.txt is a link to .*nothing, which"):
         captioned_folder(root)
     (root / "folder.txt").mkdir()
     with pytest.raises(InputError, match=r"cannot read .*folder\.txt: Is a directory"):
