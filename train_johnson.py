@@ -296,7 +296,7 @@ def read_content(data: CaptionedImages, on_bad_image: str) -> tuple[list[int], l
         raise InputError("all photos are near-constant, there is no content to keep")
     if constant:
         logger.warning(f"{len(constant)} near-constant photos are left out: normalization explodes on them")
-    return positions, [found.looks[index].key for index in positions]
+    return positions, [found.infos[index].key for index in positions]
 
 
 class StyleTarget:

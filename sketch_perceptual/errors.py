@@ -9,6 +9,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import cast
 
+import torch
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 # requests.RequestException or httpx.HTTPError, whichever the installed huggingface_hub is built on
@@ -29,6 +30,9 @@ ANSWERS = {
 ADDRESS = re.compile(r"(https?://[^\s?'\"]+)\?[^\s'\"]+")
 
 
+NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "bad alloc", "ALLOC_FAILED")
+
+
 class InputError(ValueError):
     """A mistake in what the user gave; the message names the file, argument or value and what to do.
 
@@ -47,6 +51,13 @@ class TooLittleMemory(InputError):
 
 class TrainingError(Exception):
     """A training that led nowhere: nothing was learned, or the file written is not the model that was trained."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device, the CPU's allocator or Python had too little memory, however the library words it."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(sign in str(error) for sign in NO_MEMORY)
+    )
 
 
 def program() -> str:

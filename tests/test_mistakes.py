@@ -97,8 +97,8 @@ add(
 )
 add(
     LABELLED,
-    ("--train_data_dir drawings/house", "must hold a folder for each of two classes or more, found none"),
-    ("--train_data_dir splits", "no class can be called train, val: pass splits/train"),
+    ("--train_data_dir drawings/house", "drawings/house must hold .* found none"),
+    ("--train_data_dir splits", "not class names: train, val: pass splits/train"),
     ("--train_data_dir drawings --group_column hand", "--group_column needs --dataset_name"),
 )
 add(
@@ -117,7 +117,7 @@ add(
     ("--resolution 33", "--resolution 33 must be a multiple of 4"),
     ("--caption_template x", r"--caption_template must contain \{class\}, got 'x'"),
     ("--caption_column title --train_data_dir told", "has no column 'title', --caption_column can be one of"),
-    ("--train_data_dir splits", "no class can be called train, val: pass splits/train"),
+    ("--train_data_dir splits", "not class names: train, val: pass splits/train"),
     ("--train_data_dir uncaptioned", "2 of 2 images have no caption"),
     ("--train_data_dir outside", r"line 1 leaves the folder: \.\./one\.png"),
     ("--train_data_dir lost", r"lists gone\.png, but there is no such image"),
@@ -149,7 +149,7 @@ add(
     ("--perceptual_loss nowhere:Loss", "the loss nowhere:Loss cannot be imported"),
     (
         "--perceptual_loss attention_vgg --backbone shallow --perceptual_layers relu5_1",
-        "ends at relu4_3, it has no relu5_1",
+        "ends at relu4_3 .*relu5_1",
     ),
     ("--perceptual_loss attention_vgg --perceptual_layers relu9", "`layers` must be distinct names .* got relu9"),
     ("--perceptual_loss attention_vgg --backbone nowhere/vgg", "no backbone at nowhere/vgg"),
@@ -205,12 +205,12 @@ add(
     ("--images_per_class 3", "--train_batch_size must be a multiple of --images_per_class"),
     ("--mining semi", "invalid choice: 'semi'"),
     ("--feature_dir /proc/nothing", "--feature_dir: /proc/nothing.* cannot be written to"),
-    ("--train_data_dir copies", "all images are copies of one picture, there is nothing to split"),
+    ("--train_data_dir copies", "all images are copies of one picture"),
 )
 add(
     ["evaluate distance", "evaluate retrieval"],
     ("--models x=nowhere/net", "no network at nowhere/net"),
-    ("--models net --embedding head", "net is a backbone, without a head"),
+    ("--models net --embedding head", "net is a backbone without a head"),
     ("--embedding mean", "invalid choice: 'mean'"),
     ("--output nowhere/found.json", r"--output nowhere/found\.json cannot be written"),
     ("--output found.txt", r"--output found\.txt must end in \.json"),

@@ -313,7 +313,7 @@ def test_a_run_with_masks(train, tmp_path, caplog):
     data = ("--train_data_dir", str(folder.parent))
     options = ("--perceptual_min_snr", 0, "--validation_share", 0.25)
     masked = train("--alpha_mask", *options, data=data)
-    assert "3 of 4 images have parts that do not count" in caplog.text
+    assert "`alpha_mask`: 3 of 4 images" in caplog.text
     (folder / "mask" / "3.png").unlink()
     assert train("--alpha_mask", *options, data=data, output="other") != masked
     for number in range(4):
@@ -321,7 +321,7 @@ def test_a_run_with_masks(train, tmp_path, caplog):
     with pytest.raises(InputError, match="`alpha_mask`: no image has transparent parts, a mask in a folder `mask`"):
         train("--alpha_mask", data=data, output="third")
     Image.new("L", (40, 40), 0).save(folder / "mask" / "3.png")
-    with pytest.raises(InputError, match=r"`alpha_mask`: nothing counts of .*3\.png"):
+    with pytest.raises(InputError, match=r"`alpha_mask`: empty masks: .*3\.png"):
         train("--alpha_mask", data=data, output="fourth")
 
 

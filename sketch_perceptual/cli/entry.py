@@ -12,12 +12,11 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError
 
-from ..errors import InputError, TrainingError, first_line, in_options, printable, program
+from ..errors import InputError, TrainingError, first_line, in_options, is_out_of_memory, printable, program
 from . import interruption
 from .console import protect_console
 
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "gloo")
-NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "bad alloc", "ALLOC_FAILED")
 # Options that decide how much memory is needed.
 BATCHES = ("train_batch_size", "batch_size", "generation_batch_size", "extraction_batch_size")
 SAVERS = ("gradient_checkpointing", "pool_after_attention")
@@ -64,13 +63,6 @@ def run(main: Callable, args: argparse.Namespace, name: str | None = None) -> No
         if torch.distributed.is_initialized() and any(sign in str(error) for sign in LOST):
             end(1, "error: another process of this run has ended, which tells why or was killed")
         raise
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device, the CPU's allocator or Python had too little memory, however the library words it."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and any(sign in str(error) for sign in NO_MEMORY)
-    )
 
 
 def memory_advice(error: BaseException, args: argparse.Namespace) -> str:

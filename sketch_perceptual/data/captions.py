@@ -1,4 +1,4 @@
-"""Images with captions: from metadata files, text files beside them, folders and columns."""
+"""Captioned images: captions from metadata files, sidecar text files, class folders or dataset columns."""
 
 import logging
 import os
@@ -35,18 +35,18 @@ def captioned_folder(
     on_missing_caption: str = "error",
     **transform,
 ) -> CaptionedImages:
-    """The images under `root`, in the order of their paths. The caption of each comes from, in this order:
+    """Return the images under `root`, sorted by path. The caption of each comes from the first of:
 
     1. `caption_column` of a metadata.csv or metadata.jsonl in any folder, beside the column `file_name` (relative
        to the metadata file). In JSON it may be a list; an image on several lines has several captions.
     2. A .txt or .caption file of the same name or stem: one caption a line, or one list of tags if all lines end with
        commas.
-    3. The first-level folder through `caption_template`, if there is no metadata and its name can be a class: the
-       images/ beside a metadata.csv is none. The class of kohya's 10_boat is "boat".
+    3. The first-level folder through `caption_template`, if there is no metadata and the name is a class name, which
+       "images" is not. The class of kohya's 10_boat is "boat".
 
-    Images without one get `default_caption`. If some lack one, `on_missing_caption` decides: "error" unless there is a
-    default, "skip" those images, or "default". Without metadata, `repeats` of images in a folder 10_boat are 10.
-    `transform` are the keywords of `CaptionedImages`. Raises InputError.
+    Images without any get `default_caption`. If some lack one, `on_missing_caption` decides: "error" unless there is a
+    default, "skip" those images, or "default". Without metadata, `repeats` of images in a folder 10_boat is 10.
+    `transform` are keywords of `CaptionedImages`. Raises InputError.
     """
     _check_caption_options(caption_template, default_caption, on_missing_caption)
     root = Path(root)
@@ -61,7 +61,7 @@ def captioned_folder(
     sources = {"metadata": listed, "text files": _read_side_cars(root, read)}
     if not descriptions:
         sources["class folders"] = _class_captions(root, images, classes, caption_template)
-    origins = [next((name for name, found in sources.items() if found.get(image)), None) for image in images]
+    origins = [next((name for name, captions in sources.items() if captions.get(image)), None) for image in images]
     captions = [sources[origin][image] if origin else [] for origin, image in zip(origins, images, strict=True)]
     counts = Counter(origins)
     descriptions += [f"captions from {origin}: {counts[origin]}" for origin in sources if origin in counts]
@@ -80,8 +80,8 @@ def captioned_folder(
             "All of %s in %s are read: pass one of these folders to leave out the others.", first_names(unnamed), root
         )
     names = [str(root / image) for image in images]
-    found = "; ".join(descriptions) or "no metadata, text files or class folders"
-    captions, kept = _settle_missing(captions, names, found, default_caption, on_missing_caption)
+    summary = "; ".join(descriptions) or "no metadata, text files or class folders"
+    captions, kept = _settle_missing(captions, names, summary, default_caption, on_missing_caption)
     if None in origins and len(kept) == len(images) and default_caption is not None:
         descriptions.append(f"the default caption: {counts[None]}")
     data = CaptionedImages([root / image for image in images], names, captions, **transform)
@@ -102,19 +102,19 @@ def captioned_dataset(
     on_missing_caption: str = "error",
     **transform,
 ) -> CaptionedImages:
-    """The rows of a `datasets.Dataset`, images decoded by `load_image` when asked for.
+    """Return the rows of a `datasets.Dataset`, with images decoded by `load_image` on access.
 
     `caption_column` holds strings, lists of strings, or a ClassLabel, which goes through `caption_template`. If
-    there is no such column but exactly one ClassLabel, that one is taken, with a warning. `name` is what messages
-    call the data set; the other arguments are those of `captioned_folder`. Raises InputError.
+    there is no such column but exactly one ClassLabel, that one is used, with a warning. `name` is the name of the
+    data set in messages; the other arguments are those of `captioned_folder`. Raises InputError.
     """
     _check_caption_options(caption_template, default_caption, on_missing_caption)
     columns = ", ".join(dataset.column_names)
     sources, names = image_column_of(dataset, name, image_column)
     dataset = dataset.with_format(None)
-    if caption_column not in dataset.column_names and (alone := lone_label(dataset)):
-        logger.warning("%s has no column %r: its captions name the class in %r.", name, caption_column, alone)
-        caption_column = alone
+    if caption_column not in dataset.column_names and (class_column := lone_label(dataset)):
+        logger.warning("%s has no column %r: captions name the class in %r.", name, caption_column, class_column)
+        caption_column = class_column
     if dataset.column_names == [image_column] != [caption_column]:
         captions = [[]] * len(dataset)
     else:
@@ -132,24 +132,24 @@ def captioned_dataset(
 
 
 def _origin(source: str | None, template: str, default_caption: str | None) -> str:
-    """Where a caption comes from, for the card of what is trained on it."""
+    """Describe where a caption comes from, for the model card."""
     if source is None:
         return f"the default {default_caption!r}"
     return f"{source} as {template!r}" if source == "class folders" else source
 
 
 def _side_cars(files: Iterable[str], images: Iterable[str]) -> dict[str, list[str]]:
-    """The text files beside each image that has any: 1.png.txt, 1.png.caption, 1.txt, 1.caption of 1.png.
+    """Return the sidecar files of each image that has any: 1.png.txt, 1.png.caption, 1.txt, 1.caption of 1.png.
 
-    The first of them is read.
+    Only the first of them is read.
     """
     texts = by_spelling(file for file in files if ending_of(file) in SIDE_CARS)
-    found = {}
+    side_cars = {}
     for image in images:
-        places = (base + ending for base in (image, splitext(image)[0]) for ending in SIDE_CARS)
-        if beside := list(filter(None, (match_name(place, texts) for place in places))):
-            found[image] = beside
-    return found
+        candidates = (base + ending for base in (image, splitext(image)[0]) for ending in SIDE_CARS)
+        if beside := list(filter(None, (match_name(candidate, texts) for candidate in candidates))):
+            side_cars[image] = beside
+    return side_cars
 
 
 def _read_side_cars(root: Path, side_cars: dict[str, str]) -> dict[str, list[str]]:
@@ -164,8 +164,8 @@ def _read_side_cars(root: Path, side_cars: dict[str, str]) -> dict[str, list[str
         complain(first_names(bad, "\n"))
     if several := [side_cars[image] for image, lines in captions.items() if len(lines) > 1]:
         logger.warning(
-            "%d text files of %s have several lines, which are captions of their own, one at a time; lines of one list"
-            " of tags must end with commas: %s",
+            "%d text files of %s have several lines, and each line is a separate caption; if they are one list of"
+            " tags, end the lines with commas: %s",
             len(several),
             root,
             first_names(several),
@@ -174,7 +174,7 @@ def _read_side_cars(root: Path, side_cars: dict[str, str]) -> dict[str, list[str
 
 
 def _lines(text: str) -> list[str]:
-    """The captions of a text file."""
+    """Return the captions in the text of a sidecar file."""
     lines = [line.strip() for line in text.split("\n") if is_caption(line)]
     if len(lines) > 1 and all(line.endswith(",") for line in lines[:-1]):
         return [" ".join(lines).rstrip(",")]
@@ -182,13 +182,13 @@ def _lines(text: str) -> list[str]:
 
 
 def _warn_of_second(root: Path, second: dict[str, str]) -> None:
-    """Name the text files that say otherwise than the one that is read for the same image."""
-    conflicts = [f"{file}, where {read} is" for file, read in second.items() if not _say_the_same(root, file, read)]
+    """Log the text files that contradict the one that is read for the same image."""
+    conflicts = [f"{file} (read: {read})" for file, read in second.items() if not _are_equal(root, file, read)]
     if conflicts:
-        logger.warning("Not read in %s, since another caption of the image is: %s", root, first_names(conflicts, "; "))
+        logger.warning("Not read in %s: %s. The image has another caption file.", root, first_names(conflicts, "; "))
 
 
-def _say_the_same(root: Path, *files: str) -> bool:
+def _are_equal(root: Path, *files: str) -> bool:
     try:
         one, other = (_lines(read_text(root / file, root)) for file in files)
     except InputError:
@@ -197,7 +197,7 @@ def _say_the_same(root: Path, *files: str) -> bool:
 
 
 def _warn_of_unread(root: Path, files: Iterable[str], used: Iterable[str]) -> None:
-    """Name the texts that may hold captions, except those of pictures that are named as unread themselves."""
+    """Log unread files that may contain captions, except those of pictures that are reported as unread themselves."""
     files, used = list(files), set(used)
     pictures = {splitext(file)[0] for file in files if ending_of(file) in PICTURES}
     unread = [file for file in files if ending_of(file) in TEXTS and file not in used]
@@ -237,7 +237,7 @@ def _class_caption(template: str, name: str) -> str:
 def _settle_missing(
     captions: list[list[str]], names: Sequence[str], sources: str, default_caption: str | None, on_missing_caption: str
 ) -> tuple[list[list[str]], list[int]]:
-    """Captions with the default where it is due, and the positions of images to keep."""
+    """Fill in the default caption; return the captions, and the positions of the images to keep."""
     missing = [index for index, texts in enumerate(captions) if not texts]
     everything = list(range(len(captions)))
     if not missing:

@@ -1,4 +1,4 @@
-"""What the names of folders say: classes, and how often kohya's trainers show the images."""
+"""Class names and repeats (as in kohya's trainers) from the names of folders."""
 
 import re
 from collections.abc import Iterable
@@ -7,7 +7,7 @@ from pathlib import Path
 from ..errors import first_names, shown
 from .class_names import readable_class
 
-LONG_NUMBER = re.compile(r"\d{6}")  # of an id or a date
+LONG_NUMBER = re.compile(r"\d{6}")  # an id or a date
 NUMBERED = re.compile(r"(\d{1,4})_(.+)", re.DOTALL)
 # Words for parts of a data set and for pictures of any kind; "train2017" and "test_images" consist of them.
 NO_CLASS = set(
@@ -15,13 +15,13 @@ NO_CLASS = set(
     img imgs picture pictures pic pics photo photos drawing drawings sketch sketches sample samples data dataset
     datasets set sets thumbs thumbnails png jpg jpeg webp tif tiff""".split()
 )
-DRAWN = {"train", "image", "picture", "photo"}  # which people also draw, among other things
+DRAWN = {"train", "image", "picture", "photo"}  # class names if there are other classes
 
 
 def folder_repeats(images: Iterable[str]) -> dict[str, int]:
-    """How often an epoch shows what is in each folder that is named as for kohya's trainers: {"10_boat": 10}.
+    """Return the repeats in the names of folders that follow kohya's scheme: {"10_boat": 10}.
 
-    Numbers that only count the folders, as 01_ and 02_, or 0_ to 9_, are taken for 1.
+    Numbers that only count the folders (01_ and 02_, or 0_ to 9_) stand for 1.
     """
     folders = {part for image in images for part in image.split("/")[:-1]}
     numbers = {folder: match[1] for folder in folders if (match := NUMBERED.fullmatch(folder))}
@@ -31,10 +31,10 @@ def folder_repeats(images: Iterable[str]) -> dict[str, int]:
 
 
 def class_folders(images: Iterable[str], with_letters: bool = False) -> dict[str, str | None]:
-    """The class of each folder with images at the top: "boat" for 10_boat; None where the name can be no class.
+    """Return the class of each top-level folder with images: "boat" for 10_boat, None if it is not a class name.
 
-    None can be words of `NO_CLASS`, a lone folder whose images lie in several others, and `with_letters` a number or
-    an id as Sketchy's tx_000000000000, unless it is one of ImageNet's.
+    Not class names: the words of `NO_CLASS`, a single folder whose images lie in several subfolders, and, with
+    `with_letters`, numbers and ids like Sketchy's tx_000000000000 (except ImageNet's).
     """
     inside: dict[str, set[str]] = {}
     for folder, _, rest in (image.partition("/") for image in images):
@@ -50,17 +50,17 @@ def class_folders(images: Iterable[str], with_letters: bool = False) -> dict[str
 
 
 def describe_no_classes(root: Path, images: Iterable[str], folders: dict[str, str | None]) -> str:
-    """Which of `class_folders` are no classes, and what to do; "" if all are."""
-    none = [folder for folder, name in folders.items() if name is None]
-    if not none:
+    """Describe which of `class_folders` have no class name, and what to do; "" if all have one."""
+    unnamed = [folder for folder, name in folders.items() if name is None]
+    if not unnamed:
         return ""
-    first = min(none, key=lambda folder: not folder.lower().startswith("train"))
+    first = min(unnamed, key=lambda folder: not folder.lower().startswith("train"))
     advice = ""
-    if len(none) < len(folders):
+    if len(unnamed) < len(folders):
         advice = ": rename or move them"
     elif any(image.startswith(f"{first}/") and image.count("/") > 1 for image in images):
         advice = f": pass {shown(root / first)}"
-    return f"no class can be called {first_names(none)}{advice}"
+    return f"not class names: {first_names(unnamed)}{advice}"
 
 
 def _can_be_class(name: str, with_letters: bool) -> bool:

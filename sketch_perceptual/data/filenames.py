@@ -1,4 +1,4 @@
-"""Names of files as different systems write them."""
+"""Matching of file names across operating systems."""
 
 import posixpath
 import unicodedata
@@ -8,7 +8,7 @@ from ..errors import InputError, shown
 
 
 def check_unicode(text: str, where: str) -> str:
-    """`text`, or InputError if it cannot be written as UTF-8: a name in another encoding, half an emoji."""
+    """Return `text`; InputError if it cannot be written as UTF-8: a name in another encoding, half an emoji."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -18,7 +18,7 @@ def check_unicode(text: str, where: str) -> str:
 
 
 def by_spelling(names: Iterable[str]) -> dict[str, list[str]]:
-    """Paths by what they are on other systems: accents in one character or two (macOS), back-slashes (Windows)."""
+    """Group paths by normalised spelling: accents as one character or two (macOS), backslashes (Windows)."""
     alike: dict[str, list[str]] = {}
     for name in names:
         alike.setdefault(_spelling(name), []).append(name)
@@ -26,17 +26,17 @@ def by_spelling(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def match_name(listed: str, names: dict[str, list[str]]) -> str | None:
-    """The one of `by_spelling` that is `listed`, or alone is another spelling of it."""
+    """Return `listed` if it is among `names` (from `by_spelling`), or else the only other spelling of it, or None."""
     alike = names.get(_spelling(listed), [])
     return listed if listed in alike else alike[0] if len(alike) == 1 else None
 
 
 def hint(missing: str, names: Iterable[str]) -> str:
-    """What may be meant by a path that is none of `names`: ", there is a/B.png" or ""."""
+    """Suggest one of `names` for a path that is missing: ", there is a/B.png", or ""."""
     names = list(names)
-    for part in (str.casefold, posixpath.basename, lambda path: posixpath.splitext(posixpath.basename(path))[0]):
-        key = part(_spelling(missing))
-        if near := next((name for name in names if part(_spelling(name)) == key), None):
+    for simplify in (str.casefold, posixpath.basename, lambda path: posixpath.splitext(posixpath.basename(path))[0]):
+        key = simplify(_spelling(missing))
+        if near := next((name for name in names if simplify(_spelling(name)) == key), None):
             return f", there is {shown(near)}"
     return ""
 

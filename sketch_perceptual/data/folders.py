@@ -1,4 +1,4 @@
-"""What lies in a folder: its images, and texts beside them that no link may take elsewhere."""
+"""List a folder's images, and read its text files without following symlinks out of it."""
 
 import codecs
 import logging
@@ -15,10 +15,10 @@ logger = logging.getLogger(__name__)
 
 METADATA = ("metadata.csv", "metadata.jsonl")
 MASKS = "mask"  # a folder beside the images
-# What OneTrainer keeps beside NAME.*: its mask, and a condition image. Caches of latents are no pictures.
+# Files that OneTrainer keeps beside NAME.*: a mask and a condition image.
 MASK_FILE, CONDITION_FILE = "{}-masklabel.png", "{}-condlabel.png"
 TEXTS = set(".txt .caption .cap .tags .json .jsonl .ndjson .csv .tsv .parquet .xlsx .xls .ods .yaml .yml .xml".split())
-# Left by file managers and network disks, like all names with a leading dot.
+# Left behind by file managers and network disks, as are names with a leading dot.
 NOT_DATA = {
     *("__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "$recycle.bin", "recycler", "lost+found"),
     *("system volume information", "network trash folder", "temporary items", "__pycache__"),
@@ -26,7 +26,7 @@ NOT_DATA = {
 }
 # Pillow opens these but does not read them; of PSD it reads a preview, which may be blank.
 NOT_READ = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF", "PSD"}
-PICTURES = set(  # that Pillow does not read, or not alone
+PICTURES = set(  # formats that Pillow cannot read, or only with a plugin
     """.svg .svgz .heic .heif .hif .avif .jxl .jxr .wdp .bpg .exr .hdr .dng .cr2 .cr3 .crw .nef .nrw .arw .orf .rw2
     .raf .pef .srw .psd .psb .kra .xcf .clip .lip .mdp .sai .sai2 .procreate .ora .afphoto .afdesign .ai .pdf .cdr .wmf
     .emf .odg .vsdx .djvu .djv .dwg .dxf .sketch .fig""".split()
@@ -34,11 +34,11 @@ PICTURES = set(  # that Pillow does not read, or not alone
 
 
 def find_images(root: Path, argument: str = "") -> tuple[list[str], list[str]]:
-    """All files and the images among them, as sorted paths below `root` with forward slashes.
+    """Return all files and the images among them, as sorted paths below `root` with forward slashes.
 
-    Hidden files and folders are left out. Named are pipes, sockets, devices, pictures that Pillow does not read, masks
-    and condition images of others, which are left out too, and images that links, which are followed, take from
-    elsewhere. `argument` begins the message of an InputError.
+    Hidden files and folders are left out. So are pipes, sockets, devices, pictures that Pillow cannot read, and masks
+    and condition images of other images; these are logged. Symlinks are followed; images outside of `root` are logged.
+    `argument` begins the message of an InputError.
     """
     before = f"{argument}: " if argument else ""
     files, others = walk(root, before)
@@ -50,14 +50,14 @@ def find_images(root: Path, argument: str = "") -> tuple[list[str], list[str]]:
     unread = [file for file in files if ending_of(file) in PICTURES - openable]
     companions = {path for image in [*images, *unread] for path in _companions(PurePosixPath(image))} & set(images)
     images = [image for image in images if image not in companions]
-    count = f"{len(unread)} pictures, convert them to PNG: {first_names(unread)}"
+    advice = f"{len(unread)} pictures, convert them to PNG: {first_names(unread)}"
     if not images:
-        raise InputError(f"{before}there are no images in {root}." + (f" Not read: {count}." if unread else ""))
+        raise InputError(f"{before}there are no images in {root}." + (f" Not read: {advice}." if unread else ""))
     if unread:
-        logger.warning("Not read in %s: %s", root, count)
+        logger.warning("Not read in %s: %s", root, advice)
     if companions:
         logger.warning(
-            "Left out of the pictures in %s, %d masks or condition images of others: %s",
+            "Not among the images of %s, %d masks or condition images of others: %s",
             root,
             len(companions),
             first_names(sorted(companions)),
@@ -68,28 +68,28 @@ def find_images(root: Path, argument: str = "") -> tuple[list[str], list[str]]:
 
 
 def is_mask(image: str) -> bool:
-    """Whether a path below the root is that of a mask: in a folder `mask` beside an image."""
+    """Return whether a path below the root is a mask: in a folder `mask` beside an image."""
     return PurePosixPath(image).parent.name == MASKS
 
 
 def mask_beside(image: Path) -> Path | None:
-    """The mask of an image: mask/NAME, mask/STEM.png or STEM-masklabel.png beside it, the first that there is."""
+    """Return the mask of an image: the first that exists of mask/NAME, mask/STEM.png and STEM-masklabel.png."""
     return next((path for path in map(Path, _masks(image)) if os.path.lexists(path)), None)
 
 
 def is_inside(path: Path, root: Path) -> bool:
-    """Whether a path lies below a folder once all links are followed."""
+    """Return whether a path lies below a folder once all symlinks are resolved."""
     return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))
 
 
 def read_text(path: Path, root: Path) -> str:
-    """A UTF-8 file below `root`; InputError, also where a link takes it elsewhere: texts are read in `root` alone."""
+    """Return the text of a UTF-8 file below `root`; InputError, also for a symlink to a file outside of `root`."""
     name = shown(path)
     if os.path.islink(path) and not os.path.exists(path):
-        raise InputError(f"{name} is a link to {shown(os.readlink(path))}, which is not there or may not be read.")
+        raise InputError(f"{name} is a link to {shown(os.readlink(path))}, which does not exist or cannot be read.")
     if not is_inside(path, root):
         raise InputError(
-            f"{name} is a link that leaves {root}, and only images are read from elsewhere: copy it there."
+            f"{name} is a link to a file outside of {root}, where only images are read: copy it into the folder."
         )
     try:
         with path.open("rb") as file:
@@ -106,11 +106,9 @@ def ending_of(file: str) -> str:
 
 
 def warn_about_links(root: Path, images: Iterable[str]) -> None:
-    """Name the images that are somewhere else."""
+    """Log the images that lie outside of `root`."""
     if linked := [image for image in images if not is_inside(root / image, root)]:
-        logger.warning(
-            "%d images of %s are read from elsewhere, where links lead: %s", len(linked), root, first_names(linked)
-        )
+        logger.warning("%d images of %s are links to files elsewhere: %s", len(linked), root, first_names(linked))
 
 
 def is_visible(name: str) -> bool:
@@ -118,26 +116,29 @@ def is_visible(name: str) -> bool:
 
 
 def _masks(image: PurePosixPath | Path) -> Iterator[PurePosixPath | Path]:
-    """Where the mask of an image may be."""
+    """Yield the possible paths of an image's mask."""
     yield image.parent / MASKS / image.name
     yield image.parent / MASKS / f"{image.stem}.png"
     yield image.with_name(MASK_FILE.format(image.stem))
 
 
 def _companions(image: PurePosixPath) -> Iterator[str]:
-    """What may be beside an image and is not a picture of its own."""
+    """Yield the paths of files beside an image that belong to it."""
     yield from map(str, _masks(image))
     yield str(image.with_name(CONDITION_FILE.format(image.stem)))
 
 
 def walk(root: Path, before: str = "") -> tuple[list[str], list[str]]:
-    """Files, and what is neither file nor folder, as sorted paths below `root`; an unreadable folder is an error."""
+    """Return files, and entries that are neither files nor folders, as sorted paths below `root`.
+
+    InputError for a folder that cannot be read.
+    """
     files, others, seen, todo = [], [], set(), [""]
     while todo:
         folder = todo.pop()
         real = os.path.realpath(root / folder)
         if real in seen:  # a loop of links would repeat its images some forty times
-            raise InputError(f"{before}{shown(root / folder)} links to a folder that is read already.")
+            raise InputError(f"{before}{shown(root / folder)} links to a folder that is already read: remove it.")
         seen.add(real)
         try:
             entries = [entry for entry in os.scandir(root / folder) if is_visible(entry.name)]
@@ -147,16 +148,16 @@ def walk(root: Path, before: str = "") -> tuple[list[str], list[str]]:
             name = folder + entry.name
             is_folder = _is_folder(entry)
             if is_folder and os.path.exists(root / name / LOCK):
-                logger.warning("Not read, since a training or a generation writes there: %s", shown(root / name))
+                logger.warning("Not read, because a training or a generation writes there: %s", shown(root / name))
             elif is_folder:
                 todo.append(f"{name}/")
-            else:  # a link to nothing is a file that cannot be read, which is said where it is needed
+            else:  # a broken link counts as a file; reading it raises the error
                 (files if not os.path.exists(entry) or entry.is_file() else others).append(name)
     return sorted(files), sorted(others)
 
 
 def folders_in(root: Path) -> list[str]:
-    """Names of the visible folders in `root`; none if it cannot be read."""
+    """Return the names of the visible folders in `root`; none if it cannot be read."""
     try:
         return sorted(entry.name for entry in os.scandir(root) if is_visible(entry.name) and _is_folder(entry))
     except OSError:
@@ -166,7 +167,7 @@ def folders_in(root: Path) -> list[str]:
 def _is_folder(entry: os.DirEntry) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link into a folder that may not be entered
+    except OSError:  # a link into a folder without permission
         return False
 
 
@@ -176,7 +177,7 @@ def _warn_about_leftovers(root: Path, files: list[str], images: list[str]) -> No
         if folder not in used and not (root / folder / LOCK).exists():
             logger.warning("The folder %s holds no images.", shown(root / folder))
     stems = {PurePosixPath(image).stem for image in images}
-    known = TEXTS | PICTURES  # what reads captions says which texts it leaves
+    known = TEXTS | PICTURES  # reported elsewhere: unread pictures above, unread texts with the captions
     stray = [f for f in files if "/" not in f and PurePosixPath(f).stem not in stems and ending_of(f) not in known]
     if any("/" in image for image in images) and stray:
         logger.warning("Not used, beside the folders of %s: %s", root, first_names(stray))

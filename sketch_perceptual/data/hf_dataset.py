@@ -1,4 +1,4 @@
-"""Rows of `datasets`: loaded, with their column of images."""
+"""Load Hugging Face datasets, and find their images and classes."""
 
 import logging
 import os
@@ -22,14 +22,14 @@ logger = logging.getLogger(__name__)
 def load_rows(
     dataset_name: str, config: str | None = None, data_dir: str | None = None, cache_dir: str | None = None
 ) -> "datasets.Dataset":
-    """The "train" rows of a data set of the Hub or of a folder that `datasets` reads or has written. InputError.
+    """Load the "train" rows of a data set on the Hub, or of a folder that `datasets` can read or has written.
 
-    Every process may call it at once: `datasets` locks its cache. Images are in the rows, or files in the folder or
-    the caches of `datasets`; a row that names any other file is refused.
+    Safe to call from all processes at once: `datasets` locks its cache. Images are stored in the rows, or are files in
+    the folder or the caches of `datasets`; InputError for a row that names any other file.
     """
     datasets = optional("datasets", "train")
     if os.path.isdir(dataset_name) and (others := walk(Path(dataset_name))[1]):
-        raise InputError(f"{dataset_name} holds what is neither file nor folder: {first_names(others)}.")
+        raise InputError(f"{dataset_name} contains entries that are neither files nor folders: {first_names(others)}.")
     try:
         if any(os.path.isfile(Path(dataset_name, file)) for file in ("state.json", "dataset_dict.json")):
             rows = datasets.load_from_disk(dataset_name)
@@ -38,7 +38,7 @@ def load_rows(
     except (*HUB_ERRORS, datasets.exceptions.DatasetsError) as error:
         advice = ""
         if "scripts are no longer supported" in str(error):
-            advice = " Download its files and pass their folder; ImageNet-Sketch's zip is one for `train_data_dir`."
+            advice = " Download its files and pass their folder; ImageNet-Sketch's zip is for `train_data_dir`."
         reason = hub_reason(error.__cause__ or error).rstrip(".")
         raise InputError(f"`dataset_name` {dataset_name} cannot be loaded: {reason}.{advice}") from error
     if not isinstance(rows, datasets.Dataset):
@@ -54,9 +54,9 @@ def load_rows(
 
 
 def image_column_of(dataset: "datasets.Dataset", name: str, column: str) -> tuple[Sequence[Source], list[str]]:
-    """The undecoded images of a column and what messages call them; InputError.
+    """Return the undecoded images of a column and their names in messages; InputError.
 
-    Texts are paths below the folder `name`, if that is one.
+    Strings are paths below `name`, which must then be a folder.
     """
     import datasets
 
@@ -70,7 +70,7 @@ def image_column_of(dataset: "datasets.Dataset", name: str, column: str) -> tupl
     if dataset.features[column] not in (datasets.Value("string"), datasets.Value("large_string")):
         return undecoded[column], names
     if not os.path.isdir(name):
-        raise InputError(f"The column {column!r} of {name} holds texts: choose another `image_column`.")
+        raise InputError(f"The column {column!r} of {name} holds strings: choose another `image_column`.")
     paths = [path and os.path.join(name, path) for path in dataset[column][:]]
     _check_inside(zip(names, paths, strict=True), [name])
     return paths, names
@@ -82,21 +82,21 @@ def check_column(dataset: "datasets.Dataset", name: str, argument: str, column: 
         raise InputError(f"{name} has no column {column!r}, `{argument}` can be one of: {columns}.")
 
 
-def lone_label(dataset: "datasets.Dataset", but: str | None = None) -> str | None:
-    """The only column of class labels, or None."""
-    labels = [column for column, feature in dataset.features.items() if hasattr(feature, "names") and column != but]
+def lone_label(dataset: "datasets.Dataset", ignored: str | None = None) -> str | None:
+    """Return the only column of class labels, or None."""
+    labels = [name for name, feature in dataset.features.items() if hasattr(feature, "names") and name != ignored]
     return labels[0] if len(labels) == 1 else None
 
 
 def _check_paths(rows: "datasets.Dataset", name: str, folders: Iterable[str | os.PathLike]) -> None:
-    """InputError if an image is a file elsewhere; of all columns, since any of them may be chosen."""
+    """InputError if an image is a file outside of `folders`. All columns are checked, since any may be chosen."""
     for field in rows.data.schema:
         if str(field.type).startswith("struct<") and {"bytes", "path"} <= {part.name for part in field.type}:
             _check_inside(_paths(rows, name, field.name), folders)
 
 
 def _paths(rows: "datasets.Dataset", name: str, column: str) -> Iterator[tuple[str, str | None]]:
-    """(row, path) of the images whose bytes are not in the row."""
+    """Yield (row, path) of the images whose bytes are not in the row."""
     number = 0
     for chunk in rows.data.column(column).chunks:
         for absent, path in zip(chunk.field("bytes").is_null().tolist(), chunk.field("path").tolist(), strict=True):
@@ -106,10 +106,7 @@ def _paths(rows: "datasets.Dataset", name: str, column: str) -> Iterator[tuple[s
 
 
 def _check_inside(paths: Iterable[tuple[str, str | None]], folders: Iterable[str | os.PathLike]) -> None:
-    above = tuple(os.path.join(os.path.abspath(folder), "") for folder in folders)
+    prefixes = tuple(os.path.join(os.path.abspath(folder), "") for folder in folders)
     for row, path in paths:
-        if path and not os.path.abspath(path).startswith(above):
-            raise InputError(
-                f"{row}: the image is {shown(path)}, outside of the data set, where nothing is read; copy it into the"
-                " folder."
-            )
+        if path and not os.path.abspath(path).startswith(prefixes):
+            raise InputError(f"{row}: the image {shown(path)} lies outside of the data set: copy it into the folder.")

@@ -1,16 +1,16 @@
-"""What paper and strokes of a drawing look like, told from its pixels."""
+"""Image statistics: blank, inverted or tinted paper, stroke width."""
 
 import numpy as np
 from PIL import Image
 
-EDGE, SAMPLE = 32, 1024  # the border is this part of the shorter side; so many of its pixels are enough
-DARK, LIGHT = 96, 160  # levels of black paper at most, of chalk on it at least
-FAINT = 64  # no level of a 14-bit scan is above it when its 16 bits become 8
-WHITE, NEUTRAL = 235, 16  # white paper is at least as bright, and its channels differ by no more
+EDGE, SAMPLE = 32, 1024  # the border is 1 / EDGE of the shorter side; about SAMPLE of its pixels are enough
+DARK, LIGHT = 96, 160  # black paper is darker than DARK, chalk on it at least LIGHT
+FAINT = 64  # a 14-bit scan stored as 16 bits stays below this when converted to 8
+WHITE, NEUTRAL = 235, 16  # white paper is at least this bright, and its channels differ by at most NEUTRAL
 
 
 def study(image: Image.Image) -> tuple[np.ndarray, np.ndarray]:
-    """How much of an RGB image has each level, (3, 256), and pixels of its border, (N, 3)."""
+    """Return the share of each level in an RGB image, (3, 256), and a sample of its border pixels, (N, 3)."""
     shares = np.reshape(image.histogram(), (3, 256)) / (image.width * image.height)
     width, height = image.size
     edge = max(1, min(width, height) // EDGE)
@@ -21,33 +21,33 @@ def study(image: Image.Image) -> tuple[np.ndarray, np.ndarray]:
 
 
 def is_blank(shares: np.ndarray) -> bool:
-    """Whether an image is near-constant."""
+    """Return whether an image is near-constant."""
     # A few specks or JPEG noise do not make a drawing: 0.01 % black ink on white already deviates by 2.5.
     levels = np.arange(256)
     return (shares @ levels**2 - (shares @ levels) ** 2).max() < 2**2
 
 
 def is_faint(shares: np.ndarray) -> bool:
-    """Whether an image is nearly black all over, but not quite."""
+    """Return whether an image is nearly, but not entirely, black all over."""
     return 0 < np.flatnonzero(shares.any(0))[-1] < FAINT
 
 
 def is_white_on_black(shares: np.ndarray, border: np.ndarray) -> bool:
-    """Whether light strokes lie on dark paper: the border and most of the image are dark, a little of it is light."""
+    """Return whether light strokes lie on dark paper: border and most of the image are dark, a little is light."""
     dark, light = shares[:, :DARK].sum(1).mean(), shares[:, LIGHT:].sum(1).mean()
     return (border < DARK).mean() > 0.8 and dark > 0.6 and 1e-4 < light < 0.4
 
 
 def is_tinted(border: np.ndarray) -> bool:
-    """Whether the paper is light, but grey or coloured: the median of the border."""
+    """Return whether the paper (the median of the border) is light, but grey or coloured."""
     paper = np.median(border, 0)
     return paper.mean() >= 112 and (paper.max() < WHITE or np.ptp(paper) > NEUTRAL)
 
 
 def stroke_width(image: Image.Image) -> float:
-    """How wide the strokes of an RGB drawing are, in pixels, about; areas count as very wide ones; 0 if it is blank.
+    """Estimate the stroke width of an RGB drawing in pixels: very wide for filled areas, 0 for a blank image.
 
-    Twice the area of the ink over the length of its outline, of which pixels of all directions show 4 / pi.
+    Twice the ink's area over the length of its outline; counting pixel edges makes that 4 / pi longer on average.
     """
     grey = np.asarray(image.convert("L"))
     low, high = int(grey.min()), int(grey.max())

@@ -1,4 +1,4 @@
-"""Pictures of any kind made RGB: the one place that knows 0-255, alpha, EXIF, palettes and 16 bits."""
+"""Load any image as 8-bit RGB: the only module that knows 0-255, alpha, EXIF orientation, palettes and 16 bits."""
 
 import functools
 import io
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 INTERPOLATIONS = {
     name: Image.Resampling[name.upper()] for name in ("bicubic", "bilinear", "box", "hamming", "lanczos", "nearest")
 } | {"nearest_exact": Image.Resampling.NEAREST}
-UPRIGHT = {  # EXIF orientation -> what undoes it
+UPRIGHT = {  # EXIF orientation -> transpose that undoes it
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -34,33 +34,33 @@ Source = str | os.PathLike | bytes | Image.Image | dict | io.IOBase
 INVERT = ("never", "auto", "always")
 PNG = b"\x89PNG\r\n\x1a\n"
 PNG_PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")  # the chunks that pixels need
-LARGEST = 2**26  # pixels: a strip of 2 x 9000 is cut before it grows to gigabytes, then not to the bit
+LARGEST = 2**26  # pixels: larger resized images (gigabytes for a strip of 2 x 9000) are cropped first, not bit-exactly
 ONE_PAGE = ("MPO", "PSD")  # formats whose further frames are previews or layers
-# What is noted of an image, after a number of them.
-PAGES = "of several pages or frames: the first is used"
-HALVED = "of more pixels than Pillow's limit: read at half their size"
-MENDED = "with metadata that are damaged or very long: left out"
-INVERTED = "inverted, black on white now"
+# Notes on images; in messages the number of images comes first.
+PAGES = "with several pages or frames: the first is used"
+HALVED = "with more pixels than Pillow's limit: read at half size"
+STRIPPED = "with damaged or very long metadata: ignored"
+INVERTED = "inverted to black on white"
 
 
 def load_image(
     source: Source, background: str = "white", name: str | None = None, invert: str = "never"
 ) -> Image.Image:
-    """Any picture as 8-bit RGB: upright, its transparency laid on `background`, the first of several frames.
+    """Load any image as 8-bit RGB: upright, transparency composited on `background`, the first of several frames.
 
     16-bit values lose their lower byte. 32-bit integers are read as 8 bit up to 255, as 16 bit up to 65535;
-    floats as 0 to 1, or as 0 to 255 where one exceeds 1. Grey pictures and JPEGs of up to twice Pillow's limit of
-    pixels are halved.
+    floats as 0 to 1, or as 0 to 255 if any exceeds 1. Grey images and JPEGs of up to twice Pillow's pixel limit are
+    halved.
 
     Args:
-        source: a path, the bytes of a file, a file that is open in mode rb, a PIL image, or
+        source: a path, the bytes of a file, a file opened in mode rb, a PIL image, or
             `{"bytes": ..., "path": ...}` from `datasets`.
         background: a colour that PIL knows, "white" or "#ff8800".
-        name: what messages call the image; its path if None.
-        invert: "always" makes it a negative, "auto" where light strokes lie on dark paper.
+        name: the image's name in messages; its path if None.
+        invert: "always", "never", or "auto" if light strokes lie on dark paper.
 
-    Returns the image; `info["notes"]` says what of PAGES, HALVED, MENDED and INVERTED is true of it. Raises InputError
-    for what is missing, damaged, larger than Pillow's limit or beyond those values; TooLittleMemory.
+    Returns the image; `info["notes"]` lists those of PAGES, HALVED, STRIPPED and INVERTED that apply. Raises
+    InputError for an image that is missing, damaged, above Pillow's limit or out of range; TooLittleMemory.
     """
     colour = _colour(background)
     check_choice("invert", invert, INVERT)
@@ -70,18 +70,18 @@ def load_image(
         image = _flatten(image, colour) if image.has_transparency_data else image.convert("RGB")
         if invert == "always" or (invert == "auto" and is_white_on_black(*study(image))):
             image, notes = ImageOps.invert(image), [*notes, INVERTED]
-        image.info = {"notes": notes}  # its orientation would be read once more, of an image that is upright
+        image.info = {"notes": notes}  # without the orientation, which has been applied
         return image
     except Exception as error:  # Pillow's decoders raise nearly everything on damaged files
-        if isinstance(error, MemoryError) or str(error).startswith("out of memory"):  # of Pillow, of libtiff
-            raise TooLittleMemory(f"there is too little memory to read {name or _name(source)}") from error
+        if isinstance(error, MemoryError) or str(error).startswith("out of memory"):  # Pillow, libtiff
+            raise TooLittleMemory(f"there is not enough memory to read {name or _name(source)}") from error
         raise InputError(f"Cannot read the image {name or _name(source)}: {_reason(error)}.") from error
 
 
 def load_extras(source: Source) -> tuple[Image.Image | None, bytes]:
-    """What `load_image` leaves out: transparency (mode L, upright) or None, and EXIF without the orientation.
+    """Return what `load_image` drops: transparency (mode L, upright) or None, and EXIF without the orientation.
 
-    EXIF that is broken is left out, with a warning.
+    Broken EXIF is left out, with a warning.
     """
     image, _ = _decode(source)
     upright = _upright(image)
@@ -90,16 +90,16 @@ def load_extras(source: Source) -> tuple[Image.Image | None, bytes]:
         exif.pop(0x0112, None)
         data = exif.tobytes() if exif else b""
     except Exception:  # as in _upright
-        logger.warning("The EXIF of %s is broken and is left out.", _name(source))
+        logger.warning("The EXIF data of %s are broken and are left out.", _name(source))
         data = b""
     return upright.convert("RGBA").getchannel("A") if upright.has_transparency_data else None, data
 
 
 def to_tensor(image: Image.Image | np.ndarray | Tensor) -> Tensor:
-    """(3, H, W) float32 in [-1, 1] from a PIL image, uint8 (H, W, 3), or floats in [0, 1] of (3, H, W)."""
+    """Convert a PIL image, uint8 (H, W, 3), or floats in [0, 1] (3, H, W) to float32 (3, H, W) in [-1, 1]."""
     x = np.asarray(load_image(image)) if isinstance(image, Image.Image) else image
     if isinstance(x, np.ndarray) and (x.dtype == np.uint8 or x.dtype.kind == "f"):
-        # The copy has the strides and byte order that torch asks for, which a flipped view or a TIFF's do not.
+        # A copy, because torch takes neither the strides of a flipped view nor the byte order of some TIFFs.
         x = torch.from_numpy(x.astype(np.uint8 if x.dtype == np.uint8 else np.float32))
     if isinstance(x, Tensor) and x.ndim == 3 and x.numel():
         if x.dtype == torch.uint8 and x.shape[2] == 3:
@@ -110,7 +110,7 @@ def to_tensor(image: Image.Image | np.ndarray | Tensor) -> Tensor:
 
 
 def to_pil(x: Tensor) -> Image.Image:
-    """The inverse of `to_tensor`: a PIL image from floats (3, H, W) in [-1, 1]; values outside are clamped."""
+    """Convert floats (3, H, W) in [-1, 1] to a PIL image, the inverse of `to_tensor`; values outside are clamped."""
     if not (x.ndim == 3 and x.shape[0] == 3 and x.is_floating_point()) or x.isnan().any():
         raise InputError(f"Expected floats in [-1, 1] (3, H, W), got {_describe(x)}.")
     levels = x.detach().float().clamp(-1, 1).add(1).mul(127.5).round()
@@ -125,13 +125,13 @@ def fit_image(
     interpolation: str = "lanczos",
     position: tuple[float, float] | None = None,
 ) -> Image.Image:
-    """An RGB image made a square of `resolution`, or as wide and high as two numbers say.
+    """Fit an RGB image to a square of `resolution`, or to a (width, height).
 
     Args:
-        fit: "crop" fills it and cuts what stands out on two sides; "pad" keeps all and fills up with `background`.
+        fit: "crop" fills the target and cuts off the excess; "pad" keeps the whole image and adds `background`.
         interpolation: a name in `INTERPOLATIONS`.
-        position: which of the possible crops in x and y, from 0 to 1; None is torchvision's centre. Uniform numbers
-            make each crop as likely, as its RandomCrop does.
+        position: of the crop in x and y, from 0 to 1; None is torchvision's centre. With uniform numbers each crop is
+            equally likely, as in torchvision's RandomCrop.
     """
     size = (resolution, resolution) if isinstance(resolution, int) else resolution
     if min(size) < 1:
@@ -150,12 +150,12 @@ def fit_image(
 
 
 def fit_key(fit: str) -> str:
-    """A name for caches of what `fit_image` or a bucket makes, which changes with its pixels."""
+    """Return a cache key that changes when the pixels that `fit_image` or a bucket produces change."""
     return fit if fit == "pad" else f"{fit}-2"
 
 
 def _decode(source: Source) -> tuple[Image.Image, list[str]]:
-    """The picture as it is stored, and what is noted of it."""
+    """Return the image as stored, and notes on it."""
     if isinstance(source, Image.Image):
         if 0 in source.size:
             raise ValueError("it has no pixels")
@@ -172,13 +172,13 @@ def _decode(source: Source) -> tuple[Image.Image, list[str]]:
         if not data.startswith(PNG):
             raise
         image, notes = _open(_pixel_chunks(data))
-        return image, [*notes, MENDED]
+        return image, [*notes, STRIPPED]
 
 
 def _open(data: bytes) -> tuple[Image.Image, list[str]]:
     image, notes, limit = Image.open(io.BytesIO(data)), [], Image.MAX_IMAGE_PIXELS or float("inf")
     if image.width * image.height > limit:  # Pillow itself only warns below twice the limit
-        image.draft(image.mode, (image.width // 2, image.height // 2))  # of a JPEG, which is never whole in memory
+        image.draft(image.mode, (image.width // 2, image.height // 2))  # JPEGs only: decoded at half size
         if image.width * image.height > limit and (image.mode not in ("1", "L") or image.has_transparency_data):
             raise Image.DecompressionBombError
         notes.append(HALVED)
@@ -193,17 +193,17 @@ def _open(data: bytes) -> tuple[Image.Image, list[str]]:
 def _has_pages(image: Image.Image) -> bool:
     try:
         return getattr(image, "is_animated", False)
-    except Exception:  # the first page may be whole
+    except Exception:  # the first page may be readable
         return False
 
 
 def _pixel_chunks(data: bytes) -> bytes:
-    """A PNG without what only describes it, but with EXIF that is whole, since that may say what is up."""
+    """Drop a PNG's ancillary chunks, except valid EXIF, which may hold the orientation."""
     kept, start = [PNG], len(PNG)
     while start + 12 <= len(data):
         end = start + 12 + int.from_bytes(data[start : start + 4], "big")
-        kind, whole = data[start + 4 : start + 8], data[end - 4 : end] == _crc(data[start + 4 : end - 4])
-        if kind in PNG_PIXELS or (kind == b"eXIf" and whole):
+        kind, is_valid = data[start + 4 : start + 8], data[end - 4 : end] == _crc(data[start + 4 : end - 4])
+        if kind in PNG_PIXELS or (kind == b"eXIf" and is_valid):
             kept.append(data[start:end])
         start = end
     return b"".join(kept)
@@ -214,7 +214,7 @@ def _crc(data: bytes) -> bytes:
 
 
 def unwrap(source: Source) -> Source:
-    """The bytes, or else the path, in a dict from `datasets`; any other source as it is."""
+    """Return the bytes, or else the path, in a dict from `datasets`; any other source as it is."""
     if isinstance(source, dict):
         return source["path"] if source["bytes"] is None else source["bytes"]
     return source
@@ -233,7 +233,7 @@ def _bytes(source: Source) -> bytes:
     if isinstance(source, str | os.PathLike):
         path = Path(source)
         if path.exists() and not (path.is_file() or path.is_dir()):
-            raise ValueError("not a regular file")  # reading a pipe would wait for good
+            raise ValueError("it is not a regular file")  # reading a pipe would block forever
         return path.read_bytes()
     raise ValueError(
         f"expected a path, bytes, an open file, a PIL image or a dict of bytes and path, got {type(source).__name__}"
@@ -241,23 +241,23 @@ def _bytes(source: Source) -> bytes:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    # Not ImageOps.exif_transpose: it also rewrites the EXIF block and fails where other entries are broken.
+    # Not ImageOps.exif_transpose: it also rewrites the EXIF block and fails if other entries are broken.
     try:
         orientation = image.getexif().get(0x0112)
-    except Exception:  # as many kinds as there are ways to break EXIF; the pixels are fine
+    except Exception:  # broken EXIF raises nearly anything; the pixels are fine
         return image
     return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
 
 
 def _scale(image: Image.Image) -> tuple[int, bool]:
-    """The bits of a level of mode I;16, and whether 0 is white in modes I and F, as a TIFF says."""
+    """Return a TIFF's bits per level in mode I;16, and whether 0 is white in modes I and F."""
     tags = getattr(image, "tag_v2", {})
     bits = max(tags.get(258, (16,)))
     return bits if 8 < bits < 16 else 16, tags.get(262) == 0
 
 
 def _eight_bit(image: Image.Image, bits: int, white_is_zero: bool) -> Image.Image:
-    """Modes I;16, I and F as L, or LA where a 16-bit level is marked transparent; other modes as they are."""
+    """Convert modes I;16, I and F to L, or to LA if a 16-bit level is marked transparent; keep other modes."""
     if not image.mode.startswith(("I", "F")):
         return image
     values = np.asarray(image)
@@ -287,12 +287,12 @@ def _reason(error: Exception) -> str:
         return "there is no such file"
     if isinstance(error, IsADirectoryError):
         return "it is a folder"
-    if isinstance(error, UnidentifiedImageError):  # whose own message shows only the address of a buffer
+    if isinstance(error, UnidentifiedImageError):  # its message only shows the address of a buffer
         return "it is not an image that Pillow knows"
     if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
         return (
             f"it has more than {Image.MAX_IMAGE_PIXELS} pixels, Pillow's limit against decompression bombs: make it"
-            " smaller; grey ones and JPEGs may have twice as many"
+            " smaller (grey images and JPEGs may have twice as many)"
         )
     return str(error) or type(error).__name__
 
@@ -316,10 +316,10 @@ def _describe(x: Any) -> str:
 
 @functools.cache
 def bucket_size(size: tuple[int, int], resolution: int, multiple: int = 8) -> tuple[int, int]:
-    """Width and height for an image of this size to be trained at: less than a twentieth of it is cut.
+    """Return the training width and height for an image of this size, so that less than 5 % of it is cropped.
 
-    Of at most `resolution` squared pixels and at least three quarters of that, in multiples of 64, or of the largest
-    of 32, 16, 8 and `multiple` that will do; InputError where none does.
+    Between three quarters of `resolution` squared pixels and all of them, in multiples of 64, or of the largest of 32,
+    16, 8 and `multiple` that is possible; InputError if none is.
     """
     for step in (64, 32, 16, 8, multiple):
         widths = range(step, resolution**2 // step + 1, step) if step >= multiple else ()
@@ -330,7 +330,7 @@ def bucket_size(size: tuple[int, int], resolution: int, multiple: int = 8) -> tu
             if 0.75 * resolution**2 <= width * height <= resolution**2 and _cut(size, (width, height)) < 0.05
         ]
         if sizes:
-            return max(sizes, key=lambda found: (found[0] * found[1], -_cut(size, found)))
+            return max(sizes, key=lambda target: (target[0] * target[1], -_cut(size, target)))
     raise InputError(
         f"`fit` bucket: no size near `resolution` {resolution} in multiples of {multiple} keeps 95 % of an image of"
         f" {size[0]} x {size[1]} pixels; use a larger `resolution`, or `fit` pad."
@@ -338,19 +338,19 @@ def bucket_size(size: tuple[int, int], resolution: int, multiple: int = 8) -> tu
 
 
 def _heights(width: int, size: tuple[int, int], step: int) -> set[int]:
-    """The multiples of `step` next to the height that would cut nothing."""
+    """Return the multiples of `step` next to the height at which nothing is cropped."""
     below = int(width * size[1] / size[0]) // step * step
     return {below, below + step} - {0}
 
 
 def _cut(size: tuple[int, int], target: tuple[int, int]) -> float:
-    """The share of an image that is lost where it fills the target."""
+    """Return the share of an image that is cropped when it fills the target."""
     one, other = target[0] * size[1], target[1] * size[0]
     return 1 - min(one, other) / max(one, other)
 
 
 def _tightest(size: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:
-    """The side of the target that an image of this size meets first when it grows, and that side of the image."""
+    """Return the side of the target that limits the size of an image inside it, and that side of the image."""
     across = target[0] * size[1] <= target[1] * size[0]
     return (target[0], size[0]) if across else (target[1], size[1])
 
@@ -361,7 +361,7 @@ def _cropped(
     resample: Image.Resampling,
     position: tuple[float, float] | None,
 ) -> Image.Image:
-    """What torchvision's Resize to the shorter side and a crop leave of an image, to the bit."""
+    """Resize to fill the target and crop, bit-exact with torchvision's Resize of the shorter side and crop."""
     part, whole = _tightest(target, image.size)  # the side of the image that is kept whole
     width, height = (max(wanted, int(whole * side / part)) for side, wanted in zip(image.size, target, strict=True))
     free = width - target[0], height - target[1]

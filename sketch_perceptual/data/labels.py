@@ -19,10 +19,10 @@ logger = logging.getLogger(__name__)
 
 
 def labelled_folder(root: str | os.PathLike, **options) -> LabelledImages:
-    """The images under `root`, which holds one folder a class, as ImageNet-Sketch's zip does; hidden ones left out.
+    """Return the images under `root`, which has one folder per class, like ImageNet-Sketch's zip; no hidden files.
 
-    Classes are numbered in the order of their names, which are those of the folders; kohya's 10_boat is "boat".
-    `options` are the keywords of `LabelledImages`. Raises InputError.
+    Classes are named after their folders (kohya's 10_boat is "boat") and numbered in the order of the names.
+    `options` are keywords of `LabelledImages`. Raises InputError.
     """
     root = Path(root)
     _, images = find_images(root)
@@ -35,12 +35,12 @@ def labelled_folder(root: str | os.PathLike, **options) -> LabelledImages:
     names = {folder: check_unicode(name, f"a folder of {root}") for folder, name in folders.items() if name}
     classes = sorted(set(names.values()))
     if len(names) < len(folders) or len(classes) < 2:
-        found = first_names(classes) or "none"
-        found = "; ".join(filter(None, [found, describe_no_classes(root, images, folders)]))
-        raise InputError(f"{root} must hold a folder for each of two classes or more, found {found}.")
+        summary = first_names(classes) or "none"
+        summary = "; ".join(filter(None, [summary, describe_no_classes(root, images, folders)]))
+        raise InputError(f"{root} must hold one folder for each of two or more classes, found {summary}.")
     if repeats := [folder for folder, count in folder_repeats(images).items() if count > 1]:
         logger.warning(
-            "%s: images with classes are shown once an epoch, whatever the number of %s", root, first_names(repeats)
+            "%s: images with classes are shown once an epoch; repeats are ignored: %s", root, first_names(repeats)
         )
     number = {folder: classes.index(name) for folder, name in names.items()}
     labels = [number[image.partition("/")[0]] for image in inside]
@@ -57,16 +57,16 @@ def labelled_dataset(
     group_column: str | None = None,
     **options,
 ) -> LabelledImages:
-    """The rows of a `datasets.Dataset` with an image and a class; rows without a class are left out, and counted.
+    """Return the rows of a `datasets.Dataset` with an image and a class; logs how many rows have no class.
 
-    `label_column` is a ClassLabel or holds names or whole numbers. If there is no such column but exactly one
-    ClassLabel, that one is taken, with a warning. `options` are the keywords of `LabelledImages`. Raises InputError.
+    `label_column` is a ClassLabel or holds names or integers. If there is no such column but exactly one ClassLabel,
+    that one is used, with a warning. `options` are keywords of `LabelledImages`. Raises InputError.
     """
     sources, names = image_column_of(dataset, name, image_column)
     dataset = dataset.with_format(None)
-    if label_column not in dataset.column_names and (alone := lone_label(dataset, but=group_column)):
-        logger.warning("%s has no column %r: the class is taken from %r.", name, label_column, alone)
-        label_column = alone
+    if label_column not in dataset.column_names and (only_label := lone_label(dataset, ignored=group_column)):
+        logger.warning("%s has no column %r: the class is taken from %r.", name, label_column, only_label)
+        label_column = only_label
     check_column(dataset, name, "label_column", label_column)
     if group_column is not None:
         check_column(dataset, name, "group_column", group_column)
@@ -82,7 +82,7 @@ def labelled_dataset(
 
 
 def _numbered(dataset: "datasets.Dataset", name: str, column: str) -> tuple[list[str], list[int]]:
-    """The classes of a column and the number of each row's, -1 where it has none."""
+    """Return the classes of a column and the class index of each row, -1 if it has none."""
     values, feature = dataset[column][:], dataset.features[column]
     if hasattr(feature, "names"):
         classes, labels = feature.names, [-1 if value is None else value for value in values]
@@ -95,5 +95,5 @@ def _numbered(dataset: "datasets.Dataset", name: str, column: str) -> tuple[list
             f"The column {column!r} of {name} holds {feature}, not classes: choose another `label_column`."
         )
     if len(set(labels) - {-1}) < 2:
-        raise InputError(f"{name} must have two classes or more in the column {column!r}.")
+        raise InputError(f"{name} must have two or more classes in the column {column!r}.")
     return classes, labels

@@ -1,4 +1,4 @@
-"""The order of a training's images."""
+"""Samplers and data loaders."""
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
@@ -12,7 +12,7 @@ from .datasets import CaptionedImages, Images
 
 
 class EpochSampler(torch.utils.data.Sampler):
-    """Yields (epoch, index) in an order drawn from (seed, epoch) alone; set `epoch` before each pass."""
+    """Yield (epoch, index) in an order that depends only on (seed, epoch); set `epoch` before each pass."""
 
     def __init__(self, length: int, seed: int):
         self.length, self.seed, self.epoch = length, seed, 0
@@ -26,9 +26,9 @@ class EpochSampler(torch.utils.data.Sampler):
 
 
 class ShapeSampler(EpochSampler):
-    """Yields lists of (epoch, index) whose images have one shape, in an order drawn from (seed, epoch) alone.
+    """Yield batches of (epoch, index) whose images have one shape, in an order that depends only on (seed, epoch).
 
-    Each list has `batch_size` of them, but for one of each shape that holds what is left.
+    All batches are full except the last one of each shape.
     """
 
     def __init__(self, shapes: Sequence[Hashable], batch_size: int, seed: int):
@@ -36,22 +36,22 @@ class ShapeSampler(EpochSampler):
         self.shapes, self.batch_size = shapes, batch_size
 
     def __iter__(self):
-        draw = generator(self.seed, "order", self.epoch)
+        rng = generator(self.seed, "order", self.epoch)
         batches: list[list[tuple[int, int]]] = []
         filling: dict[Hashable, list[tuple[int, int]]] = {}
-        for index in torch.randperm(len(self.shapes), generator=draw).tolist():
+        for index in torch.randperm(len(self.shapes), generator=rng).tolist():
             batch = filling.setdefault(self.shapes[index], [])
             batch.append((self.epoch, index))
             if len(batch) == self.batch_size:
                 batches.append(filling.pop(self.shapes[index]))
         batches += filling.values()
-        return iter([batches[number] for number in torch.randperm(len(batches), generator=draw).tolist()])
+        return iter([batches[number] for number in torch.randperm(len(batches), generator=rng).tolist()])
 
 
 class Batches(torch.utils.data.Dataset):
-    """Whole batches by lists of keys, for a DataLoader that takes one at a time.
+    """Collated batches by lists of keys, for a DataLoader that takes one at a time.
 
-    accelerate splits batches of one size alone over processes, and these differ.
+    accelerate can only split batches of equal size over processes, and these differ.
     """
 
     def __init__(self, data: Images, collate: Callable):
@@ -64,9 +64,9 @@ class Batches(torch.utils.data.Dataset):
 def make_loader(
     data: Images, batch_size: int, seed: int, collate: Callable, num_workers: int = 0, **options
 ) -> tuple[torch.utils.data.DataLoader, EpochSampler]:
-    """Batches of `data`, which is indexed by (epoch, index), and the sampler that orders them.
+    """Return a loader of `data`, which is indexed by (epoch, index), and its sampler.
 
-    Where images differ in shape, by `fit` "bucket", those of a batch have one.
+    With `fit` "bucket", all images of a batch have one shape.
     """
     options |= {"num_workers": num_workers, "persistent_workers": num_workers > 0}
     sampler: EpochSampler
@@ -79,25 +79,25 @@ def make_loader(
 
 
 def pk_batches(
-    labels: Sequence[int], classes_per_batch: int, images_per_class: int, draw: torch.Generator
+    labels: Sequence[int], classes_per_batch: int, images_per_class: int, rng: torch.Generator
 ) -> list[list[int]]:
-    """Positions in `labels`, each once, in batches of up to P different classes and up to K drawings of each.
+    """Split positions in `labels` into batches of up to P different classes and up to K drawings of each.
 
-    A class that K does not divide has a smaller group. Classes come up in proportion to the groups they have left;
-    where few are left, batches are smaller.
+    If K does not divide the size of a class, one of its groups is smaller. Classes are drawn in proportion to their
+    remaining groups; when few remain, batches are smaller.
     """
     groups: dict[int, list[list[int]]] = {}
-    order = torch.randperm(len(labels), generator=draw).tolist()
+    order = torch.randperm(len(labels), generator=rng).tolist()
     for index in order:
-        own = groups.setdefault(labels[index], [[]])
-        if len(own[-1]) == images_per_class:
-            own.append([])
-        own[-1].append(index)
+        class_groups = groups.setdefault(labels[index], [[]])
+        if len(class_groups[-1]) == images_per_class:
+            class_groups.append([])
+        class_groups[-1].append(index)
     classes, batches = sorted(groups), []
     left = torch.tensor([len(groups[label]) for label in classes], dtype=torch.float64)
     while left.any():
         count = min(classes_per_batch, int(left.count_nonzero()))
-        chosen = torch.multinomial(left, count, generator=draw)
+        chosen = torch.multinomial(left, count, generator=rng)
         left[chosen] -= 1
         batches.append([index for c in chosen.tolist() for index in groups[classes[c]].pop()])
-    return [batches[index] for index in torch.randperm(len(batches), generator=draw).tolist()]
+    return [batches[index] for index in torch.randperm(len(batches), generator=rng).tolist()]

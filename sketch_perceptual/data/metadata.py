@@ -1,4 +1,4 @@
-"""Captions out of metadata.csv and metadata.jsonl."""
+"""Captions from metadata.csv and metadata.jsonl."""
 
 import csv
 import io
@@ -12,14 +12,14 @@ from ..errors import InputError, complain, first_line, first_names, shown
 from .filenames import by_spelling, check_unicode, hint, match_name
 from .folders import METADATA, read_text
 
-# What programs write for a missing text.
+# Spellings of a missing value.
 MISSING = {"", "nan", "-nan", "none", "null", "n/a", "na", "#n/a", "#na", "<na>", "undefined"}
 
 
 def read_metadata(
     root: Path, files: Sequence[str], images: Sequence[str], column: str
 ) -> tuple[dict[str, list[str]], list[str]]:
-    """Captions by image path, and a description of each metadata file; InputError."""
+    """Return captions by image path, and a description of each metadata file; InputError."""
     captions, descriptions, known = {}, [], by_spelling(images)
     for file in (file for file in files if posixpath.basename(file) in METADATA):
         rows = list(_read_rows(root / file, root))
@@ -41,24 +41,24 @@ def read_metadata(
 
 
 def as_captions(value: Any, where: str) -> list[str]:
-    """The captions of a cell: a text or a list of texts; those that are empty or missing are left out."""
+    """Return the captions in a cell, a string or a list of strings, without those that are missing."""
     values = value if isinstance(value, list) else [value]
     for caption in values:
         if not (caption is None or isinstance(caption, str) or caption != caption):
             raise InputError(
-                f"{where}: a caption must be a text or a list of texts, got {str(caption)[:80]}: choose another"
+                f"{where}: a caption must be a string or a list of strings, got {str(caption)[:80]}: choose another"
                 " `caption_column`."
             )
     return [check_unicode(text, where) for text in values if isinstance(text, str) and is_caption(text)]
 
 
 def is_caption(text: str) -> bool:
-    """Whether a text says anything: "", "nan" and "NULL" do not."""
+    """Return whether a text is a caption, not a missing value such as "", "nan" or "NULL"."""
     return text.strip().casefold() not in MISSING
 
 
 def csv_reader(text: str, column: str) -> csv.DictReader:
-    """Rows of CSV whose header has `column`, between commas, semicolons or tabs; spaces before cells are dropped."""
+    """Return a reader of CSV with `column` in its header, separated by commas, semicolons or tabs."""
     header = text.partition("\n")[0]
     delimiter = next((mark for mark in ",;\t" if column in _cells(header, mark)), ",")
     reader = csv.DictReader(io.StringIO(text), delimiter=delimiter, skipinitialspace=True, strict=True)
@@ -78,19 +78,19 @@ def _image_of(
         raise InputError(f"{where} has no file_name, the path of an image; its columns are {columns}.")
     image = posixpath.normpath(posixpath.join(posixpath.dirname(file), listed))
     if image.startswith(("/", "../")):
-        raise InputError(f"{where} leaves the folder: {shown(listed)}.")
-    if found := match_name(image, known):
-        return found
+        raise InputError(f"{where} lists {shown(listed)}, which is outside of the folder.")
+    if match := match_name(image, known):
+        return match
     if match_name(image, by_spelling(files)):
         raise InputError(
-            f"{where} lists {shown(listed)}, which is not read as an image: convert it to PNG, or take out the line if"
-            " it is the mask of another."
+            f"{where} lists {shown(listed)}, which is not read as an image: convert it to PNG, or remove the line if"
+            " it is the mask of another image."
         )
     raise InputError(f"{where} lists {shown(listed)}, but there is no such image{hint(image, files)}.")
 
 
 def _read_rows(path: Path, root: Path) -> Iterator[tuple[int, dict]]:
-    """(line, columns) of a .csv or .jsonl file."""
+    """Yield (line number, row) of a .csv or .jsonl file."""
     return (_csv_rows if path.suffix == ".csv" else _json_rows)(path, read_text(path, root))
 
 

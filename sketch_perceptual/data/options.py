@@ -1,4 +1,4 @@
-"""The options that say where images come from, and the images that they name."""
+"""Options for training data, and functions that load it."""
 
 import argparse
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from .labels import labelled_dataset, labelled_folder
 
 
 def add_data_options(parser: Parser) -> Callable:
-    """The options that say where pictures come from; returns `add_argument` of their group for more of them."""
+    """Add options for the source of images; return `add_argument` of their group."""
     add = parser.group("data")
     add("--dataset_name", shared=False, help="dataset on the Hub, or a folder that `datasets` can read")
     add(
@@ -31,19 +31,19 @@ def add_data_options(parser: Parser) -> Callable:
         help="what to do with images that cannot be read",
     )
     add("--background", default="white", help="colour behind transparent drawings")
-    add("--invert", choices=INVERT, default="never", help="make negatives: auto, of what is white on black")
+    add("--invert", choices=INVERT, default="never", help="invert images; auto: those that are white on black")
     add("--max_train_samples", shared=False, type=at_least(1), help="use a random subset of N images")
     add("--cache_dir", shared=False, help="where downloads are cached")
     return add
 
 
 def add_caption_options(parser: Parser) -> Callable:
-    """`add_data_options` and where captions come from; returns `add_argument` of their group for more of them."""
+    """Add options for captioned images; return `add_argument` of their group."""
     add = add_data_options(parser)
     add(
         "--train_data_dir",
         shared=False,
-        help="a folder of images with metadata.jsonl or .csv, .txt side-cars, or class folders",
+        help="a folder of images with metadata.jsonl or .csv, .txt files beside them, or class folders",
     )
     add("--caption_column", shared=False, default="text", help="captions, lists of captions, or class labels")
     add("--caption_template", default=CAPTION_TEMPLATE, help="caption of an image of a class; {class} is its name")
@@ -52,9 +52,9 @@ def add_caption_options(parser: Parser) -> Callable:
         "--on_missing_caption",
         choices=("error", "skip", "default"),
         default="error",
-        help="what to do with images that have no caption; with --default_caption they get that, unless skipped",
+        help="what to do with images that have no caption; with --default_caption they get it, unless skipped",
     )
-    add("--trigger_word", metavar="WORD", help="put WORD and a comma before each caption that does not have it")
+    add("--trigger_word", metavar="WORD", help="prepend WORD and a comma to each caption that does not contain it")
     return add
 
 
@@ -64,7 +64,7 @@ def check_caption_options(parser: Parser, args: argparse.Namespace) -> None:
 
 
 def add_class_options(parser: Parser, role: str) -> Callable:
-    """`add_data_options` and what drawings with classes need; `role` of the held-out drawings."""
+    """Add options for drawings with classes; `role` is the purpose of the held-out drawings."""
     add = add_data_options(parser)
     add(
         "--train_data_dir",
@@ -89,7 +89,7 @@ def check_class_options(parser: Parser, args: argparse.Namespace) -> None:
 
 
 def choose_samples(data: Kind, count: int | None, seed: int) -> Kind:
-    """A random choice of `count` of `data`, or all."""
+    """Return a random subset of `count` items, or all of `data`."""
     if count is None or count >= len(data):
         return data
     chosen = torch.randperm(len(data), generator=generator(seed, "samples"))[:count]
@@ -97,7 +97,7 @@ def choose_samples(data: Kind, count: int | None, seed: int) -> Kind:
 
 
 def load_captioned(args: argparse.Namespace, seed: int, **transform) -> CaptionedImages:
-    """The images that the options of `add_caption_options` name; `transform` are keywords of `CaptionedImages`."""
+    """Load the images of `add_caption_options`; `transform` are keywords of `CaptionedImages`."""
     names = "caption_column caption_template default_caption on_missing_caption trigger_word background invert".split()
     options = {name: getattr(args, name) for name in names} | {"seed": seed} | transform
     if args.dataset_name is None:
@@ -109,7 +109,7 @@ def load_captioned(args: argparse.Namespace, seed: int, **transform) -> Captione
 
 
 def load_labelled(args: argparse.Namespace, seed: int, **options) -> LabelledImages:
-    """The drawings that the options of `add_class_options` name; `options` are the keywords of `LabelledImages`."""
+    """Load the drawings of `add_class_options`; `options` are keywords of `LabelledImages`."""
     options |= {"background": args.background, "invert": args.invert, "seed": seed}
     if args.dataset_name is None:
         data = labelled_folder(args.train_data_dir, **options)

@@ -1,4 +1,4 @@
-"""A sheet of pictures as a model gets them, drawn before the training begins."""
+"""A preview sheet of the model's inputs, written before training."""
 
 import logging
 from collections.abc import Callable
@@ -18,25 +18,25 @@ from .scan import Contents, read_once
 logger = logging.getLogger(__name__)
 
 ROWS, EPOCHS = 8, 4
-BESIDE = "#808080"  # beside pictures that are not square
+BESIDE = "#808080"  # padding of pictures that are not square
 
 See = Callable[[Images, int], list[Tensor]]
 
 
 def in_epochs(data: Images, index: int) -> list[Tensor]:
-    """What the model gets of an image in the first epochs."""
+    """Return the model's inputs for an image in the first epochs."""
     return [data[epoch, index]["pixel_values"] for epoch in range(EPOCHS)]
 
 
 def fitted(resolution: int, fit: str, background: str, data: Images, index: int) -> list[Tensor]:
-    """What it always gets where nothing is drawn at random."""
+    """Return the model's input for an image if it is the same in all epochs."""
     return [to_tensor(fit_image(data.image(index), resolution, fit, background))]
 
 
 def read_data(
     data: Images, on_bad_image: str, figure: str | None = None, *, copies: bool = False, see: See = in_epochs
 ) -> Contents:
-    """`read_once`; with `figure`, a sheet of what the model will `see` of the images is written there."""
+    """Call `read_once`; with `figure`, write a sheet of the model's inputs, which `see` returns, to that file."""
     contents = read_once(data, on_bad_image, copies=copies)
     if figure and not has_complained():
         write_sheet(figure, sheet_rows(data.select(contents.positions), see))
@@ -44,7 +44,7 @@ def read_data(
 
 
 def sheet_rows(data: Images, see: See = in_epochs, what: str = "") -> dict[str, list[Image.Image]]:
-    """A row of `image_grid` for each of a few images, at random; one column where all epochs are the same."""
+    """Return rows of `image_grid` for a few random images; with one column if all epochs are the same."""
     indices = sorted(torch.randperm(len(data), generator=generator("sheet"))[:ROWS].tolist())
     rows = {what + _title(data, index): [pad(to_pil(x), BESIDE) for x in see(data, index)] for index in indices}
     is_random = any(image != images[0] for images in rows.values() for image in images)
@@ -55,16 +55,16 @@ def write_sheet(path: str | Path, rows: dict[str, list[Image.Image]]) -> None:
     columns = max(map(len, rows.values()))
     heads = [f"epoch {number + 1}" for number in range(columns)] if columns > 1 else None
     write_figure(path, image_grid(rows, heads))
-    logger.info("what the model will see: %s", path)
+    logger.info("preview of the model's inputs: %s", path)
 
 
 def pad(picture: Image.Image, background: str) -> Image.Image:
-    """A whole picture in a square, as a grid shows it."""
+    """Pad a picture to a square of `SHEET_SIZE`."""
     return fit_image(picture, SHEET_SIZE, "pad", background)
 
 
 def _title(data: Images, index: int) -> str:
-    """The caption or class, if there is one, after what tells images of one name apart."""
+    """Return the number and name of an image, and its caption or class if it has one."""
     title, row = f"{index + 1}: {Path(data.name(index)).name} ", data.rows[index]
     if isinstance(data, CaptionedImages):
         return title + shown(" | ".join(data.captions[row]))

@@ -1,4 +1,4 @@
-"""Training and held-out images that share no drawing: near-duplicates stay together."""
+"""Train/validation splits that keep near-duplicates together."""
 
 import hashlib
 from collections import Counter
@@ -17,12 +17,12 @@ class Split:
     Args:
         train: what to train on.
         validation: the held-out images; no near-duplicate of one is in `train`.
-        left_out: what would be in `train` but for a near-duplicate in `validation`; empty without groups.
-        copied: how many images have a near-duplicate.
-        copy_groups: in how many groups of them.
-        unvalidated: how many classes have no image in `validation`.
-        untrained: how many have none in `train`.
-        summary: the same in a few short phrases.
+        left_out: images in neither, because a near-duplicate is in `validation`; empty without groups.
+        copied: number of images with a near-duplicate.
+        copy_groups: number of groups of near-duplicates.
+        unvalidated: number of classes without an image in `validation`.
+        untrained: number of classes without an image in `train`.
+        summary: all this in a few short phrases.
     """
 
     train: list[int]
@@ -42,19 +42,19 @@ def split(
     groups: Sequence[str] | None = None,
     validation_share: float = 0.1,
 ) -> Split:
-    """A stratified split that follows from what the images show, whatever their order and names.
+    """Return a stratified split that depends only on the images' contents, not on their order or names.
 
-    A hash puts units, which are near-duplicates or `groups`, in an order. One after the other is held out if that
-    brings the classes closer to their share. Every class with an image keeps one to train on.
+    Units, which are sets of near-duplicates or `groups`, are ordered by hash. Each in turn is held out if that brings
+    the classes closer to their share. Every class with an image keeps one to train on.
 
-    Without groups, a class has held-out images if it has two units, one of them in no other class. With groups, whole
-    groups are on one side, and near-duplicates of held-out images are left out of training.
+    Without groups, a class has held-out images if it has two units, one of them in no other class. With groups, each
+    group is on one side, and near-duplicates of held-out images are left out of training.
 
     Args:
         labels: the class of each image.
         keys: the `content_key` of each.
-        copies: what `near_duplicates` returns for them.
-        groups: what must not be divided, for example who drew each image.
+        copies: the result of `near_duplicates` for them.
+        groups: the group of each, e.g. its artist; groups are not divided.
         validation_share: held-out fraction of each class, between 0 and 1; at least one image where possible.
 
     Raises InputError.
@@ -73,7 +73,7 @@ def split(
     train = set(range(len(labels))) - validation - left_out
     if not (validation and train):
         argument = "`validation_share`" if groups is None else "`group_column`"
-        raise InputError(f"{argument}: one side stays empty: each class must keep an image to train on.")
+        raise InputError(f"{argument}: one side would be empty: each class must keep an image to train on.")
     return _report(labels, copies, sorted(train), sorted(validation), sorted(left_out))
 
 
@@ -82,11 +82,11 @@ def _digest(text: str) -> str:
 
 
 def _units(copies: list[int], keys: Sequence[str]) -> list[list[int]]:
-    """Groups of near-duplicates in an order that depends on their contents alone."""
+    """Return sets of near-duplicates in an order that depends only on their contents."""
     units = _collect(copies).values()
     if len(units) < 2:
-        raise InputError("all images are copies of one picture, there is nothing to split.")
-    # Hashed again: the smallest key of many is small, so large groups would come first.
+        raise InputError("all images are copies of one picture: there is nothing to split.")
+    # Hashed again: the minimum of many keys is small, so large sets would come first.
     return sorted(units, key=lambda unit: _digest(min(keys[index] for index in unit)))
 
 
@@ -96,12 +96,12 @@ def _named_units(groups: Sequence[str]) -> list[list[int]]:
         raise InputError(f"`group_column`: {missing} of {len(groups)} images have no group.")
     units = _collect(groups)
     if len(units) < 2:
-        raise InputError(f"`group_column`: all images are of the group {groups[0]!r}, at least two are needed.")
+        raise InputError(f"`group_column`: all images are in the group {groups[0]!r}, at least two are needed.")
     return [units[name] for name in sorted(units, key=lambda name: _digest(str(name)))]
 
 
 def _collect(names: Sequence) -> dict:
-    """The positions of each name."""
+    """Return the positions of each name."""
     positions = {}
     for index, name in enumerate(names):
         positions.setdefault(name, []).append(index)
@@ -109,9 +109,9 @@ def _collect(names: Sequence) -> dict:
 
 
 def _choose(classes: list[Counter], share: float, fill: bool) -> list[int]:
-    """Which units are held out, from how many images of each class every one has.
+    """Return the units to hold out, given the number of images of each class in each unit.
 
-    With `fill`, a second round, small units first, serves the classes that the first left without.
+    With `fill`, a second round, small units first, is for classes that have none held out after the first.
     """
     left, taken, target = Counter(), Counter(), {}
     for counts in classes:
@@ -159,7 +159,7 @@ def _report(
 def describe_split(
     result: Split, keys: Sequence[str], validation_share: float, group_column: str | None = None
 ) -> dict:
-    """A split as it is saved."""
+    """Return a split as a dictionary to save as JSON."""
     return {
         "about": "content keys (data.near_duplicates) of the held-out images; all others were trained on",
         "validation_share": validation_share,
@@ -173,5 +173,5 @@ def describe_split(
 
 
 def split_hash(record: dict) -> str:
-    """12 hexadecimal digits for the held-out images of what `describe_split` returns."""
+    """Return a hash of the held-out images, 12 hexadecimal digits; `record` is from `describe_split`."""
     return _digest(" ".join(record["validation"]))[:12]

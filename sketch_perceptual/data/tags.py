@@ -1,4 +1,4 @@
-"""Captions as they are trained on: behind a trigger word, their tags in another order each time."""
+"""Trigger words and shuffled tags of captions."""
 
 import re
 
@@ -6,14 +6,14 @@ import torch
 
 
 def with_trigger(caption: str, trigger: str | None) -> str:
-    """`trigger, caption`, or the caption alone if there is no such word, or it has it already."""
+    """Return `trigger, caption`, or only the caption if there is no trigger or the caption contains it."""
     if not trigger or re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", caption, re.IGNORECASE):
         return caption
     return f"{trigger}, {caption}"
 
 
-def shuffled(caption: str, keep: int, draw: torch.Generator) -> str:
-    """A list between commas with all but its first `keep` tags in an order that is drawn."""
+def shuffled(caption: str, keep: int, rng: torch.Generator) -> str:
+    """Shuffle the comma-separated tags of a caption, except the first `keep`."""
     tags = [tag.strip() for tag in caption.split(",")]
-    order = torch.randperm(len(tags[keep:]), generator=draw).tolist()
+    order = torch.randperm(len(tags[keep:]), generator=rng).tolist()
     return ", ".join(tags[:keep] + [tags[keep + index] for index in order])

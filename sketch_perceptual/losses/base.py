@@ -1,4 +1,4 @@
-"""What all losses here share: networks that are nobody's parameters, checked inputs, eval mode, float32 results."""
+"""Base classes of the losses: frozen networks, checked inputs, eval mode, float32 results."""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -14,10 +14,10 @@ from ..errors import InputError
 
 
 class FrozenParts(nn.Module):
-    """Module whose networks are frozen, in eval mode, and no part of a parent: base of the losses.
+    """Module whose networks are frozen, in eval mode, and hidden from a parent: base of the losses.
 
-    A module set as an attribute is moved, cast, copied and pickled with this one, but `parameters()`, `state_dict()`,
-    `modules()` and `apply()` of a parent do not lead to it. So no optimizer, checkpoint, `requires_grad_(True)` or
+    A module set as an attribute is moved, cast, copied and pickled with this one, but is not in the `parameters()`,
+    `state_dict()`, `modules()` and `apply()` of a parent. So no optimizer, checkpoint, `requires_grad_(True)` or
     weight initialisation reaches it. `named_networks` does.
     """
 
@@ -44,17 +44,17 @@ class FrozenParts(nn.Module):
 
 
 def _check_keeps_values(fn: Callable[[Tensor], Tensor], name: str) -> None:
-    """InputError if what `fn` moves a module with loses its weights, as `to_empty` and a move to "meta" do."""
+    """InputError if `fn`, which moves a module, loses its weights, like `to_empty` and a move to "meta"."""
     moved = fn(probe := torch.full((8,), 0.5))
     if moved.is_meta or (has_values(moved) and not torch.equal(moved.to(probe), probe)):
         raise InputError(
-            f"{name} would lose its weights, which no checkpoint of its parent holds, to `to_empty` or the device"
-            " meta: build it after the parent has been moved"
+            f"`to_empty` or the device meta would lose the weights of {name}, which no checkpoint of its parent"
+            " contains: build it after the parent has been moved"
         )
 
 
 def named_networks(loss: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """`loss.named_modules()`, and those of the networks that losses keep to themselves."""
+    """Yield `loss.named_modules()`, including those of networks that are hidden in losses."""
     for name, module in loss.named_modules(prefix=prefix):
         yield name, module
         if isinstance(module, FrozenParts):
@@ -63,7 +63,7 @@ def named_networks(loss: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.
 
 
 def all_weights(loss: nn.Module) -> dict[str, Tensor]:
-    """`loss.state_dict()` with the weights of networks that losses keep to themselves."""
+    """Return `loss.state_dict()`, including the weights of networks that are hidden in losses."""
     return {
         f"{name}.{key}" if name else key: weight
         for name, module in named_networks(loss)
@@ -72,7 +72,7 @@ def all_weights(loss: nn.Module) -> dict[str, Tensor]:
 
 
 def first_weight(loss: nn.Module) -> Tensor | None:
-    """A floating-point parameter or buffer that shows where and in which dtype a loss computes; None without any."""
+    """Return a floating-point parameter or buffer, which has the device and dtype of a loss; None without any."""
     for _, module in named_networks(loss):
         for tensor in chain(module.parameters(recurse=False), module.buffers(recurse=False)):
             if tensor.is_floating_point():
@@ -81,19 +81,19 @@ def first_weight(loss: nn.Module) -> Tensor | None:
 
 
 class ImageLoss(FrozenParts):
-    """Base of the losses here: checks its inputs, stays in eval mode, and computes with autocast off.
+    """Base of the losses: checks its inputs, stays in eval mode, and computes with autocast off.
 
     Call with images and target, RGB or grey in [-1, 1], (B, 3, H, W) or (B, 1, H, W), of any floating dtype; returns
     (B,) in float32, 0 on equal images and about 1 on unrelated drawings. It computes in the dtype of its weights,
-    float32 unless it was cast. The gradient reaches only `images`. Subclasses write `compare(images, target)` for two
-    RGB batches of one shape.
+    float32 unless it was cast. The gradient reaches only `images`. Subclasses implement `compare(images, target)` for
+    two RGB batches of one shape.
 
     Args:
         resolution: images whose shorter side is longer are shrunk to it (bilinear, antialiased); never enlarged.
             None leaves them as they are.
     """
 
-    smallest_side = 2  # pixels; what the network's pools leave something of
+    smallest_side = 2  # pixels; smaller images would vanish in the network's pools
 
     def __init__(self, resolution: int | None = None):
         super().__init__()
@@ -117,7 +117,7 @@ class ImageLoss(FrozenParts):
             return self.compare(images, target, **options)
 
     def train(self, mode: bool = True):
-        """Stays in eval mode, whatever a parent module does."""
+        """Stay in eval mode, whatever a parent module does."""
         return super().train(False)
 
     def _shrink(self, x: Tensor) -> Tensor:
@@ -129,16 +129,16 @@ class ImageLoss(FrozenParts):
 
 
 def check_images(images: Tensor, target: Tensor, smallest_side: int = 1) -> None:
-    """Refuse what is not two batches of RGB or grey in [-1, 1]; only the target's values are checked.
+    """InputError unless both are batches of RGB or grey in [-1, 1]; only the target's values are checked.
 
-    A prediction may leave the range, and one that is not finite is the training loop's to skip. While a graph is
-    traced, and under `torch.func`'s transforms, values are not looked at.
+    A prediction may leave the range, and the training loop skips one that is not finite. Values are not checked while
+    a graph is traced, nor under `torch.func`'s transforms.
     """
     for name, x in (("images", images), ("target", target)):
         if not isinstance(x, Tensor):
             raise InputError(
-                f"{name} must be a tensor (B, 3, H, W) in [-1, 1], got {type(x).__name__}: stack what"
-                " sketch_perceptual.to_tensor returns for each image"
+                f"{name} must be a tensor (B, 3, H, W) in [-1, 1], got {type(x).__name__}: stack the results of"
+                " sketch_perceptual.to_tensor for each image"
             )
         if not x.is_floating_point():
             raise InputError(
@@ -148,7 +148,7 @@ def check_images(images: Tensor, target: Tensor, smallest_side: int = 1) -> None
             raise InputError(f"{name} must be (B, 3, H, W), or (B, 1, H, W) if grey, got {tuple(x.shape)}")
     if images.shape[0] != target.shape[0] or images.shape[2:] != target.shape[2:]:
         raise InputError(
-            f"images and `target` must have one size, got {tuple(images.shape)} and {tuple(target.shape)}"
+            f"images and `target` must have the same size, got {tuple(images.shape)} and {tuple(target.shape)}"
         )
     if images.device != target.device:
         raise InputError(f"images are on {images.device} and target on {target.device}: move one to the other")
@@ -163,7 +163,7 @@ def check_images(images: Tensor, target: Tensor, smallest_side: int = 1) -> None
 
 
 def has_values(*tensors: Tensor) -> bool:
-    """Whether Python may look at values: not while tracing, nor under vmap and its like, nor of fake tensors."""
+    """Return whether Python can read the values: not while tracing, under vmap and the like, or of fake ones."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # torch.func.debug_unwrap is newer than torch 2.6
@@ -179,17 +179,17 @@ def _check_range(images: Tensor, target: Tensor) -> None:
 
 
 def spans_zero_to_one(low: Tensor, high: Tensor) -> bool:
-    """From ink to paper in [0, 1]. In [-1, 1] a blank or pale page is all above 0, but does not begin there."""
+    """Return whether values run from ink to paper in [0, 1]; a pale page in [-1, 1] is above 0, but has no 0."""
     return bool(0 <= low < 0.02 and 0.98 < high <= 1.02)
 
 
 def one_per_image(value: Any, images: Tensor, loss: str) -> Tensor:
-    """What a loss returned, (B,), (B, 1) or (B, 1, 1, 1), as (B,); anything else is an `InputError` that names it."""
+    """Reshape a loss's result, (B,), (B, 1) or (B, 1, 1, 1), to (B,); InputError with the loss's name if it cannot."""
     count = len(images)
     if not isinstance(value, Tensor) or value.shape[:1] != (count,) or value.numel() != count:
         shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise InputError(
-            f"{loss} must return one number an image, shape (B,) or (B, 1, 1, 1); got {shape} for"
+            f"{loss} must return one number per image, shape (B,) or (B, 1, 1, 1); got {shape} for"
             f" {tuple(images.shape)}: reduce over all but the first dimension"
         )
     return value.reshape(count)

@@ -1,6 +1,6 @@
-"""What makes one unit of a loss the same for every network and layer: its value between unrelated drawings.
+"""Calibration: the unit of a loss is its value between unrelated drawings, for every network and layer.
 
-The drawings are made by the package, so nobody's data set decides what a weight means.
+The package draws these itself, so the meaning of a weight does not depend on a data set.
 """
 
 from collections.abc import Callable, Iterable
@@ -15,29 +15,29 @@ from ..drawings import CLASSES, STYLES, draw
 from ..networks.backbone import AttentionVGG16
 
 SIDE = 64  # pixels of the reference drawings
-SHIFTS = (1, 5, 6)  # a drawing meets others in its own style and in both of the rest
+SHIFTS = (1, 5, 6)  # each drawing is compared with others of its own style and of both other styles
 
 
 @cache
 def reference_drawings(side: int = SIDE) -> Tensor:
-    """One drawing of each class, the styles in turn: (16, 3, side, side) in [-1, 1]; always the same."""
+    """Return one drawing of each class, in alternating styles: (16, 3, side, side) in [-1, 1]; always the same."""
     drawings = [draw(name, 0, 0, style, side) for name, style in zip(CLASSES, cycle(STYLES), strict=False)]
     return torch.stack([to_tensor(drawing) for drawing in drawings])
 
 
 def unrelated(distance: Callable[[Tensor, Tensor], Tensor], drawings: Tensor) -> Tensor:
-    """The mean of a distance `(images, target) -> (B,)` over drawings of different classes, a scalar."""
+    """Return the mean of a distance `(images, target) -> (B,)` over drawings of different classes, a scalar."""
     return torch.stack([distance(drawings, drawings.roll(shift, 0)).mean() for shift in SHIFTS]).mean()
 
 
 def soft_distance(features: Tensor, target: Tensor, softening: float) -> Tensor:
-    """Squared distance of soft unit vectors, place by place: (B, C, h, w) twice -> (B, h, w) in float32.
+    """Squared distance of soft unit vectors at each position: (B, C, h, w) twice -> (B, h, w) in float32.
 
-    f / sqrt(|f|^2 + e^2) along the channels: LPIPS' unit vectors (Zhang et al. 2018), except that what is weak beside
-    the `softening` e stays weak. On blank paper unit vectors are noise.
+    f / sqrt(|f|^2 + e^2) along the channels: LPIPS' unit vectors (Zhang et al. 2018), except that features that are
+    weak compared with the `softening` e stay weak. On blank paper plain unit vectors would be noise.
     """
     f, g = features.float(), target.float()
-    # |u - v|^2 = |u|^2 + |v|^2 - 2 uv: nothing as large as the features is kept for the backward pass
+    # |u - v|^2 = |u|^2 + |v|^2 - 2 uv: no further tensor of the features' size is kept for the backward pass
     ff, gg, fg = ((x * y).sum(1) for x, y in ((f, f), (g, g), (f, g)))
     a, b = ((squared + softening**2).rsqrt() for squared in (ff, gg))
     return ff * a * a + gg * b * b - 2 * (fg * a * b)
@@ -56,15 +56,15 @@ def gram_distance(gram: Tensor, target: Tensor) -> Tensor:
 
 @torch.no_grad()
 def calibrate(backbone: AttentionVGG16, layers: Iterable[str]) -> dict[str, dict]:
-    """Measure what is not known yet of these layers, keep it in `backbone.calibration`, and return that.
+    """Measure the units of these layers that are not in `backbone.calibration`, add them to it, and return it.
 
     At each layer, on the reference drawings:
 
     - `softening`: half of the features' root mean square length, the e of `soft_distance`;
     - `distance`, `gram`: the mean of `soft_distance` and of `gram_distance` between drawings of different classes.
 
-    One that was learned also has `weight`, how much the layer counts; see research/learned.py. After training on,
-    empty `backbone.calibration` first. Deterministic; seconds on a CPU.
+    Learned calibrations also have a `weight` for each layer; see research/learned.py. Clear `backbone.calibration`
+    first if the backbone was trained further. Deterministic; takes seconds on a CPU.
     """
     if missing := [name for name in layers if name not in backbone.calibration]:
         weight = next(backbone.parameters())
@@ -83,5 +83,5 @@ def calibrate(backbone: AttentionVGG16, layers: Iterable[str]) -> dict[str, dict
 
 
 def rounded(value: Tensor) -> float:
-    """Four digits, so that machines agree; 1 where a network that sees nothing has measured 0."""
+    """Round to four digits, so that machines agree; return 1 for 0, from a network without a response."""
     return float(f"{float(value):.4g}") or 1.0

@@ -1,4 +1,4 @@
-"""The perceptual distance of two drawings, as a network that knows drawings sees them."""
+"""The perceptual distance of two drawings."""
 
 import copy
 from collections.abc import Sequence
@@ -17,23 +17,23 @@ DEFAULT_LAYERS = ("relu1_2", "relu2_2", "relu3_3", "relu4_3")  # Johnson et al. 
 
 
 class PerceptualLoss(ImageLoss):
-    """How differently a backbone sees two drawings: 0 for equal ones, about 1 for unrelated ones.
+    """Distance of two drawings in a backbone's features: 0 for equal ones, about 1 for unrelated ones.
 
-    At each layer the squared distance of soft unit vectors, over its value for unrelated drawings; then the mean over
-    layers. So weights mean the same for every backbone, and no layer drowns the others: taken literally (L1 between
-    activations, summed), relu1_2 makes up three quarters of the paper's loss.
+    At each layer the squared distance of soft unit vectors, divided by its value for unrelated drawings; then the mean
+    over layers. So weights mean the same for every backbone, and no layer dominates: in the paper's loss, taken
+    literally (L1 between activations, summed), relu1_2 makes up three quarters.
 
     Args:
         backbone: an `AttentionVGG16`, of which the loss keeps a frozen view that shares its weights (see
             `load_frozen`), or where to load one (see `load_backbone`): a folder, a Hub id, a `.safetensors` with
             VGG-16 weights, or "imagenet"; by default the sketch-tuned network that comes with the package.
-            Without a calibration it is calibrated here, see `calibrate`.
+            It is calibrated if it was not yet, see `calibrate`.
         layers: taps, "relu1_1" to "relu5_3" ("relu4_3" for the default backbone).
-        layer_weights: one factor a layer; None is what the backbone's calibration has learned for just these layers,
-            or else 1 for each.
+        layer_weights: one factor per layer; None for those of the backbone's calibration, if it has learned them for
+            exactly these layers, or else 1 for each.
         resolution: see `ImageLoss`.
         normalization: "soft", or "none" for plain activations, summed over layers without a unit: with distance="l1"
-            the paper's words (Seo 2025, section 4.1).
+            the paper's loss to the letter (Seo 2025, section 4.1).
         distance: "l2", the squared distance, or "l1"; soft unit vectors are compared only by "l2".
     """
 
@@ -65,18 +65,18 @@ class PerceptualLoss(ImageLoss):
         self.layer_weights = {name: weight / total for name, weight in zip(self.layers, weights, strict=True)}
 
     def _learned_weights(self) -> list[float]:
-        """What the calibration has for just these layers, or else 1 for each."""
+        """Return the calibration's weights if they are for exactly these layers, or else 1 for each."""
         learned = {name: values["weight"] for name, values in self.calibration.items() if "weight" in values}
         return [learned[name] if set(learned) == set(self.layers) else 1.0 for name in self.layers]
 
     def forward(self, images: Tensor, target: Tensor, *, per_layer: bool = False, spatial: bool = False):  # type: ignore[override]
-        """The distance (B,); or, before they are weighted and added, that of each layer; or where it lies.
+        """Return the distance (B,), or distances by layer before they are weighted and added, or maps of them.
 
         Args:
             images, target: (B, 3, H, W), or (B, 1, H, W) if grey, in [-1, 1].
             per_layer: return a dictionary of layers, (B,) each.
-            spatial: return maps (B, H, W), bilinear between the places of each layer; a map's mean is about the loss.
-                With `per_layer`, one for each layer.
+            spatial: return maps (B, H, W), upsampled bilinearly; the mean of a map is about the loss. With
+                `per_layer`, one for each layer.
         """
         layers = super().forward(images, target, spatial=spatial)
         if spatial:
@@ -87,17 +87,17 @@ class PerceptualLoss(ImageLoss):
         return sum(self.layer_weights[name] * value for name, value in layers.items())
 
     def compare(self, images: Tensor, target: Tensor, spatial: bool) -> dict[str, Tensor]:  # type: ignore[override]
-        """The distance at each layer: (B,), or where it lies, (B, h, w)."""
+        """Return the distance at each layer: (B,), or maps (B, h, w)."""
         with torch.no_grad():
-            wanted = self.backbone.taps(target, self.layers)
+            targets = self.backbone.taps(target, self.layers)
         values = {}
         for name, features in self.backbone.walk(images, self.layers):
-            distances = self._distances(name, features, wanted.pop(name))
+            distances = self._distances(name, features, targets.pop(name))
             values[name] = distances if spatial else distances.mean((1, 2))
         return {name: values[name] for name in self.layers}
 
     def _distances(self, name: str, features: Tensor, target: Tensor) -> Tensor:
-        """(B, h, w) in float32."""
+        """Return the distance at each position, (B, h, w) in float32."""
         if self.normalization == "none":
             difference = features - target
             return (difference.abs() if self.distance == "l1" else difference.square()).float().mean(1)
@@ -105,14 +105,14 @@ class PerceptualLoss(ImageLoss):
         return soft_distance(features, target, values["softening"]) / values["distance"]
 
 
-@torch.random.fork_rng(devices=[])  # a script's own draws stay what they are without the loss
+@torch.random.fork_rng(devices=[])  # the loss does not change a script's random numbers
 def load_frozen(
     backbone: AttentionVGG16 | str | Path, layers: Sequence[str], attention: str = "cbam"
 ) -> AttentionVGG16:
-    """A network that is loaded here and ends at the deepest of the layers, or a frozen view of a caller's own.
+    """Load a frozen network that ends at the deepest of the layers, or return a frozen view of the caller's network.
 
     The view shares weights and calibration with the caller's network, until one of them is moved or cast. The caller's
-    network stays trainable, in its mode and where it is; training it on changes the loss.
+    network stays trainable, with its mode and device; training it further changes the loss.
     """
     if not isinstance(backbone, nn.Module):
         with torch.device("cpu"):  # whatever device a parent is built on, "meta" too

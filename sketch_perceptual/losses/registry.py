@@ -1,4 +1,4 @@
-"""Losses by name, built-in and plugged in, and the contract that they keep."""
+"""Registry of built-in and plug-in losses, and the contract that they must keep."""
 
 import importlib
 import math
@@ -43,7 +43,7 @@ def vgg(backbone: str | Path = "imagenet", **options) -> PerceptualLoss:
 def paper_l1(backbone: AttentionVGG16 | str | Path = BUNDLED, **options) -> PerceptualLoss:
     """The paper's loss, taken literally (Seo 2025, section 4.1): L1 between plain activations, summed over layers.
 
-    It has no unit: unrelated drawings are about 60 apart on the bundled backbone, of which relu1_2 makes up most.
+    It is not calibrated: unrelated drawings are about 60 apart on the bundled backbone, mostly because of relu1_2.
     """
     return PerceptualLoss(backbone, normalization="none", distance="l1", **options)
 
@@ -61,12 +61,12 @@ LOSSES: dict[str, Callable] = {
 def build_loss(
     name: str, *, size: int = 64, dtype: torch.dtype = torch.float32, **options
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """Build a loss by name; one that is plugged in must keep the contract, see `check_loss`.
+    """Build a loss by name; a plug-in must keep the contract, see `check_loss`.
 
     Args:
         name: a key of `LOSSES`, an entry point of the group "sketch_perceptual.losses", or "module:Class".
-        size, dtype: of the images that it will be given.
-        options: keywords of the loss; those that are None are left to its own defaults.
+        size, dtype: of the images in training.
+        options: keywords of the loss; those that are None keep their defaults.
     """
     plugins = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
     options = {option: value for option, value in options.items() if value is not None}
@@ -89,18 +89,18 @@ def build_loss(
     except Exception as error:
         if name in LOSSES:
             raise
-        raise InputError(f"the loss {name} cannot be built: {_what(error)}") from error
+        raise InputError(f"the loss {name} cannot be built: {_describe(error)}") from error
     if name not in LOSSES:
         check_loss(loss, name, size, dtype)
     return loss
 
 
 class MeanLoss(FrozenParts):
-    """Mean of several losses by weight: what is 1 for unrelated drawings stays so.
+    """Weighted mean of several losses, so that 1 still stands for unrelated drawings.
 
     Args:
         losses: callables `(images, target) -> (B,)` or `(B, 1, 1, 1)`; modules among them are frozen.
-        weights: one positive factor a loss.
+        weights: one positive factor per loss.
     """
 
     def __init__(self, losses: Sequence[Callable[[Tensor, Tensor], Tensor]], weights: Sequence[float]):
@@ -117,10 +117,10 @@ class MeanLoss(FrozenParts):
 
 
 def build_losses(names: Sequence[str], **options) -> Callable[[Tensor, Tensor], Tensor]:
-    """One loss of several: each a name as `build_loss` takes it, or NAME=WEIGHT with a positive weight; InputError.
+    """Build one loss from several: names as in `build_loss`, or NAME=WEIGHT with a positive weight; InputError.
 
     Args:
-        options: those of `build_loss`, for each of them.
+        options: those of `build_loss`, for each of the losses.
     """
     parts, weights = [], []
     for name in names:
@@ -138,12 +138,12 @@ def build_losses(names: Sequence[str], **options) -> Callable[[Tensor, Tensor], 
 def check_loss(
     loss: Callable[[Tensor, Tensor], Tensor], name: str = "loss", size: int = 64, dtype: torch.dtype = torch.float32
 ) -> None:
-    """The contract of a perceptual loss, for anyone's plug-in; what is broken is an `InputError` that says so.
+    """Check that a plug-in keeps the contract of a perceptual loss; InputError if not.
 
-    `(images, target)`, both (B, 3, H, W), the target in [-1, 1] and the images about that, as a decoder leaves them
-    -> (B,), or (B, 1, 1, 1) as lpips returns it, in float32, finite, 0 on equal images, positive on different ones,
-    each row on its own, with a gradient to the images and to no weight. It is tried as training will: on squares of
-    `size` pixels in `dtype`, to which a module is brought.
+    `(images, target)`, both (B, 3, H, W), the target in [-1, 1] and the images about that, like a decoder's output
+    -> (B,), or (B, 1, 1, 1) like lpips, in float32, finite, 0 on equal images, positive on different ones, independent
+    of other rows, with a gradient to the images and to no weight. It is tested as in training, on squares of `size`
+    pixels in `dtype`, to which a module is cast.
     """
     if isinstance(loss, nn.Module):
         loss.to(dtype)
@@ -160,7 +160,7 @@ def check_loss(
             low, high = (float(x) for x in images.detach().aminmax())
             raise InputError(
                 f"the perceptual loss {name} fails on images of {tuple(images.shape)} in {dtype}, from {low:.2g} to"
-                f" {high:.2g}: {_what(error)}"
+                f" {high:.2g}: {_describe(error)}"
             ) from error
         return one_per_image(value, images, f"the perceptual loss {name}")
 
@@ -175,9 +175,9 @@ def check_loss(
         "must be finite and positive on different images",
     )
     require(bool((call(target, target).abs() < 1e-6).all()), "must be 0 on equal images")
-    alone = call(images[:1], target[:1])
-    exactness = 1e-3 if dtype == torch.float32 else 0.05
-    require(torch.allclose(alone, value[:1], rtol=exactness), "must score each image on its own, whatever the batch")
+    single = call(images[:1], target[:1])
+    tolerance = 1e-3 if dtype == torch.float32 else 0.05
+    require(torch.allclose(single, value[:1], rtol=tolerance), "must score each image on its own, whatever the batch")
     require(value.requires_grad, "must carry a gradient to the images")
     value.sum().backward()
     require(bool(images.grad.abs().sum() > 0), "must carry a gradient to the images")
@@ -195,7 +195,7 @@ def _load(name: str, load: Callable[[], Callable]) -> Callable:
         return load()
     except Exception as error:
         raise InputError(
-            f"the loss {name} cannot be imported ({_what(error)}); is it installed, or its folder on PYTHONPATH?"
+            f"the loss {name} cannot be imported ({_describe(error)}): install it, or put its folder on PYTHONPATH"
         ) from error
 
 
@@ -204,5 +204,5 @@ def _import(name: str) -> Callable:
     return getattr(importlib.import_module(module), attribute)
 
 
-def _what(error: Exception) -> str:
+def _describe(error: Exception) -> str:
     return f"{type(error).__name__}: {first_line(error)}"

@@ -1,4 +1,4 @@
-"""Gram matrices: what a drawing is made of, wherever it lies (Johnson et al. 2016)."""
+"""Style loss: the distance of Gram matrices, which do not depend on positions (Johnson et al. 2016)."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,8 +16,8 @@ from .distance import DEFAULT_LAYERS, load_frozen
 class StyleLoss(ImageLoss):
     """Squared distance between Gram matrices of a backbone's activations (Johnson et al. 2016, eq. 4).
 
-    At each layer over its value for unrelated drawings, then the mean over layers; in the plain sum of the paper,
-    relu1_2 makes up 99.8 %. About 1 for unrelated drawings, more for bold against fine ones.
+    At each layer divided by its value for unrelated drawings, then the mean over layers; in the plain sum of the
+    paper, relu1_2 makes up 99.8 %. About 1 for unrelated drawings, more between bold and fine ones.
 
     Args:
         backbone, layers, resolution: see `PerceptualLoss`.
@@ -37,21 +37,21 @@ class StyleLoss(ImageLoss):
 
     def compare(self, images: Tensor, target: Tensor) -> Tensor:
         with torch.no_grad():
-            wanted = self.grams(target)
-        return self.distance(self.grams(images), wanted)
+            targets = self.grams(target)
+        return self.distance(self.grams(images), targets)
 
     def grams(self, images: Tensor) -> dict[str, Tensor]:
-        """The Gram matrix (B, C, C) at each layer."""
+        """Return the Gram matrix (B, C, C) at each layer."""
         return {name: gram_matrix(features) for name, features in self.backbone.walk(images, self.layers)}
 
-    def distance(self, grams: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> Tensor:
-        """The loss of Gram matrices, (B,); those that are wanted may be (C, C) or (1, C, C) for all rows."""
-        layers = (gram_distance(grams[name], wanted[name]) / self.calibration[name]["gram"] for name in self.layers)
+    def distance(self, grams: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> Tensor:
+        """Return the loss of Gram matrices, (B,); targets may be (C, C) or (1, C, C) for all rows."""
+        layers = (gram_distance(grams[name], targets[name]) / self.calibration[name]["gram"] for name in self.layers)
         return sum(layers, torch.zeros(())) / len(self.layers)
 
 
 def total_variation(images: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B,): mean squared difference of neighbours, to the right and below; 0 on one colour.
+    """(B, C, H, W) -> (B,): mean squared difference of neighbours to the right and below; 0 for a single colour.
 
     Images of one pixel a side have no neighbours: InputError.
     """

@@ -11,7 +11,7 @@ MINING = ("batch_hard", "batch_all")
 def triplet_loss(
     embeddings: Tensor, labels: Tensor, margin: float = 0.2, mining: str = "batch_hard"
 ) -> tuple[Tensor, float]:
-    """max(0, d(anchor, positive) - d(anchor, negative) + margin), d the cosine distance, over triplets of a batch.
+    """max(0, d(anchor, positive) - d(anchor, negative) + margin) over the triplets of a batch; d is cosine distance.
 
     Args:
         embeddings: (B, D) of length 1.
@@ -19,7 +19,7 @@ def triplet_loss(
         mining: "batch_hard" takes for each anchor the farthest positive and the nearest negative and averages over
             anchors; "batch_all" averages over all triplets with a loss (Hermans et al. 2017, section 2).
 
-    Returns the loss, which is 0 with a gradient where no triplet can be formed, and the share of triplets with a loss.
+    Returns the loss (0, but with a gradient, if there are no triplets) and the share of triplets with a loss.
     """
     check_choice("mining", mining, MINING)
     with torch.autocast(embeddings.device.type, enabled=False):

@@ -1,4 +1,4 @@
-"""How well embeddings separate classes, over all pairs (Seo 2025, section 4.3)."""
+"""Intra- and inter-class distances of embeddings, over all pairs (Seo 2025, section 4.3)."""
 
 import math
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from ..errors import InputError
 
 @dataclass(frozen=True)
 class Distances:
-    """Mean cosine distances, 0 to 2. NaN is a mean over no pairs.
+    """Mean cosine distances, 0 to 2. NaN if there are no pairs.
 
     Args:
         intra: over all pairs of drawings of one class.
@@ -21,7 +21,7 @@ class Distances:
         class_intra: for each class, over its pairs; NaN for a class of one drawing.
         class_inter: for each class, over its drawings with all others.
         counts: drawings of each class.
-        zero_vectors: embeddings without a direction: at distance 1 from everything.
+        zero_vectors: number of embeddings without a direction, at distance 1 from everything.
     """
 
     intra: float
@@ -34,12 +34,12 @@ class Distances:
 
 
 class ClassDistances:
-    """Intra- and inter-class cosine distances over all pairs, from batches: O(N D) time, one sum a class in memory.
+    """Intra- and inter-class cosine distances over all pairs, from batches: O(N D) time, one sum per class in memory.
 
-    The cosines inside a class of unit vectors sum to the squared length of their sum, so no pair is ever formed.
+    The cosines within a class of unit vectors add up to the squared length of their sum, so no pairs are formed.
 
     Args:
-        num_classes: labels are below it.
+        num_classes: all labels are below it.
     """
 
     def __init__(self, num_classes: int):
@@ -48,7 +48,7 @@ class ClassDistances:
         self.directed = torch.zeros(num_classes, dtype=torch.long)  # without zero vectors
 
     def update(self, embeddings: Tensor, labels: Tensor) -> None:
-        """Take in floating-point embeddings (B, D) of any length and their labels (B,). InputError."""
+        """Add floating-point embeddings (B, D) of any length and their labels (B,). InputError."""
         if embeddings.ndim != 2 or labels.shape != embeddings.shape[:1]:
             raise InputError(
                 f"expected embeddings (B, D) and labels (B,), got {tuple(embeddings.shape)}, {tuple(labels.shape)}"
@@ -71,7 +71,7 @@ class ClassDistances:
         if self.sums is None or not self.counts.any():
             raise InputError("there are no embeddings to measure")
         counts, total = self.counts.double(), self.sums.sum(0)
-        inside = self.sums.square().sum(1)  # of all cosines of a class, each drawing's with itself included
+        inside = self.sums.square().sum(1)  # all cosines within a class, including those of a drawing with itself
         across = self.sums @ total - inside
         inside_pairs, across_pairs = counts * (counts - 1), counts * (counts.sum() - counts)
         intra = _distance(inside.sum() - self.directed.sum(), inside_pairs.sum())
@@ -88,7 +88,7 @@ class ClassDistances:
 
 
 def class_distances(embeddings: Tensor, labels: Tensor | Sequence[int]) -> Distances:
-    """`ClassDistances` of embeddings (N, D), floating point, and their labels (N,), integers from 0 on."""
+    """Return the `Distances` of floating-point embeddings (N, D) with labels (N,), integers from 0."""
     labels = torch.as_tensor(labels)
     measure = ClassDistances(int(labels.max()) + 1 if len(labels) else 0)
     measure.update(embeddings, labels)

@@ -1,4 +1,4 @@
-"""How near drawings come to the true ones, and to words: SSIM, Fréchet and kernel distances of sets, CLIP score."""
+"""Image quality: SSIM, Fréchet and kernel distances of sets, CLIP features."""
 
 import functools
 import io
@@ -31,12 +31,13 @@ CONVERT = (
 def ssim(images: Tensor, target: Tensor) -> Tensor:
     """Structural similarity of each pair (Wang et al. 2004): the mean over all 11x11 windows and the three channels.
 
-    Paper on paper is 1, so that sparse drawings score high whatever they show: see what a blank page scores.
+    Blank paper scores 1 against blank paper, so sparse drawings score high whatever they show: compare with a blank
+    page.
 
     Args:
         images, target: floats (B, 3, H, W) in [-1, 1], sides from 11 pixels; values outside are clamped.
 
-    Returns (B,) from -1 to 1, 1 for equals, float32 on the CPU. InputError for anything else, and for NaN.
+    Returns (B,) from -1 to 1 (equal images), float32 on the CPU. InputError for any other input, and for NaN.
     """
     measure = optional("torchmetrics.functional.image", "eval").structural_similarity_index_measure
     _check_images(images)
@@ -46,8 +47,8 @@ def ssim(images: Tensor, target: Tensor) -> Tensor:
     if min(images.shape[2:]) < WINDOW:
         raise InputError(f"SSIM needs sides of at least {WINDOW} pixels, got {tuple(images.shape[2:])}")
     scores, edge = [], WINDOW // 2
-    # Pair by pair on the CPU (0.3 s for 512 pixels): no batch changes a bit, and CUDA's convolutions round to TF32,
-    # whose error in a variance of nearly white paper is two thirds of the constant that SSIM adds to it.
+    # Pair by pair on the CPU (0.3 s for 512 pixels), so that the batch changes nothing. CUDA's convolutions round to
+    # TF32, whose error in the variance of nearly white paper is two thirds of the constant that SSIM adds to it.
     for pair in zip(images, target, strict=True):
         x, y = ((picture[None].cpu().float().clamp(-1, 1) + 1) / 2 for picture in pair)
         # torchmetrics mirrors the picture at its edges and, since #2721, counts them in its mean; Wang et al. do not.
@@ -57,20 +58,20 @@ def ssim(images: Tensor, target: Tensor) -> Tensor:
 
 
 def frechet_distance(features: Tensor, reference: Tensor) -> float:
-    """Fréchet distance of the Gaussians around two sets, from 0 up; FID on `InceptionFeatures` (Heusel et al. 2017).
+    """Fréchet distance of two sets as Gaussians, at least 0; FID on `InceptionFeatures` (Heusel et al. 2017).
 
-    |m1 - m2|^2 + tr(S1) + tr(S2) - 2 tr((S1 S2)^(1/2)) in float64. Small sets lie far apart even if they were drawn
-    from one distribution: only distances of equal N compare.
+    |m1 - m2|^2 + tr(S1) + tr(S2) - 2 tr((S1 S2)^(1/2)) in float64. Small sets lie far apart even if they are samples
+    of one distribution: only distances with equal N are comparable.
 
     Args:
-        features, reference: (N, D) and (M, D), finite, from two rows that are not all the same; else InputError.
+        features, reference: (N, D) and (M, D), finite, at least two rows, not all the same; else InputError.
     """
     features, reference = _check_features(features, reference)
     for name, rows in (("features", features), ("reference", reference)):
         if (rows == rows[0]).all():
             raise InputError(f"the rows of {name} are all the same, so they have no covariance")
     root, other = _root(features), _root(reference)
-    # The eigenvalues of S1^(1/2) S2 S1^(1/2), but only as many as the rows: rounded zeros have roots that add up.
+    # The eigenvalues of S1^(1/2) S2 S1^(1/2), but only as many as rows: the roots of rounded zeros would add up.
     product = root @ other.T
     overlap = torch.linalg.eigvalsh(product @ product.T).clamp(min=0).sqrt().sum()
     means = (features.mean(0) - reference.mean(0)).square().sum()
@@ -88,21 +89,21 @@ def kernel_distance(
     """Unbiased squared MMD under (x.y / D + 1)^3; KID on `InceptionFeatures` (Binkowski et al. 2018), in float64.
 
     Args:
-        features, reference: (N, D) and (M, D), finite, from two rows; else InputError.
-        subset_size: rows drawn from each set at a time; the smaller set's where that has fewer.
-        seed: decides the draws.
+        features, reference: (N, D) and (M, D), finite, at least two rows; else InputError.
+        subset_size: rows drawn from each set at a time, at most the size of the smaller set.
+        seed: of the random subsets.
 
-    Returns mean, below 0 by chance where both sets are alike, and deviation over the subsets; the deviation is 0
-    where each subset is all of both sets.
+    Returns mean and deviation over the subsets. The mean can be below 0 if both sets are alike; the deviation is 0 if
+    each subset is all of both sets.
     """
     poly_mmd = optional("torchmetrics.image.kid", "eval").poly_mmd
     features, reference = _check_features(features, reference)
     size = min(subset_size, len(features), len(reference))
     if subsets < 1 or size < 2:
-        raise InputError(f"expected subsets from 1 and a subset size from 2, got {subsets}, {subset_size}")
-    draw = generator(seed, "kid")
+        raise InputError(f"`subsets` must be at least 1 and `subset_size` at least 2, got {subsets} and {subset_size}")
+    rng = generator(seed, "kid")
     pairs = (
-        [rows[torch.randperm(len(rows), generator=draw)[:size]] for rows in (reference, features)]
+        [rows[torch.randperm(len(rows), generator=rng)[:size]] for rows in (reference, features)]
         for _ in range(subsets)
     )
     distances = torch.stack([poly_mmd(*pair) for pair in pairs])
@@ -110,11 +111,11 @@ def kernel_distance(
 
 
 class InceptionFeatures(nn.Module):
-    """The 2048 pooled features of FID's Inception, TensorFlow's of 2015, by torch-fidelity. Frozen, in eval mode.
+    """The 2048 pooled features of FID's Inception (TensorFlow, 2015), from torch-fidelity. Frozen, in eval mode.
 
     Args:
-        weights: a `.safetensors` file with the names of torch-fidelity's network; InputError tells how to make it.
-        resolution, fit, background: how `prepare` makes a picture a tensor; see `fit_image`.
+        weights: a `.safetensors` file with the names of torch-fidelity's network; the InputError says how to make it.
+        resolution, fit, background: preprocessing of `prepare`; see `fit_image`.
     """
 
     prepare: functools.partial[Tensor]
@@ -123,19 +124,19 @@ class InceptionFeatures(nn.Module):
         super().__init__()
         self.prepare = functools.partial(_prepare, resolution=resolution, fit=fit, background=background)
         library = optional("torch_fidelity.feature_extractor_inceptionv3", "eval")
-        file = io.BytesIO()  # the constructor downloads unless it is given a file to unpickle: here one of our own
+        file = io.BytesIO()  # the constructor downloads its weights unless it is given a pickle
         try:
             torch.save(read_safetensors(weights), file)
             file.seek(0)
             self.network = library.FeatureExtractorInceptionV3("", ["2048"], feature_extractor_weights_path=file)
         except (InputError, OSError, RuntimeError) as error:
-            reason = textwrap.shorten(str(error), 200)  # it lists hundreds of names
+            reason = textwrap.shorten(str(error), 200)  # the message lists hundreds of names
             raise InputError(f"{weights} is not FID's Inception as safetensors: {reason}. {CONVERT}") from error
         self.requires_grad_(False).eval()
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] -> (B, 2048) float32, by way of 8 bits and 299 px as TensorFlow resized to them."""
+        """(B, 3, H, W) in [-1, 1] -> (B, 2048) float32; rounds to 8 bits and resizes to 299 px as in TensorFlow."""
         _check_images(images)
         levels = images.float().clamp(-1, 1).add(1).mul(127.5).round().byte()
         with torch.autocast(images.device.type, enabled=False):
@@ -145,16 +146,16 @@ class InceptionFeatures(nn.Module):
 
     @property
     def feature_key(self) -> str:
-        """Changes with whatever changes `features` of a picture."""
+        """Cache key of everything that changes the `features` of a picture."""
         return _feature_key(self, "inception")
 
 
 class ClipFeatures(nn.Module):
-    """Pictures and texts as CLIP sees them (Radford et al. 2021), in float32. Frozen, in eval mode.
+    """CLIP features of pictures and texts (Radford et al. 2021), in float32. Frozen, in eval mode.
 
     Args:
-        source: a CLIP of transformers with its tokenizer and image processor: a folder or Hub id, safetensors only.
-        resolution, fit, background: how `prepare` makes a picture a tensor; see `fit_image`.
+        source: a CLIP for transformers with its tokenizer and image processor: a folder or Hub id, safetensors only.
+        resolution, fit, background: preprocessing of `prepare`; see `fit_image`.
     """
 
     prepare: functools.partial[Tensor]
@@ -176,7 +177,7 @@ class ClipFeatures(nn.Module):
             for name, levels in (("mean", images.image_mean), ("std", images.image_std)):
                 self.register_buffer(name, torch.tensor(levels).view(3, 1, 1))
             if not torch.cat([self.texts(["a fox"]), self.features(torch.zeros(1, 3, 8, 8))]).isfinite().all():
-                raise InputError("what it computes is not finite")
+                raise InputError("its features are not finite")
         self.requires_grad_(False).eval()
 
     @torch.no_grad()
@@ -190,8 +191,8 @@ class ClipFeatures(nn.Module):
 
     @torch.no_grad()
     def texts(self, prompts: list[str]) -> Tensor:
-        """Texts -> (N, D) on the CPU; what is too long is cut before the end token."""
-        found, length = [], self.model.config.text_config.max_position_embeddings
+        """Texts -> (N, D) on the CPU; long texts are truncated before the end token."""
+        features, length = [], self.model.config.text_config.max_position_embeddings
         for start in range(0, len(prompts), 64):
             tokens = self.tokenizer(
                 prompts[start : start + 64],
@@ -200,17 +201,17 @@ class ClipFeatures(nn.Module):
                 max_length=length,
                 return_tensors="pt",
             )
-            found.append(_pooled(self.model.get_text_features(**tokens.to(self.mean.device))).cpu())
-        return torch.cat(found)
+            features.append(_pooled(self.model.get_text_features(**tokens.to(self.mean.device))).cpu())
+        return torch.cat(features)
 
     @property
     def feature_key(self) -> str:
-        """Changes with whatever changes `features` of a picture."""
+        """Cache key of everything that changes the `features` of a picture."""
         return _feature_key(self, "clip")
 
 
 def _prepare(image: Source, resolution: int, fit: str, background: str) -> Tensor:
-    """(3, resolution, resolution) in [-1, 1]."""
+    """Load an image as (3, resolution, resolution) in [-1, 1]."""
     return to_tensor(fit_image(load_image(image, background), resolution, fit, background))
 
 
@@ -225,7 +226,7 @@ def _pooled(output) -> Tensor:
 
 
 def _root(rows: Tensor) -> Tensor:
-    """(min(N, D), D), whose product root.T @ root is the covariance of (N, D)."""
+    """Return a root, (min(N, D), D), so that root.T @ root is the covariance of (N, D)."""
     return torch.linalg.qr((rows - rows.mean(0)) / (len(rows) - 1) ** 0.5, mode="r").R
 
 
@@ -233,15 +234,15 @@ def _check_images(images: Tensor) -> None:
     if not (images.ndim == 4 and images.shape[1] == 3 and images.numel() and images.is_floating_point()):
         raise InputError(f"expected floats (B, 3, H, W) in [-1, 1], got {images.dtype} {tuple(images.shape)}")
     if images.isnan().any():
-        raise InputError("images must not hold NaN")
+        raise InputError("images must not contain NaN")
 
 
 def _check_features(features: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
     for name, rows in (("features", features), ("reference", reference)):
         if rows.ndim != 2 or len(rows) < 2:
-            raise InputError(f"{name} must be (N, D) of at least two rows, got {tuple(rows.shape)}")
+            raise InputError(f"{name} must be (N, D) with at least two rows, got {tuple(rows.shape)}")
         if not rows.isfinite().all():
             raise InputError(f"{name} must be finite")
     if features.shape[1] != reference.shape[1]:
-        raise InputError(f"features have {features.shape[1]} numbers a row, reference has {reference.shape[1]}")
+        raise InputError(f"features have {features.shape[1]} columns, but reference has {reference.shape[1]}")
     return features.detach().cpu().double(), reference.detach().cpu().double()

@@ -1,4 +1,4 @@
-"""How well drawings find their class, and what is nearest to one."""
+"""Retrieval: ranking of a gallery by cosine similarity, and its scores."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,19 +10,19 @@ from torch import Tensor
 from ..errors import InputError
 
 CELLS = 2**22  # similarities in memory at a time
-PART = 2**10  # embeddings in float64 at a time, which stay in the processor's cache
-DECIMALS = 9  # beyond them a sum differs with the size of the matrix that it is part of
+PART = 2**10  # embeddings in float64 at a time, few enough for the processor's cache
+DECIMALS = 9  # further decimals depend on the size of the matrices that are multiplied
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """How a gallery was ranked for queries by cosine similarity.
+    """Result of ranking a gallery by cosine similarity to queries.
 
     Args:
         scores: means over queries with a match, a drawing of their class in the gallery. "top1" and "top5": a match is
             first, or among the first five. "map": mean average precision of the whole ranking. "recall@k": the share
-            of the matches that are among the first k. Also "queries", how many have a match, and "unmatched".
-        nearest: (Q, 5) positions in the gallery, best first, for each query; -1 where the gallery ends.
+            of the matches that are among the first k. Also the number of "queries" with a match, and "unmatched" ones.
+        nearest: (Q, 5) positions in the gallery, best first, for each query; padded with -1.
     """
 
     scores: dict[str, float]
@@ -38,13 +38,13 @@ def rank(
     gallery_ids: Sequence[int] | None = None,
     recall_at: Sequence[int] = (10, 50),
 ) -> Ranking:
-    """Rank the gallery (M, D) for each of the queries (Q, D); of equals the first comes first.
+    """Rank the gallery (M, D) for each of the queries (Q, D); ties keep the order of the gallery.
 
     Args:
-        query_ids, gallery_ids: what has a query's own id is neither ranked nor a match: the query itself, its copies.
+        query_ids, gallery_ids: drawings with the query's id, itself and its copies, are neither ranked nor matches.
     """
-    labels, own = torch.as_tensor(gallery_labels), torch.as_tensor(query_labels)
-    places = torch.arange(1, len(gallery) + 1)
+    labels, wanted = torch.as_tensor(gallery_labels), torch.as_tensor(query_labels)
+    ranks = torch.arange(1, len(gallery) + 1)
     scores, nearest = [], []
     for rows, similarities in _similarities(queries, gallery):
         hidden = torch.zeros_like(similarities, dtype=torch.bool)
@@ -52,11 +52,11 @@ def rank(
             hidden = torch.as_tensor(query_ids)[rows, None] == torch.as_tensor(gallery_ids)
         similarities[hidden] = -torch.inf
         order = similarities.argsort(dim=1, descending=True, stable=True)
-        hits = ((labels == own[rows, None]) & ~hidden).gather(1, order)
-        found = hits.cumsum(1, dtype=torch.float64)
-        matches = found[:, -1]
-        precision = (found / places * hits).sum(1) / matches
-        first = {k: found[:, min(k, len(gallery)) - 1] for k in (1, 5, *recall_at)}
+        hits = ((labels == wanted[rows, None]) & ~hidden).gather(1, order)
+        counts = hits.cumsum(1, dtype=torch.float64)
+        matches = counts[:, -1]
+        precision = (counts / ranks * hits).sum(1) / matches
+        first = {k: counts[:, min(k, len(gallery)) - 1] for k in (1, 5, *recall_at)}
         top = [(first[k] > 0).double() for k in (1, 5)]
         recalls = [first[k] / matches for k in recall_at]
         scores.append(torch.stack([*top, precision, *recalls])[:, matches > 0])
@@ -66,30 +66,30 @@ def rank(
     if not scores.numel():
         raise InputError("no query has a drawing of its class in the gallery")
     names = ["top1", "top5", "map", *(f"recall@{k}" for k in recall_at)]
-    counts = {"queries": scores.shape[1], "unmatched": len(queries) - scores.shape[1]}
-    return Ranking(dict(zip(names, scores.mean(1).tolist(), strict=True)) | counts, torch.cat(nearest))
+    totals = {"queries": scores.shape[1], "unmatched": len(queries) - scores.shape[1]}
+    return Ranking(dict(zip(names, scores.mean(1).tolist(), strict=True)) | totals, torch.cat(nearest))
 
 
 def search(query: Tensor, gallery: Tensor, count: int) -> tuple[list[float], list[int]]:
-    """The `count` drawings of the gallery (M, D) that are nearest to a query (D,): similarities and positions."""
+    """Return similarities and positions of the `count` drawings in the gallery (M, D) nearest to a query (D,)."""
     ((_, similarities),) = _similarities(query[None], gallery)
     values, order = similarities[0].sort(descending=True, stable=True)
     return values[:count].tolist(), order[:count].tolist()
 
 
 def most_alike(queries: Tensor, gallery: Tensor) -> list[int]:
-    """For each of the queries (Q, D) the position of the most alike in the gallery (M, D), of equals the first."""
+    """Return the position of the nearest of the gallery (M, D) for each of the queries (Q, D), the first of ties."""
     return [index for _, rows in _similarities(queries, gallery) for index in rows.argmax(1).tolist()]
 
 
 def _similarities(queries: Tensor, gallery: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Cosines of a few queries after the other with the whole gallery, float64."""
-    own, lengths = _lengths(queries, "queries"), _lengths(gallery, "gallery")
+    """Yield the cosines of a few queries at a time with the whole gallery, float64."""
+    query_lengths, lengths = _lengths(queries, "queries"), _lengths(gallery, "gallery")
     step = max(1, CELLS // len(gallery))
     for start in range(0, len(queries), step):
         rows = slice(start, start + step)
-        few = queries[rows].double() / own[rows, None]
-        products = torch.cat([few @ part.double().T for part in gallery.split(PART)], 1)
+        units = queries[rows].double() / query_lengths[rows, None]
+        products = torch.cat([units @ part.double().T for part in gallery.split(PART)], 1)
         yield rows, (products / lengths).round(decimals=DECIMALS)
 
 

@@ -7,7 +7,7 @@ from ..errors import InputError
 
 
 class ChannelAttention(nn.Module):
-    """M_c(x) = sigmoid(W1 W0 avg(x) + W1 W0 max(x)): (B, C, H, W) -> a gate in (0, 1), (B, C, 1, 1).
+    """M_c(x) = sigmoid(W1 W0 avg(x) + W1 W0 max(x)): (B, C, H, W) -> (B, C, 1, 1) in (0, 1).
 
     Woo et al. 2018, section 3.1; Seo 2025, equation 2. `channels` must be at least `reduction`.
     """
@@ -52,7 +52,7 @@ class CBAM(nn.Module):
         self.spatial = SpatialAttention(spatial_kernel)
 
     def start_open(self) -> None:
-        """All gates are one half, whatever the input, until something is learned: the output is a quarter of it."""
+        """Initialise all gates to one half for any input, so that the output is a quarter of the input."""
         nn.init.zeros_(self.channel.mlp[2].get_parameter("weight"))
         nn.init.zeros_(self.spatial.conv.weight)
 

@@ -21,7 +21,7 @@ STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512
 ATTENTION_STAGES = (1, 2)
 LAYERS = tuple(f"relu{s}_{c}" for s, widths in enumerate(STAGES, 1) for c in range(1, len(widths) + 1))
 BUNDLED = Path(__file__).parents[1] / "assets" / "attention-vgg16"
-IMAGENETS = 224  # pixels a side of the images that VGG-16 learned from
+IMAGENETS = 224  # pixels a side of VGG-16's training images
 UNITS = ("softening", "distance", "gram")  # of a layer's calibration, see `losses.calibrate`
 
 
@@ -41,8 +41,8 @@ def _is_weight(value) -> bool:
 
 CALIBRATION = (
     is_calibration,
-    f"for each layer a positive {', '.join(UNITS)}, and perhaps a weight that is not negative (without a calibration,"
-    " the network is calibrated when a loss is built)",
+    f"for each layer a positive {', '.join(UNITS)}, and optionally a weight that is not negative (without a"
+    " calibration, the network is calibrated when a loss is built)",
 )
 
 
@@ -59,22 +59,21 @@ class AttentionVGG16(
     at relu4_3, 54 of 196 at relu5_3. All other layers keep torchvision's names, so its `vgg16` weights fit.
 
     Args:
-        attention: what replaces the two pools: "cbam"; "identity", nothing, the control that tells attention from
-            resolution; or "none" for torchvision's plain `vgg16`, pools and all.
-        pool_after_attention: keep the max-pool after each attention: VGG's own cost, not the paper's network.
-        open_gates: the gates start at one half for any image and the weights after them four times as large, so that
-            a network that was never tuned is "identity", or with pools "none", bit for bit. Not the paper's network,
-            whose gates start at random.
+        attention: "cbam" in place of the two pools; "identity", nothing in their place, the control that separates
+            attention from resolution; or "none" for torchvision's plain `vgg16` with its pools.
+        pool_after_attention: keep the max-pool after each attention: VGG's cost, not the paper's network.
+        open_gates: initialise the gates to one half for any image and the weights after them to four times their
+            value, so that an untuned network equals "identity", or with pools "none", bit for bit. Not the paper's
+            network, whose gates start at random.
         num_classes: outputs of the classifier; 0 leaves the classifier out.
         spatial_kernel: width of the spatial attention's convolution, odd.
         reduction: channel attention's bottleneck divides the channels by this.
         head: the classifier: "vgg", VGG-16's three layers on the 7x7 map (119.5 M weights, dropout), or "linear", one
             layer on the mean of the map, for small data sets.
-        classes: what each output stands for: folder names or labels, as many as `num_classes`.
-        last_layer: the deepest layer that is kept, e.g. "relu4_3"; the classifier takes what comes out there. None
-            keeps all.
-        calibration: what the losses divide by at each layer, as `losses.calibrate` measures it; see there.
-        resolution: pixels a side of the drawings that it was tuned on, see `tuned_resolution`; None is not known.
+        classes: the class of each output: folder names or labels, as many as `num_classes`.
+        last_layer: the deepest layer that is kept, e.g. "relu4_3", whose output the classifier takes. None keeps all.
+        calibration: the units of the losses at each layer, see `losses.calibrate`.
+        resolution: pixels a side of the drawings that it was tuned on, see `tuned_resolution`; None if unknown.
 
     Images are RGB in [-1, 1], (B, 3, H, W); ImageNet's normalisation happens inside.
     """
@@ -154,7 +153,7 @@ print(loss(cat, boat))  # about 1: unrelated drawings"""
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
 
     def _gated(self) -> Iterator[tuple[CBAM, nn.Conv2d]]:
-        """Each attention and the convolution that takes what it gates."""
+        """Yield each attention and the convolution after it."""
         for block, conv in pairwise(self.features):
             attention = getattr(block, "attention", None)
             if isinstance(attention, CBAM) and isinstance(conv, nn.Conv2d):
@@ -162,7 +161,7 @@ print(loss(cat, boat))  # about 1: unrelated drawings"""
 
     @property
     def calibration(self) -> dict[str, dict]:
-        """Layer -> what `losses.calibrate` measured there; saved with the network, empty until then."""
+        """Layer -> units that `losses.calibrate` measured there; saved with the network, empty until then."""
         return self.settings.get("calibration") or {}
 
     @calibration.setter
@@ -170,7 +169,7 @@ print(loss(cat, boat))  # about 1: unrelated drawings"""
         self.settings["calibration"] = measured
 
     def normalize(self, images: Tensor) -> Tensor:
-        """[-1, 1] to ImageNet's normalisation."""
+        """Convert images in [-1, 1] to ImageNet's normalisation."""
         return ((images + 1) / 2 - self.mean) / self.std
 
     def forward(self, images: Tensor) -> Tensor:
@@ -182,16 +181,16 @@ print(loss(cat, boat))  # about 1: unrelated drawings"""
         x = self.normalize(images)
         if not (self.gradient_checkpointing and torch.is_grad_enabled()):
             return self.features(x)
-        for start, end in pairwise(self.stage_bounds):  # elsewhere an in-place ReLU would spoil what is kept
+        for start, end in pairwise(self.stage_bounds):  # elsewhere an in-place ReLU would overwrite a stored input
             x = checkpoint(self.features[start:end], x, use_reentrant=False)
         return x
 
     def taps(self, images: Tensor, layers: Iterable[str]) -> dict[str, Tensor]:
-        """Activations (B, C, h, w) at the named layers, e.g. "relu3_3"; stops at the deepest one asked for."""
+        """Return the activations (B, C, h, w) at the named layers, e.g. "relu3_3"; stops at the deepest of them."""
         return dict(self.walk(images, layers))
 
     def walk(self, images: Tensor, layers: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """The same one after the other, for a caller that does not keep them all."""
+        """Yield the same one by one, for a caller that does not keep them all."""
         wanted = self.find_taps(layers)
         x = self.normalize(images)
         for index, layer in enumerate(islice(self.features, max(wanted) + 1)):
@@ -200,41 +199,41 @@ print(loss(cat, boat))  # about 1: unrelated drawings"""
                 yield wanted[index], x
 
     def find_taps(self, layers: Iterable[str]) -> dict[int, str]:
-        """Position in `features` -> name of the layer; a name that is unknown or cut off is an `InputError`."""
+        """Return position in `features` -> name of the layer; InputError for an unknown or truncated layer."""
         layers = check_layers(layers)
         if beyond := [name for name in layers if name not in self.tap_index]:
-            raise InputError(f"the backbone ends at {self.last_layer}, it has no {', '.join(beyond)}")
+            raise InputError(f"the backbone ends at {self.last_layer} and does not have {', '.join(beyond)}")
         return {self.tap_index[name]: name for name in layers}
 
     def smallest_side(self, layers: Iterable[str]) -> int:
-        """Pixels a side that an image must have, so that the pools before these layers leave something of it."""
+        """Return the minimum side of an image in pixels, which the pools before these layers reduce to 1."""
         depth = max(self.find_taps(layers))
         return 2 ** sum(isinstance(module, nn.MaxPool2d) for module in self.features[:depth].modules())
 
     def load_vgg16(self, source: str | Path = "imagenet") -> list[str]:
-        """Load VGG-16 weights; returns the names of the parameters that `source` cannot know and that stay new.
+        """Load VGG-16 weights; return the names of the parameters that `source` does not have and that stay new.
 
         Args:
             source: "imagenet" (torchvision's weights, downloaded once) or a `.safetensors` file in torchvision's
-                names: a full `vgg16` or its `features` alone.
+                names: a full `vgg16` or only its `features`.
 
-        New may be the attention, a classifier of another number of classes, and all of the classifier when the file
-        holds `features` alone. Anything else missing, left over or of another shape is an `InputError`.
+        New may be the attention, a last layer with another number of classes, and the whole classifier if the file
+        holds only `features`. Any other tensor that is missing, unexpected or of another shape is an `InputError`.
         """
-        weights, own = read_vgg16(source), self.state_dict()
+        weights, initial = read_vgg16(source), self.state_dict()
         if self.num_classes == 0 or self.head == "linear":
             weights = {name: weight for name, weight in weights.items() if name.startswith("features.")}
-        new = unknown_to(weights, own)
+        new = unknown_to(weights, initial)
         weights = {name: weight for name, weight in weights.items() if name not in new}
-        wrong = sorted(set(own) - set(new) - set(weights)) + sorted(set(weights) - set(own))
-        wrong += [name for name in weights if name in own and weights[name].shape != own[name].shape]
+        wrong = sorted(set(initial) - set(new) - set(weights)) + sorted(set(weights) - set(initial))
+        wrong += [name for name in weights if name in initial and weights[name].shape != initial[name].shape]
         if wrong:
             raise InputError(
                 f"{source} does not hold torchvision's vgg16: {len(wrong)} tensors are missing, unknown or of another"
                 f" shape, first {wrong[0]}. Pass a .safetensors with its names (features.0.weight ...), or, for a"
                 " network saved by this package, its folder."
             )
-        self.load_state_dict({name: own[name] for name in new} | weights)
+        self.load_state_dict({name: initial[name] for name in new} | weights)
         if self.settings["open_gates"] and any(".attention." in name for name in new):
             for _, conv in self._gated():
                 conv.weight.data *= 4
@@ -242,7 +241,7 @@ print(loss(cat, boat))  # about 1: unrelated drawings"""
         return new
 
     def truncate(self, last_layer: str) -> "AttentionVGG16":
-        """A copy that ends at `last_layer`, for a loss that reads no deeper: to relu4_3 it is 7.6 M weights of 138 M.
+        """Return a copy that ends at `last_layer`, for a loss that reads no deeper: 7.6 M of 138 M weights to relu4_3.
 
         `network.truncate("relu4_3").half().save_pretrained(folder)` is how the bundled backbone was stored.
         """
@@ -256,14 +255,13 @@ print(loss(cat, boat))  # about 1: unrelated drawings"""
 def load_backbone(
     source: str | Path = BUNDLED, attention: str = "cbam", layers: Iterable[str] | None = None
 ) -> AttentionVGG16:
-    """A backbone from a folder or Hub id written by `save_pretrained`, or from VGG-16 weights.
+    """Load a backbone from a folder or Hub id written by `save_pretrained`, or from VGG-16 weights.
 
     Args:
-        source: the folder or id; "bundled", by default, the sketch-tuned network that comes with the package; or
-            "imagenet" or a `.safetensors` file as in `AttentionVGG16.load_vgg16`, which make a network without a
-            classifier.
-        attention: for weights only: "cbam" (untrained: the arm that fails in the paper) or "none".
-        layers: keep only what these taps need: to relu4_3, 30 MB of 550.
+        source: the folder or id; "bundled" (the default), the sketch-tuned network that comes with the package; or
+            "imagenet" or a `.safetensors` file as in `AttentionVGG16.load_vgg16`, for a network without a classifier.
+        attention: for VGG-16 weights only: "cbam" (untrained: the arm that fails in the paper) or "none".
+        layers: keep only the part that these taps need: to relu4_3, 30 MB of 550.
     """
     if is_vgg16_weights(source):
         backbone = AttentionVGG16(attention=attention, num_classes=0).eval()
@@ -277,7 +275,7 @@ def load_backbone(
 
 
 def tuned_resolution(source: str | Path = BUNDLED) -> int:
-    """Pixels a side of the drawings that a backbone was tuned on; 224 where that is not known.
+    """Return the pixels a side of the drawings that a backbone was tuned on; 224 if unknown.
 
     Args:
         source: as in `load_backbone`.
@@ -290,18 +288,16 @@ def tuned_resolution(source: str | Path = BUNDLED) -> int:
 
 
 def is_vgg16_weights(source) -> bool:
-    """Whether `source` names bare VGG-16 weights, not a network saved by this package."""
+    """Return whether `source` is bare VGG-16 weights, not a network saved by this package."""
     return source == "imagenet" or str(source).endswith(".safetensors")
 
 
 def check_layers(layers: Iterable[str]) -> tuple[str, ...]:
-    """The names as a tuple; unknown, repeated or no names are an `InputError`."""
+    """Return the names as a tuple; InputError for unknown, repeated or no names."""
     layers = tuple(layers)
     unknown = [name for name in layers if name not in LAYERS]
     if unknown or not layers or len(set(layers)) < len(layers):
-        raise InputError(
-            f"`layers` must be distinct names out of {', '.join(LAYERS)}; got {' '.join(layers) or 'none'}"
-        )
+        raise InputError(f"`layers` must be distinct names from {', '.join(LAYERS)}; got {' '.join(layers) or 'none'}")
     return layers
 
 

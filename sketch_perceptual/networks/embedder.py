@@ -1,4 +1,4 @@
-"""Drawings as unit vectors that are near for one class (Seo 2025, section 4.2)."""
+"""Embedding of drawings as unit vectors that are close within a class (Seo 2025, section 4.2)."""
 
 from collections.abc import Iterable
 from itertools import islice
@@ -25,13 +25,13 @@ class SketchEmbedder(
     library_name="sketch-perceptual",
     tags=["sketch", "image-feature-extraction", "image-retrieval", "vgg16", "attention"],
 ):
-    """Drawings to vectors of length 1, whose products are cosine similarities. Frozen, in eval mode.
+    """Maps drawings to unit vectors, whose dot products are cosine similarities. Frozen, in eval mode.
 
     Args:
-        backbone: the keywords of the `AttentionVGG16` inside.
-        embedding: what is brought to length 1: "pooled", the mean of the backbone's last map; "flat", that map as
+        backbone: keywords of the `AttentionVGG16` inside.
+        embedding: the vector that is normalised: "pooled", the mean of the backbone's last map; "flat", that map as
             7x7; "logits", its classifier's; "head", those of a classifier that was trained to embed.
-        resolution: drawings become (resolution, resolution) pixels.
+        resolution: drawings are fitted to (resolution, resolution) pixels.
         fit: "pad" keeps them whole, "crop" cuts the longer side; see `fit_image`.
         background: colour behind transparent drawings and beside padded ones.
     """
@@ -64,18 +64,20 @@ print(vectors @ vectors.T)  # cosine similarities"""
     ):
         super().__init__()
         check_settings(self.rules, {name: value for name, value in locals().items() if name in self.rules})
-        fit_image(Image.new("RGB", (1, 1)), 1, fit, background)  # what is no colour fails here
+        fit_image(Image.new("RGB", (1, 1)), 1, fit, background)  # an invalid colour fails here
         self.embedding, self.resolution, self.fit, self.background = embedding, resolution, fit, background
         self.backbone = AttentionVGG16(**backbone)
         self.classifies = embedding in ("logits", "head")
         if self.classifies and not self.backbone.num_classes:
-            raise InputError(f"`embedding` {embedding} needs a backbone with a classifier, this one has none")
+            raise InputError(
+                f"`embedding` {embedding} needs a backbone with a classifier, which this one does not have"
+            )
         pooled = self.backbone.head == "linear" if self.classifies else embedding == "pooled"
         self.pool = nn.AdaptiveAvgPool2d(1 if pooled else 7)
         self.requires_grad_(False).eval()
 
     def features(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] -> (B, F), what `project` takes: F is the channels, or 49 times as many."""
+        """(B, 3, H, W) in [-1, 1] -> (B, F), the input of `project`: F is the channels, or 49 times as many."""
         return self.pool(self.backbone.last_map(images)).flatten(1)
 
     def project(self, features: Tensor) -> Tensor:
@@ -87,19 +89,19 @@ print(vectors @ vectors.T)  # cosine similarities"""
         return self.project(self.features(images))
 
     def prepare(self, source: Source) -> Tensor:
-        """A picture, as `load_image` takes it, -> (3, resolution, resolution) in [-1, 1]."""
+        """Load a picture, anything `load_image` takes, as (3, resolution, resolution) in [-1, 1]."""
         image = load_image(source, self.background)
         return to_tensor(fit_image(image, self.resolution, self.fit, self.background))
 
     @torch.inference_mode()
     def embed(self, images: Source | Iterable[Source], batch_size: int = 32) -> Tensor:
-        """One picture or several, as `load_image` takes them, -> (N, D) of length 1, float32 on the CPU."""
+        """Embed one picture or several, anything `load_image` takes, as (N, D) of length 1, float32 on the CPU."""
         if not isinstance(batch_size, int) or batch_size < 1:
             raise InputError(f"`batch_size` must be an integer of at least 1, got {batch_size!r}")
         try:
             sources = iter([images] if isinstance(images, Source) or hasattr(images, "read") else images)
         except TypeError:
-            sources = iter([images])  # which `load_image` refuses
+            sources = iter([images])  # `load_image` raises
         weight = next(self.parameters())
         vectors = []
         while batch := [self.prepare(source) for source in islice(sources, batch_size)]:
@@ -110,36 +112,36 @@ print(vectors @ vectors.T)  # cosine similarities"""
 
     @property
     def feature_key(self) -> str:
-        """Changes with whatever changes `features` of a picture: weights, pooling, resolution, fit and background."""
+        """Cache key of everything that changes the `features` of a picture: weights, pooling and preprocessing."""
         pooling = "pooled" if self.pool.output_size == 1 else "flat"
         paper = "".join(f"{level:02x}" for level in ImageColor.getrgb(self.background)[:3])
         return f"{fingerprint(self.backbone.features)}-{pooling}-{self.resolution}-{fit_key(self.fit)}-{paper}"
 
 
 def make_embedder(backbone: AttentionVGG16, **options) -> SketchEmbedder:
-    """A `SketchEmbedder` with the weights of `backbone`; `options` are its other keywords."""
+    """Return a `SketchEmbedder` with the weights of `backbone`; `options` are its other keywords."""
     embedder = SketchEmbedder(backbone.settings, **options)
     embedder.backbone.load_state_dict(backbone.state_dict())
     return embedder
 
 
 def load_embedder(source: str | Path = BUNDLED, **options) -> SketchEmbedder:
-    """An embedder from where a `SketchEmbedder` or an `AttentionVGG16` was saved, or from VGG-16 weights.
+    """Load an embedder from a saved `SketchEmbedder` or `AttentionVGG16`, or from VGG-16 weights.
 
     Args:
-        source: a folder or Hub id, or what else `load_backbone` takes; weights make a network without attention.
-        options: keywords of `SketchEmbedder` instead of what was saved; those that are None are left alone. The
-            resolution of a backbone is what it was tuned at, see `tuned_resolution`.
+        source: a folder or Hub id, or anything else `load_backbone` takes; VGG-16 weights have no attention.
+        options: keywords of `SketchEmbedder` that replace the saved ones, unless None. The default resolution of a
+            backbone is the one it was tuned at, see `tuned_resolution`.
     """
     options = {name: value for name, value in options.items() if value is not None}
     if is_vgg16_weights(source) or "backbone" not in read_config(source, SketchEmbedder)[1]:
         if options.get("embedding") == "head":
-            raise InputError(f"`embedding` head: {source} is a backbone, without a head that was trained to embed")
+            raise InputError(f"`embedding` head: {source} is a backbone without a head that was trained to embed")
         return make_embedder(
             load_backbone(source, attention="none"), **({"resolution": tuned_resolution(source)} | options)
         )
     saved = SketchEmbedder.from_pretrained(source)
-    own = {name: getattr(saved, name) for name in ("embedding", "resolution", "fit", "background")}
-    if own["embedding"] == "head" and options.get("embedding") == "logits":
-        raise InputError(f"`embedding` logits: {source} has a head that was trained to embed, no classifier")
-    return make_embedder(saved.backbone, **(own | options)) if options else saved
+    settings = {name: getattr(saved, name) for name in ("embedding", "resolution", "fit", "background")}
+    if settings["embedding"] == "head" and options.get("embedding") == "logits":
+        raise InputError(f"`embedding` logits: {source} has a head that was trained to embed, not a classifier")
+    return make_embedder(saved.backbone, **(settings | options)) if options else saved

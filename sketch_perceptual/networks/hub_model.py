@@ -1,4 +1,4 @@
-"""What all our networks share: saved as safetensors, loaded from a folder or the Hub, told apart by their weights."""
+"""Base of all networks: saving as safetensors, loading from a folder or the Hub, fingerprints of weights."""
 
 import hashlib
 import json
@@ -32,67 +32,62 @@ It needs that package, `pip install .` in its folder; `config.json` holds its se
 """
 HUB_OPTIONS = ("force_download", "token", "cache_dir", "local_files_only", "revision")
 WEIGHTS = "model.safetensors"
-FLOATS = (
-    torch.float16,
-    torch.bfloat16,
-    torch.float32,
-    torch.float64,
-)  # those of 8 bits need scales, which no file has
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # 8-bit floats would need scales
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 
 
 class HubModel(PyTorchModelHubMixin):
-    """`save_pretrained`, `from_pretrained`, `push_to_hub`: safetensors only; what does not fit is an `InputError`.
+    """`save_pretrained`, `from_pretrained`, `push_to_hub`: safetensors only; InputError for files that do not fit.
 
-    A subclass says what it is in `noun`, what may stand in its config.json in `rules`, where it loads from, and how it
-    is used, with a {source}, in `usage`.
+    A subclass sets `noun`, what it is called in messages; `usage`, an example with a {source}; `rules` for its
+    config.json; and, if it has more than the default, `sources` and `bundled`.
     """
 
     noun: str
     usage: str
     rules: ClassVar[Rules]
-    bundled: ClassVar[Path | None] = None  # the folder of one that comes with the package
+    bundled: ClassVar[Path | None] = None  # folder of the network that comes with the package
     sources = "a folder or a Hub id written by save_pretrained"
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What config.json holds: the keywords of `__init__`."""
+        """The contents of config.json: the keywords of `__init__`."""
         return cast(dict, self._hub_mixin_config)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options):
-        """The network that `save_pretrained` wrote, in eval mode.
+        """Load a network that `save_pretrained` wrote, in eval mode.
 
         Args:
-            pretrained_model_name_or_path: a folder or a Hub id, or what else `locate` knows.
-            options: those of huggingface_hub, such as revision, and settings instead of those in config.json.
+            pretrained_model_name_or_path: a folder, a Hub id, or "bundled" (see `locate`).
+            options: those of huggingface_hub, such as revision, and settings that replace those in config.json.
         """
         source = cls.locate(pretrained_model_name_or_path)
-        place = {name: options.pop(name) for name in HUB_OPTIONS if name in options}
-        path, config = read_config(source, cls, **place)
+        hub_options = {name: options.pop(name) for name in HUB_OPTIONS if name in options}
+        path, config = read_config(source, cls, **hub_options)
         check_json(cls.rules, config, str(path))
         if Path(source).is_dir():
             _find_weights(Path(source), cls.noun)
-        else:  # of the same commit, by which the folder in the cache is called
-            find_file(source, WEIGHTS, cls, **place | {"revision": path.parent.name})
+        else:  # from the same commit, which is the name of the folder in the cache
+            find_file(source, WEIGHTS, cls, **hub_options | {"revision": path.parent.name})
         weights_file = path.parent / WEIGHTS
         weights = read_safetensors(weights_file)
         try:
-            with redirect_stdout(None):  # huggingface_hub prints among our results that it loads from a folder
+            with redirect_stdout(None):  # huggingface_hub prints that it loads from a folder
                 network = cast(nn.Module, super().from_pretrained(str(path.parent), **options))
         except InputError as error:
             raise InputError(f"{path}: {str(error).replace('`', '')}") from error
         except (OSError, ValueError) as error:
             raise not_found(source, cls, error) from error
         except (RuntimeError, MemoryError) as error:
-            raise InputError(f"{path} describes a network that cannot be made: {first_line(error)}") from error
+            raise InputError(f"{path} describes a network that cannot be built: {first_line(error)}") from error
         _check_fit(weights_file, weights, network.state_dict())
         network.load_state_dict(weights)
         return network.eval()
 
     @classmethod
     def locate(cls, source: str | Path) -> str | Path:
-        """Return the folder of the network that comes with the package for "bundled", unless a folder is called so."""
+        """Return the folder of the bundled network for "bundled", unless there is a folder of this name."""
         return cls.bundled if cls.bundled and str(source) == "bundled" and not Path(source).is_dir() else source
 
     def push_to_hub(self, repo_id: str, **options) -> str:
@@ -105,14 +100,14 @@ class HubModel(PyTorchModelHubMixin):
             raise InputError(f"the upload to {repo_id} failed: {hub_reason(error)}") from error
 
     def generate_model_card(self, repo_id: str = "path/to/this/folder", **_) -> ModelCard:
-        """What the network is and how it is loaded."""
+        """Return a card with the kind of network and how to load it."""
         metadata = self._hub_mixin_info.model_card_data.to_yaml()
         usage = self.usage.format(source=repo_id)
         return ModelCard(CARD.format(metadata=metadata, noun=self.noun.capitalize(), usage=usage))
 
     @classmethod
     def _load_as_safetensor(cls, model, model_file, map_location, strict):
-        return model  # which `from_pretrained` fills with weights that it has checked
+        return model  # `from_pretrained` loads the weights, which it has checked
 
     @classmethod
     def _load_as_pickle(cls, model, model_file, map_location, strict):
@@ -120,11 +115,11 @@ class HubModel(PyTorchModelHubMixin):
 
 
 def read_config(source: str | Path, kind: type[HubModel], **options) -> tuple[Path, dict]:
-    """Where the config.json of a saved network is, and what it holds; InputError.
+    """Return the path and the contents of the config.json of a saved network; InputError.
 
     Args:
         source: a folder or a Hub id.
-        kind: what is expected there, for the sentence.
+        kind: the expected class, for messages.
         options: those of `hf_hub_download`.
     """
     source = kind.locate(source)
@@ -137,14 +132,14 @@ def read_config(source: str | Path, kind: type[HubModel], **options) -> tuple[Pa
     except OSError as error:
         raise not_found(source, kind, error) from error
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not JSON that can be read: {first_line(error)}") from error
+        raise InputError(f"{path} is not valid JSON: {first_line(error)}") from error
     if not isinstance(config, dict):
         raise InputError(f"{path} must hold an object, got {json.dumps(config)[:80]}")
     return path, config
 
 
 def find_file(source: str | Path, name: str, kind: type[HubModel], **options) -> Path:
-    """A file of a network on the Hub, downloaded once; InputError."""
+    """Return the path of a file of a network on the Hub, downloaded once; InputError."""
     try:
         return Path(hf_hub_download(str(source), name, **options))
     except HUB_ERRORS as error:
@@ -164,7 +159,7 @@ def _find_weights(folder: Path, noun: str) -> None:
 
 
 def fingerprint(module: nn.Module | Mapping[str, Tensor]) -> str:
-    """Which weights these are, whatever file they came in: 12 hex digits of sha256 over names and float32 values."""
+    """Return a hash of the weights, whatever their file: 12 hex digits of sha256 over names and float32 values."""
     digest = hashlib.sha256()
     for name, tensor in sorted((module.state_dict() if isinstance(module, nn.Module) else module).items()):
         digest.update(name.encode())
@@ -191,7 +186,7 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
 
 
 def is_counter(name: str) -> bool:
-    """Whether the tensor of this name holds integers in any network."""
+    """Return whether the tensor of this name holds integers in any network."""
     return name.endswith(("num_batches_tracked", "position_ids"))
 
 
@@ -200,20 +195,20 @@ def check_finite(path: str | Path, weights: Mapping[str, Tensor]) -> None:
     for name, tensor in weights.items():
         if tensor.is_floating_point() and tensor.numel() and not _is_finite(tensor):
             raise InputError(
-                f"{path}: {name!r} has values that are not finite: it was saved broken, or the file is damaged"
+                f"{path}: {name!r} has values that are not finite: its training diverged, or the file is damaged"
             )
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """Ask the least and the greatest value, which NaN makes NaN: 50 times faster than `isfinite` on all."""
+    """Check the minimum and maximum, which are NaN if any value is: 50 times faster than `isfinite` on all."""
     return all(math.isfinite(float(end)) for end in torch.aminmax(tensor.detach()))
 
 
 def _check_fit(path: str | Path, weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     """InputError unless the names and shapes of both are the same."""
-    shapes, wanted = ({name: tuple(x.shape) for name, x in tensors.items()} for tensors in (weights, expected))
-    if wrong := sorted(name for name in shapes | wanted if shapes.get(name) != wanted.get(name)):
+    shapes, targets = ({name: tuple(x.shape) for name, x in tensors.items()} for tensors in (weights, expected))
+    if wrong := sorted(name for name in shapes | targets if shapes.get(name) != targets.get(name)):
         raise InputError(
             f"the weights in {path} do not fit its config.json: {len(wrong)} tensors are missing, unknown or of"
-            f" another shape, first {wrong[0]!r}: {shapes.get(wrong[0])}, expected {wanted.get(wrong[0])}"
+            f" another shape, first {wrong[0]!r}: {shapes.get(wrong[0])}, expected {targets.get(wrong[0])}"
         )

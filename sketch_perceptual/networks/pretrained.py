@@ -1,7 +1,7 @@
 """Load networks of diffusers and transformers without trusting their files.
 
-Their own loaders fill what a file lacks with random weights, take int8 and NaN, and answer a senseless config with any
-exception. Here all of these are an `InputError`.
+Their own loaders fill missing weights at random, accept int8 and NaN, and raise any exception for an invalid config.
+Here all of these are an `InputError`.
 """
 
 import json
@@ -12,30 +12,29 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import hf_hub_download, snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from ..errors import HUB_ERRORS, InputError, first_line, first_names, hub_reason
+from ..errors import HUB_ERRORS, InputError, first_line, first_names, hub_reason, is_out_of_memory
 from .hub_model import check_finite, is_counter
 
-LARGEST, MOST_LAYERS = 10**6, 1000  # more of anything in a config would fill the memory before a weight is read
-FLOATS = ("F16", "BF16", "F32", "F64")  # in the words of safetensors
-OTHER_HALF = {"vision_model", "visual_projection", "text_projection", "logit_scale"}  # beside a CLIP's text model
+LARGEST, MOST_LAYERS = 10**6, 1000  # larger numbers in a config would fill the memory before a weight is read
+FLOATS = ("F16", "BF16", "F32", "F64")  # names in safetensors
+OTHER_HALF = {"vision_model", "visual_projection", "text_projection", "logit_scale"}  # of a CLIP, besides its texts
 READABLE = ["*.json", "*.txt", "model*.safetensors", "diffusion_pytorch_model*.safetensors"]
 
 
 @contextmanager
 def naming(sentence: str) -> Iterator[None]:
-    """Turn what the block raises, except a lack of memory, into an InputError that begins with `sentence`."""
+    """Turn exceptions of the block, except out of memory, into an InputError that begins with `sentence`."""
     try:
         yield
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
     except InputError as error:
         raise InputError(f"{sentence}: {error}") from error
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         kind = "" if isinstance(error, HUB_ERRORS) else f"{type(error).__name__}: "
         raise InputError(f"{sentence}: {kind}{textwrap.shorten(hub_reason(error), 300)}") from error
 
@@ -46,27 +45,27 @@ def find_file(source: str | Path, name: str, **options) -> Path:
 
 
 def find_folder(source: str | Path, **options) -> Path:
-    """Return the folder itself, or download what can be read of a Hub id; `options` are `snapshot_download`'s."""
+    """Return the folder, or download the readable files of a Hub id; `options` are `snapshot_download`'s."""
     if Path(source).is_dir():
         return Path(source)
     return Path(snapshot_download(str(source), allow_patterns=READABLE, **options))
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file; InputError if there is none."""
+    """Return the object in a JSON file; InputError if it does not hold one."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not JSON that can be read: {first_line(error)}") from error
+        raise InputError(f"{path} is not valid JSON: {first_line(error)}") from error
     if not isinstance(config, dict):
         raise InputError(f"{path} must hold an object, got {json.dumps(config)[:80]}")
     return config
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Return the object in the config of a network or scheduler; InputError for a number that none has."""
+    """Return the config of a network or scheduler; InputError for a number that is too large."""
     config = read_json(path)
     for name, value in config.items():
         most = MOST_LAYERS if re.search("layers|blocks", name) else LARGEST
@@ -76,11 +75,11 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def load_model(kind: type, folder: Path, variant: str | None = None, **options) -> Any:
-    """Load a network whose weights are all in its files, floating and finite; InputError.
+    """Load a network; InputError unless all of its weights are in its files, floating and finite.
 
     Args:
-        kind: its class, of diffusers or transformers.
-        folder: holds its config.json and its safetensors.
+        kind: its class, from diffusers or transformers.
+        folder: with its config.json and safetensors.
         variant: of its files, such as "fp16".
         options: keywords of its `from_pretrained`.
     """
@@ -98,16 +97,16 @@ def load_model(kind: type, folder: Path, variant: str | None = None, **options) 
 
 
 def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
-    """Return the safetensors of a network, one or its shards; InputError if there are none."""
+    """Return the safetensors of a network, one file or its shards; InputError if there are none."""
     ending, shard = f".{variant}" if variant else "", r"(-\d+-of-\d+)?"
     ending = re.escape(ending)
     pattern = re.compile(rf"(diffusion_pytorch_)?model({ending}{shard}|{shard}{ending})\.safetensors")
     files = sorted(path for path in folder.glob("*.safetensors") if pattern.fullmatch(path.name))
     if not files:
-        found = first_names(sorted(path.name for path in folder.glob("*.*")), count=5)
+        names = first_names(sorted(path.name for path in folder.glob("*.*")), count=5)
         raise InputError(
-            f"{folder} holds no weights{f' of the `variant` {variant}' if variant else ''} as .safetensors, only"
-            f" {found or 'nothing'}; pickles (.bin) are not loaded"
+            f"{folder} holds no .safetensors weights{f' of the `variant` {variant}' if variant else ''}, only"
+            f" {names or 'nothing'}; pickles (.bin) are not loaded"
         )
     return files
 
@@ -121,7 +120,7 @@ def _numbers(value: Any) -> Iterator[float]:
 
 
 def _check_dtypes(path: Path) -> None:
-    """InputError for weights that are not floating numbers, which loaders would convert in silence."""
+    """InputError for weights that are not floating-point, which loaders would silently convert."""
     try:
         with safe_open(path, "pt") as file:
             for name in list(file.keys()):
@@ -136,13 +135,13 @@ def _check_dtypes(path: Path) -> None:
 
 def _check_keys(model: nn.Module, info: dict[str, Any], folder: Path) -> None:
     """InputError unless the files hold each weight of the network and nothing else, except a CLIP's other half."""
-    rooms = {name.split(".")[0] for name in model.state_dict()}
-    extra = [n for n in info["unexpected_keys"] if not is_counter(n) and (n.split(".")[0] not in OTHER_HALF - rooms)]
-    troubles = {"missing": info["missing_keys"], "of another shape": info["mismatched_keys"], "not of it": extra}
-    for trouble, names in troubles.items():
+    parts = {name.split(".")[0] for name in model.state_dict()}
+    extra = [n for n in info["unexpected_keys"] if not is_counter(n) and (n.split(".")[0] not in OTHER_HALF - parts)]
+    errors = {"missing": info["missing_keys"], "of another shape": info["mismatched_keys"], "unexpected": extra}
+    for kind, names in errors.items():
         if names:
             first = first_names(sorted(str(name) for name in names), count=3)
             raise InputError(
                 f"{folder} does not hold the weights of a {type(model).__name__} as its config.json describes it:"
-                f" {len(names)} of the tensors are {trouble}: {first}"
+                f" {len(names)} of the tensors are {kind}: {first}"
             )

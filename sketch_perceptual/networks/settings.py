@@ -1,4 +1,4 @@
-"""What the settings of a network may be, given in Python or read from a config.json, which may hold anything."""
+"""Validation of a network's settings, from keywords or from an untrusted config.json."""
 
 import json
 import math
@@ -7,17 +7,17 @@ from typing import Any
 
 from ..errors import InputError
 
-Rule = tuple[Callable[[Any], bool], str]  # whether a value is good, and what it must be, in words
-Rules = Mapping[str, "Rule | Rules"]  # rules of rules: a setting that holds settings
+Rule = tuple[Callable[[Any], bool], str]  # a check of the value, and a description of valid values
+Rules = Mapping[str, "Rule | Rules"]  # nested rules: a setting that holds settings
 
 FLAG: Rule = (lambda value: isinstance(value, bool), "true or false")
-TEXT: Rule = (lambda value: isinstance(value, str), "a text")
-TEXTS: Rule = (lambda value: isinstance(value, list | tuple) and all(map(TEXT[0], value)), "a list of texts")
+TEXT: Rule = (lambda value: isinstance(value, str), "a string")
+TEXTS: Rule = (lambda value: isinstance(value, list | tuple) and all(map(TEXT[0], value)), "a list of strings")
 
 
 def integer(low: int) -> Rule:
-    words = "a positive integer" if low == 1 else f"an integer of at least {low}"
-    return lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= low, words
+    description = "a positive integer" if low == 1 else f"an integer of at least {low}"
+    return lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= low, description
 
 
 def one_of(*choices: str) -> Rule:
@@ -29,12 +29,12 @@ def optional(rule: Rule) -> Rule:
 
 
 def is_positive(value: Any) -> bool:
-    """Whether it is a finite number above 0."""
+    """Return whether `value` is a finite number above 0."""
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def check_settings(rules: Rules, values: Mapping[str, Any]) -> None:
-    """InputError for a setting given in Python that breaks its rule."""
+    """InputError for a keyword that breaks its rule."""
     for name, value in values.items():
         rule = rules[name]
         if isinstance(rule, tuple) and not rule[0](value):
@@ -42,7 +42,7 @@ def check_settings(rules: Rules, values: Mapping[str, Any]) -> None:
 
 
 def check_json(rules: Rules, values: Any, where: str) -> None:
-    """The same for what a JSON file holds; also for a setting that is unknown, and for one that holds settings."""
+    """InputError for settings from a JSON file, nested ones included, that are unknown or break their rules."""
     if not isinstance(values, dict):
         raise InputError(f"{where} must hold an object, got {_shown(values)}")
     for name, value in values.items():

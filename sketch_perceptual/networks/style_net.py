@@ -17,9 +17,9 @@ NORMS: dict[str, Callable[[int], nn.Module]] = {
     "batch": nn.BatchNorm2d,
 }
 UPSAMPLING = ("transposed", "resize")
-STRIDE = 4  # of the middle of the network
-SMALLEST = 8  # pixels a side; the widest kernel mirrors four
-TANH = 150 / 127.5  # the authors' code: 0-255 and some more, so that black and white are not at its flat ends
+STRIDE = 4  # of the residual blocks
+SMALLEST = 8  # pixels a side; the widest kernel pads by four
+TANH = 150 / 127.5  # as in the authors' code: beyond 0-255, so that black and white are not at tanh's flat ends
 
 
 class JohnsonNet(
@@ -28,14 +28,14 @@ class JohnsonNet(
     library_name="sketch-perceptual",
     tags=["sketch", "style-transfer", "image-to-image"],
 ):
-    """Photos (B, 3, H, W) in [-1, 1] to pictures of the same size, in [-1.18, 1.18].
+    """Maps photos (B, 3, H, W) in [-1, 1] to pictures of the same size, in [-1.18, 1.18].
 
     9x9 convolution to 32 channels, two of 3x3 and stride 2 to 64 and 128, five residual blocks, two steps up, 9x9 to
     RGB, scaled tanh; reflection padding (Johnson et al. 2016, supplement, table 1).
 
     Args:
-        norm: "instance" (the authors' code) or "batch" (their paper), which sees what else is in a batch.
-        upsampling: "transposed" convolutions, or "resize", nearest neighbours and a convolution: no checkerboard.
+        norm: "instance" (the authors' code) or "batch" (their paper), which depends on the rest of a batch.
+        upsampling: "transposed" convolutions, or "resize", nearest neighbours and a convolution, without checkerboard.
         width: channels of the first layer.
     """
 
@@ -78,7 +78,7 @@ stylize(load_johnson("{source}"), [photo])[0].save("sketch.png")"""
 
     @contextmanager
     def kept_statistics(self) -> Iterator[None]:
-        """Inside, batch norm goes by the batch, as in training, and leaves its running statistics as they are."""
+        """Use the statistics of the batch in batch norm, as in training, without updating the running statistics."""
         norms = [module for module in self.modules() if isinstance(module, nn.BatchNorm2d)]
         for norm in norms:
             norm.track_running_stats = False
@@ -90,8 +90,9 @@ stylize(load_johnson("{source}"), [photo])[0].save("sketch.png")"""
 
 
 def settled(network: JohnsonNet, images: Tensor) -> JohnsonNet:
-    """The network with batch norm in place of instance norm, and the statistics of `images` (B, 3, H, W), parts of one
-    large one: what it makes of a part does not depend on what else is in that part.
+    """Return the network with instance norm replaced by batch norm, with the statistics of `images` (B, 3, H, W).
+
+    With the parts of one large image, all of its parts are normalised alike.
     """
     if network.settings["norm"] == "batch":
         return network
@@ -99,7 +100,7 @@ def settled(network: JohnsonNet, images: Tensor) -> JohnsonNet:
     twin.load_state_dict(network.state_dict(), strict=False)  # instance norm has no running statistics
     for module in twin.modules():
         if isinstance(module, nn.BatchNorm2d):
-            module.momentum = 1.0  # the statistics of these images, and no others
+            module.momentum = 1.0  # only the statistics of these images
     twin.train()(images)
     return twin.eval()
 
@@ -124,5 +125,5 @@ def _conv(channels: int, width: int, kernel: int, stride: int = 1) -> nn.Conv2d:
 
 
 def load_johnson(source: str | Path) -> JohnsonNet:
-    """A network from a folder or Hub id written by `save_pretrained`, in eval mode; InputError."""
+    """Load a network from a folder or Hub id written by `save_pretrained`, in eval mode; InputError."""
     return JohnsonNet.from_pretrained(source)

@@ -1,4 +1,4 @@
-"""VGG-16 weights in torchvision's names: where they come from, and what they leave new in another network."""
+"""VGG-16 weights with torchvision's names."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +17,7 @@ LAST = "classifier.6."  # its size is the number of classes
 
 
 def read_vgg16(source: str | Path) -> dict[str, Tensor]:
-    """The tensors of "imagenet", torchvision's weights, downloaded once, or of a `.safetensors` file; InputError."""
+    """Return the tensors of "imagenet" (torchvision's, downloaded once) or of a `.safetensors` file; InputError."""
     if source != "imagenet":
         return read_safetensors(source)
     models = optional("torchvision.models", "train")
@@ -25,17 +25,17 @@ def read_vgg16(source: str | Path) -> dict[str, Tensor]:
         return models.VGG16_Weights.IMAGENET1K_V1.get_state_dict(check_hash=True, weights_only=True)
     except OSError as error:
         raise InputError(
-            f"torchvision's VGG-16 weights could not be downloaded ({first_line(error)}). Make a local .safetensors"
-            f" on a machine that can, and pass that instead of imagenet: {MAKE}"
+            f"torchvision's VGG-16 weights could not be downloaded ({first_line(error)}). Make a .safetensors file"
+            f" on a machine with a connection, and pass that instead of imagenet: {MAKE}"
         ) from error
 
 
-def unknown_to(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
-    """Which tensors of a network VGG-16 weights cannot know.
+def unknown_to(weights: Mapping[str, Tensor], network: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of a network's tensors that VGG-16 weights cannot contain.
 
-    The attention; the classifier if the file holds `features` alone; its last layer if the classes are others.
+    The attention; the classifier if the file holds only `features`; its last layer if the number of classes differs.
     """
     trunk_only = not any(name.startswith("classifier.") for name in weights)
-    other_classes = len(weights.get(LAST + "bias", ())) != len(own.get(LAST + "bias", ()))
+    other_classes = len(weights.get(LAST + "bias", ())) != len(network.get(LAST + "bias", ()))
     prefixes = ("classifier.",) if trunk_only else (LAST,) if other_classes else ()
-    return [name for name in own if name.startswith(prefixes) or (".attention." in name and name not in weights)]
+    return [name for name in network if name.startswith(prefixes) or (".attention." in name and name not in weights)]

@@ -138,14 +138,14 @@ def test_what_was_halved_is_not_written_at_half_its_size(model, tmp_path, monkey
 
 def test_too_little_memory_is_no_bad_picture(model, tmp_path, monkeypatch, capsys):
     def fail(*_):
-        raise TooLittleMemory("there is too little memory to read it")
+        raise TooLittleMemory("there is not enough memory to read it")
 
     monkeypatch.setattr(command, "load_image", fail)
     Image.new("L", (9, 9)).save(tmp_path / "scan.png")
     with pytest.raises(SystemExit):
         main(["--model", model, "--input", str(tmp_path / "scan.png"), "--output", str(tmp_path / "out.png")])
     message = capsys.readouterr().err
-    assert "too little memory" in message and "written" not in message
+    assert "not enough memory" in message and "written" not in message
 
 
 @pytest.mark.parametrize(

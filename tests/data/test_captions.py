@@ -198,7 +198,7 @@ def test_a_linked_class_folder_is_read_and_a_loop_is_an_error(tmp_path):
     (tmp_path / "root/cat").symlink_to(tmp_path / "elsewhere")
     assert captions_of(captioned_folder(tmp_path / "root")) == {"1.png": ["a sketch of a cat"]}
     (tmp_path / "elsewhere/again").symlink_to(tmp_path / "root")
-    with pytest.raises(InputError, match=r"root.cat.again links to a folder that is read already"):
+    with pytest.raises(InputError, match=r"root.cat.again links to a folder"):
         captioned_folder(tmp_path / "root")
 
 
@@ -270,7 +270,7 @@ FOLDERS = {
     ),
     "null": ({"metadata.jsonl": line(text=None)}, {}, "1 of 1 images have no caption"),
     "empty list": ({"metadata.jsonl": line(text=[None, " "])}, {}, "1 of 1 images have no caption"),
-    "number": ({"metadata.jsonl": line(text=5)}, {}, r"metadata\.jsonl line 1: a caption must be a text .* got 5"),
+    "number": ({"metadata.jsonl": line(text=5)}, {}, r"metadata\.jsonl line 1: a caption .* got 5"),
     "no file_name": (
         {"metadata.csv": "image,text\n1.png,x"},
         {},
@@ -284,9 +284,9 @@ FOLDERS = {
     "out of the folder": (
         {"metadata.csv": "file_name,text\n../1.png,x"},
         {},
-        r"line 2 leaves the folder: \.\./1\.png",
+        r"line 2 lists \.\./1\.png",
     ),
-    "absolute": ({"metadata.csv": "file_name,text\n/1.png,x"}, {}, r"leaves the folder: /1\.png"),
+    "absolute": ({"metadata.csv": "file_name,text\n/1.png,x"}, {}, r"line 2 lists /1\.png"),
     "not JSON": ({"metadata.jsonl": line(text="x") + "\n{text: 1}"}, {}, r"metadata\.jsonl line 2 is not JSON"),
     "no object": ({"metadata.jsonl": "[1]"}, {}, r"metadata\.jsonl line 1 is not a JSON object"),
     "unquoted comma": ({"metadata.csv": "file_name,text\n1.png,a, b"}, {}, r"metadata\.csv line 2 has more cells"),
@@ -328,7 +328,7 @@ DATA_SETS = {
         "toy has no column 'text', `caption_column` can be one of: image, a",
     ),
     "two labels": ({"image": ["x"], "a": [0], "b": [0]}, "toy has no column 'text', `caption_column` can be"),
-    "numbers": ({"image": ["x"], "text": [3]}, "row 0 of toy: a caption must be a text or a list of texts, got 3"),
+    "numbers": ({"image": ["x"], "text": [3]}, "row 0 of toy: a caption .* got 3"),
     "null": ({"image": ["x", "y"], "text": ["c", None]}, "1 of 2 images have no caption: row 1 of toy.*image, text"),
     "images alone": ({"image": ["x"]}, "1 of 1 images have no caption: row 0 of toy"),
 }

@@ -46,7 +46,7 @@ def test_pipes_are_skipped_and_named(root, caplog):
     data = captioned_folder(root)
     assert (data.names, data.captions) == ([str(root / "a/good.png")], [["a sketch of a a"]])
     assert warnings(caplog) == [f"Skipped in {root}, neither files nor folders: a/good.txt, a/pipe.png, metadata.csv"]
-    with pytest.raises(InputError, match=r"pipe\.png: not a regular file"):
+    with pytest.raises(InputError, match=r"pipe\.png: .*regular file"):
         load_image(root / "a/pipe.png")
 
 
@@ -61,8 +61,8 @@ def test_images_behind_links_are_read_and_named(root, elsewhere, caplog):
     (root / "b").symlink_to(elsewhere)
     (root / "a" / "inside.png").symlink_to(root / "a" / "good.png")
     assert find_images(root)[1] == ["a/good.png", "a/inside.png", "a/linked.png", "b/1.png"]
-    assert [line for line in warnings(caplog) if "elsewhere, where links lead" in line] == [
-        f"2 images of {root} are read from elsewhere, where links lead: a/linked.png, b/1.png"
+    assert [line for line in warnings(caplog) if " links " in line] == [
+        f"2 images of {root} are links to files elsewhere: a/linked.png, b/1.png"
     ]
 
 
@@ -76,7 +76,7 @@ def test_the_root_may_be_a_link(root, tmp_path, caplog):
 @pytest.mark.parametrize("name", ["a/good.txt", "metadata.csv", "a/metadata.jsonl"])
 def test_captions_behind_links_are_refused_without_their_words(name, root, elsewhere):
     (root / name).symlink_to(elsewhere / "secret.txt")
-    with pytest.raises(InputError, match=f"{name} is a link that leaves .*only images are read") as error:
+    with pytest.raises(InputError, match=f"{name} is a link .*only images are read") as error:
         captioned_folder(root)
     assert "the secret" not in str(error.value)
 
@@ -84,22 +84,20 @@ def test_captions_behind_links_are_refused_without_their_words(name, root, elsew
 def test_captions_in_a_linked_folder_are_refused(root, elsewhere):
     (elsewhere / "secret.txt").rename(elsewhere / "1.txt")
     (root / "b").symlink_to(elsewhere)
-    with pytest.raises(InputError, match=r"b/1\.txt is a link that leaves"):
+    with pytest.raises(InputError, match=r"b/1\.txt is a link to a file outside"):
         captioned_folder(root)
 
 
 @pytest.mark.parametrize("name", ["pairs.csv", "anno_train.json"])
 def test_lists_of_pairs_behind_links_are_refused(name, root, elsewhere):
     (root / name).symlink_to(elsewhere / "secret.txt")
-    with pytest.raises(InputError, match=f"{name} is a link that leaves"):
+    with pytest.raises(InputError, match=f"{name} is a link to a file outside"):
         find_pairs(root)
 
 
 def test_captions_that_cannot_be_read_are_named(root):
     (root / "a" / "good.txt").symlink_to(root / "nothing")
-    with pytest.raises(
-        InputError, match=r"caption of a/good\.png: .*a/good\.txt is a link to .*nothing, which is not"
-    ):
+    with pytest.raises(InputError, match=r"caption of a/good\.png: .*a/good\.txt is a link to .*nothing, which"):
         captioned_folder(root)
     (root / "folder.txt").mkdir()
     with pytest.raises(InputError, match=r"cannot read .*folder\.txt: Is a directory"):
@@ -121,5 +119,5 @@ def test_where_a_training_writes_nothing_is_read(tmp_path, caplog):
         unlock_folder(tmp_path / output)
     assert find_images(tmp_path)[1] == ["cat/1.png", "dog/1.png"]
     assert labelled_folder(tmp_path).classes == ["cat", "dog"]
-    assert f"Not read, since a training or a generation writes there: {tmp_path / 'out'}" in caplog.text
+    assert f"Not read, because a training or a generation writes there: {tmp_path / 'out'}" in caplog.text
     assert find_images(tmp_path / "out")[1] == ["validation/step-000001.png"]  # unless it is what was asked for

@@ -51,7 +51,7 @@ def test_only_what_cannot_be_read_is_tried_again(read):
     first, found = read()
     again, same = read()
     assert (first, again) == (ALL, [4])
-    assert same == found and list(found.looks) == [0, 1, 2, 3] and list(found.bad) == [4]
+    assert same == found and list(found.infos) == [0, 1, 2, 3] and list(found.bad) == [4]
 
 
 def test_a_second_start_opens_no_image_and_finds_the_same(read, paths, monkeypatch):
@@ -83,7 +83,7 @@ def test_an_edited_file_is_read_again(edit, read, paths):
     EDITS[edit](paths[1])
     names, found = read()
     assert names == [1, 4]
-    assert (found.looks[1].key != before.looks[1].key) == (edit == "pixels")
+    assert (found.infos[1].key != before.infos[1].key) == (edit == "pixels")
     assert read()[0] == [4]
 
 
@@ -95,7 +95,7 @@ def test_whatever_changes_what_is_seen_is_read_for_itself(options, read):
     names, found = read(**options)
     assert names == ALL and read(**options) == ([4], found) and read() == ([4], plain)
     inverted = {"auto": [3], "always": [0, 1, 2, 3]}.get(options.get("invert"), [])
-    assert [index for index, seen in found.looks.items() if seen.key != plain.looks[index].key] == inverted
+    assert [index for index, seen in found.infos.items() if seen.key != plain.infos[index].key] == inverted
 
 
 def test_other_code_reads_again(read, monkeypatch):
@@ -135,7 +135,7 @@ def test_a_damaged_file_is_ignored_and_made_again(place, read, tmp_path, caplog)
 def test_what_cannot_be_kept_is_said_and_ends_nothing(read, tmp_path, caplog):
     (tmp_path / "file").touch()
     assert read(scan_folder=tmp_path / "file") == read(scan_folder=None)
-    assert "what was seen of the images cannot be kept: " in caplog.text
+    assert "cannot be cached: " in caplog.text
 
 
 def test_an_interrupted_scan_keeps_what_it_has_seen(read):

@@ -59,16 +59,16 @@ def test_leftovers_make_no_class_and_are_named(tmp_path, caplog):
 
 # files -> the sentence for the folder that holds them
 FOLDERS = {
-    "splits": (["train/a/1.png", "val/a/1.png"], "no class can be called train, val: pass {root}/train[.]"),
-    "test first": (["test/cat/1.png", "train/cat/1.png"], "no class can be called test, train: pass {root}/train[.]"),
-    "one split": (["Train/cat/1.png", "Train/dog/1.png"], "no class can be called Train: pass {root}/Train[.]"),
-    "nested": (["zip/cat/1.png", "zip/dog/1.png"], "found none; no class can be called zip: pass {root}/zip[.]"),
-    "flat": (["images/1.png", "images/2.png"], "two classes or more, found none; no class can be called images[.]$"),
-    "a folder of leftovers": (["cat/1.png", "dog/1.png", "images/1.png"], "found cat, dog; no .* images: rename"),
-    "kohya's repeats": (["10_cat/1.png", "5_cat/1.png"], "two classes or more, found cat[.]$"),
-    "one class": (["cat/1.png", "cat/2.png"], "a folder for each of two classes or more, found cat[.]$"),
-    "one nested class": (["animal/cat/1.png", "x.png"], "two classes or more, found animal[.]$"),
-    "no folders": (["1.png", "2.png"], "two classes or more, found none[.]$"),
+    "splits": (["train/a/1.png", "val/a/1.png"], "not class names: train, val: pass {root}/train[.]"),
+    "test first": (["test/cat/1.png", "train/cat/1.png"], "not class names: test, train: pass {root}/train[.]"),
+    "one split": (["Train/cat/1.png", "Train/dog/1.png"], "not class names: Train: pass {root}/Train[.]"),
+    "nested": (["zip/cat/1.png", "zip/dog/1.png"], "found none; not class names: zip: pass {root}/zip[.]"),
+    "flat": (["images/1.png", "images/2.png"], "{root} must hold .*, found none; not class names: images[.]$"),
+    "a folder of leftovers": (["cat/1.png", "dog/1.png", "images/1.png"], "found cat, dog; not .* images: rename"),
+    "kohya's repeats": (["10_cat/1.png", "5_cat/1.png"], "{root} must hold .*, found cat[.]$"),
+    "one class": (["cat/1.png", "cat/2.png"], "{root} must hold .*, found cat[.]$"),
+    "one nested class": (["animal/cat/1.png", "x.png"], "{root} must hold .*, found animal[.]$"),
+    "no folders": (["1.png", "2.png"], "{root} must hold .*, found none[.]$"),
     "hidden class": (["cat/1.png", ".dog/1.png"], "found cat[.]$"),
     "no images": ([], "there are no images in {root}[.]"),
 }
@@ -138,7 +138,7 @@ def test_groups_are_names_and_follow_the_rows(hands, groups):
     assert labelled_dataset(rows, name="toy").groups is None
 
 
-AB, TWO = {"label": ["a", "b"]}, "toy must have two classes or more in the column 'label'"
+AB, TWO = {"label": ["a", "b"]}, "toy must have two or more classes in the column 'label'"
 
 
 DATA_SETS = {

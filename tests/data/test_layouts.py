@@ -38,21 +38,21 @@ def build(root, files):
 CAPTIONED = {
     "splits above classes": (
         {"train/cat/1.png": None, "train/dog/1.png": None, "test/cat/2.png": None},
-        "no class can be called test, train: pass {root}/train; a caption would be 'a sketch of a test'",
+        "not class names: test, train: pass {root}/train; a caption would be 'a sketch of a test'",
     ),
     "years of splits": (
         {"train2017/cat/1.png": None, "Val_2017/cat/1.png": None},
-        "no class can be called Val_2017, train2017: pass {root}/train2017; a caption",
+        "not class names: Val_2017, train2017: pass {root}/train2017; a caption",
     ),
-    "a split alone": ({"train/1.png": None}, "no class can be called train; a caption would be 'a sketch of a train'"),
+    "a split alone": ({"train/1.png": None}, "not class names: train; a caption would be 'a sketch of a train'"),
     "images alone": ({"images/1.png": None}, "a caption would be 'a sketch of a images'"),
-    "of the kind": ({"test-images/1.png": None}, "no class can be called test-images"),
-    "numbers": ({"0/1.png": None, "01/1.png": None}, "no class can be called 0, 01; a caption"),
+    "of the kind": ({"test-images/1.png": None}, "not class names: test-images"),
+    "numbers": ({"0/1.png": None, "01/1.png": None}, "not class names: 0, 01; a caption"),
     "classes one folder deeper": (
         {"zip/cat/1.png": None, "zip/dog/1.png": None},
-        "no class can be called zip: pass {root}/zip",
+        "not class names: zip: pass {root}/zip",
     ),
-    "leftovers among classes": ({**TWO, "images/1.png": None}, "no class can be called images: rename or move"),
+    "leftovers among classes": ({**TWO, "images/1.png": None}, "not class names: images: rename or move"),
     "trains among classes": (
         {"train/1.png": None, "boat/1.png": None},
         {"train/1.png": ["a sketch of a train"], "boat/1.png": ["a sketch of a boat"]},
@@ -75,7 +75,7 @@ CAPTIONED = {
     "two text files": (
         {"1.png": None, "1.txt": "a", "1.caption": "b"},
         {"1.png": ["a"]},
-        "Not read in {root}, since another caption of the image is: 1.caption, where 1.txt is",
+        "Not read in {root}: 1.caption (read: 1.txt).",
     ),
     "two text files of one caption": ({"1.png": None, "1.txt": "a", "1.png.txt": "a\n"}, {"1.png": ["a"]}),
     "text files by the whole name": ({"1.png": None, "1.png.txt": "a cat"}, {"1.png": ["a cat"]}),
@@ -86,13 +86,13 @@ CAPTIONED = {
     "text files by both names of one": (
         {"1.png": None, "1.png.txt": "a cat", "1.txt": "a fox"},
         {"1.png": ["a cat"]},
-        "Not read in {root}, since another caption of the image is: 1.txt, where 1.png.txt is",
+        "Not read in {root}: 1.txt (read: 1.png.txt).",
     ),
     "an empty text file": ({"1.png": None, "1.txt": ""}, "1 of 1 images have no caption: {root}/1.png"),
     "OneTrainer's masks": (
         {"1.png": None, "1.txt": "a", "1-masklabel.png": None, "1-condlabel.png": None, "1_sd.npz": "x"},
         {"1.png": ["a"]},
-        "Left out of the pictures in {root}, 2 masks or condition images of others: 1-condlabel.png, 1-masklabel.png",
+        "Not among the images of {root}, 2 masks or condition images of others: 1-condlabel.png, 1-masklabel.png",
     ),
     "OneTrainer's masks of unread pictures": (
         {"1.png": None, "1.txt": "a", "2.svg": "x", "2-masklabel.png": None},
@@ -120,26 +120,26 @@ CAPTIONED = {
     ),
     "Sketchy's folders": (
         {"tx_000000000000/boat/1.png": None, "tx_000100000000/boat/1.png": None},
-        "no class can be called tx_000000000000, tx_000100000000: pass {root}/tx_000000000000; a caption would be"
+        "not class names: tx_000000000000, tx_000100000000: pass {root}/tx_000000000000; a caption would be"
         " 'a sketch of a tx 000000000000'",
     ),
     "a class in Sketchy's folder": (
         {"tx_000000000000/boat/1.png": None},
-        "no class can be called tx_000000000000: pass {root}/tx_000000000000; a caption would be",
+        "not class names: tx_000000000000: pass {root}/tx_000000000000; a caption would be",
     ),
-    "dates": ({"scan 20240131/1.png": None}, "no class can be called scan 20240131; a caption would be"),
+    "dates": ({"scan 20240131/1.png": None}, "not class names: scan 20240131; a caption would be"),
     "ImageNet's ids": ({"n01440764/1.png": None}, {"n01440764/1.png": ["a sketch of a tench"]}),
     "ids that are not ImageNet's": ({"n99999999/1.png": None}, "a caption would be 'a sketch of a n99999999'"),
     "models of planes": ({"a380/1.png": None}, {"a380/1.png": ["a sketch of a a380"]}),
     "names of two lines": ({"1\n\x1b[31m.png": None}, "1 of 1 images have no caption: {root}/1\\n\\x1b[31m.png."),
     "several lines of metadata": (
         {"1.png": None, "metadata.csv": "file_name,text\nx.png,a\n1.png,b\n../y.png,c\n"},
-        "line 2 lists x.png, but there is no such image.\n{root}/metadata.csv line 4 leaves the folder: ../y.png.",
+        "line 2 lists x.png, but there is no such image.\n{root}/metadata.csv line 4 lists ../y.png",
     ),
     "NFD side-cars": ({f"{NFC}.png": None, f"{NFD}.txt": "a"}, {f"{NFC}.png": ["a"]}),
     "metadata of another name": (
         {"train/1.png": None, "data.jsonl": LINE},
-        "no class can be called train",
+        "not class names: train",
         "Not read in {root}: data.jsonl. Captions are read from metadata.csv or metadata.jsonl, with the columns",
     ),
     "metadata.json": ({**TWO, "metadata.json": f"[{LINE}]"}, A_OR_B, "Not read in {root}: metadata.json."),
@@ -188,7 +188,7 @@ CAPTIONED = {
     "network disks": ({**TWO, "@eaDir/1.png": None, "a/@Recycle/1.png": None, "#snapshot/1.png": None}, A_OR_B),
     "a dangling caption": (
         {"a/1.png": None, "a/1.txt": Path("/nowhere/1.txt")},
-        "the caption of a/1.png: {root}/a/1.txt is a link to /nowhere/1.txt, which is not there",
+        "the caption of a/1.png: {root}/a/1.txt is a link to /nowhere/1.txt, which",
     ),
     "half an emoji": (
         {"1.png": None, "metadata.jsonl": '{"file_name": "1.png", "text": "a fox \\ud83e"}'},
@@ -201,9 +201,9 @@ CAPTIONED = {
 }
 # files -> classes and the number of images of each, or what the error says
 LABELLED = {
-    "splits": ({"train/cat/1.png": None, "test/dog/1.png": None}, "called test, train: pass {root}/train."),
-    "a split of pictures": ({"train/1.png": None}, "found none; no class can be called train."),
-    "leftovers": ({**TWO, "thumbnails/1.png": None}, "found a, b; no class can be called thumbnails: rename or move"),
+    "splits": ({"train/cat/1.png": None, "test/dog/1.png": None}, "names: test, train: pass {root}/train."),
+    "a split of pictures": ({"train/1.png": None}, "found none; not class names: train."),
+    "leftovers": ({**TWO, "thumbnails/1.png": None}, "found a, b; not class names: thumbnails: rename or move"),
     "trains": ({"train/1.png": None, "boat/1.png": None}, {"boat": 1, "train": 1}),
     "digits": ({"0/1.png": None, "1/1.png": None}, {"0": 1, "1": 1}),
     "kohya's": ({"10_cat/1.png": None, "5_cat/1.png": None, "5_dog/1.png": None}, {"cat": 2, "dog": 1}),
@@ -274,7 +274,7 @@ def test_a_numbered_list_names_classes():
 def test_repeats_of_classes_are_said_not_to_count(tmp_path, caplog):
     labelled_folder(build(tmp_path, {"10_cat/1.png": None, "1_dog/1.png": None}))
     assert [record.getMessage() for record in caplog.records] == [
-        f"{tmp_path}: images with classes are shown once an epoch, whatever the number of 10_cat"
+        f"{tmp_path}: images with classes are shown once an epoch; repeats are ignored: 10_cat"
     ]
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
 
-from sketch_perceptual.data.images import HALVED, INVERTED, MENDED, PAGES, load_extras, load_image
+from sketch_perceptual.data.images import HALVED, INVERTED, PAGES, STRIPPED, load_extras, load_image
 from sketch_perceptual.errors import InputError, TooLittleMemory
 
 LEVELS = (0, 16, 128, 255)  # of a row of four pixels
@@ -63,17 +63,17 @@ CLEAR = Image.merge("LA", (row(), Image.new("L", (4, 1), 0)))
 
 # name -> file, its grey levels, what is noted
 FILES = {
-    "3 MB of zipped text": (text(True), LEVELS, [MENDED]),
+    "3 MB of zipped text": (text(True), LEVELS, [STRIPPED]),
     "3 MB of text": (text(False), LEVELS, []),
-    "text whose checksum is wrong": (png(chunk(b"tEXt", b"Comment\0hello", crc=1)), LEVELS, [MENDED]),
-    "short size in print": (png(chunk(b"pHYs", b"\0\0")), LEVELS, [MENDED]),
-    "short gamma": (png(chunk(b"gAMA", b"\0")), LEVELS, [MENDED]),
-    "profile of an unknown kind": (png(chunk(b"iCCP", b"x\0\7y")), LEVELS, [MENDED]),
-    "broken text after the pixels": (png(last=chunk(b"zTXt", b"x\0\7y")), LEVELS, [MENDED]),
-    "cut short in a text after the pixels": (png(last=chunk(b"tEXt", b"x" * 99))[:-60], LEVELS, [MENDED]),
+    "text whose checksum is wrong": (png(chunk(b"tEXt", b"Comment\0hello", crc=1)), LEVELS, [STRIPPED]),
+    "short size in print": (png(chunk(b"pHYs", b"\0\0")), LEVELS, [STRIPPED]),
+    "short gamma": (png(chunk(b"gAMA", b"\0")), LEVELS, [STRIPPED]),
+    "profile of an unknown kind": (png(chunk(b"iCCP", b"x\0\7y")), LEVELS, [STRIPPED]),
+    "broken text after the pixels": (png(last=chunk(b"zTXt", b"x\0\7y")), LEVELS, [STRIPPED]),
+    "cut short in a text after the pixels": (png(last=chunk(b"tEXt", b"x" * 99))[:-60], LEVELS, [STRIPPED]),
     "no end": (saved(row())[:-12], LEVELS, []),
     "bytes after the end": (saved(row()) + b"\0" * 999, LEVELS, []),
-    "broken text, transparent": (png(chunk(b"pHYs", b""), image=CLEAR), (255,) * 4, [MENDED]),
+    "broken text, transparent": (png(chunk(b"pHYs", b""), image=CLEAR), (255,) * 4, [STRIPPED]),
     "16 bits": (tiff(SIXTEEN.tobytes(), 16, 1), LEVELS, []),
     "16 bits, 0 is white": (tiff((65535 - SIXTEEN).tobytes(), 16, 0), LEVELS, []),
     "8 bits, 0 is white": (tiff(bytes(255 - level for level in LEVELS), 8, 0), LEVELS, []),
@@ -126,7 +126,7 @@ def test_large_scans_are_halved_where_that_is_cheap(mode, kind, reads, monkeypat
         half = np.asarray(drawing().reduce(2), int)
         assert np.abs(np.asarray(image.convert("L"), int) - half).mean() < 4  # what JPEG does
     else:
-        with pytest.raises(InputError, match=r"more than 4032 pixels.*: make it smaller; grey ones and JPEGs"):
+        with pytest.raises(InputError, match=r"more than 4032 pixels"):
             load_image(data)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 31)
     with pytest.raises(InputError, match="more than 1984 pixels"):
@@ -174,5 +174,5 @@ def test_too_little_memory_is_not_a_damaged_image(error, monkeypatch):
         raise error
 
     monkeypatch.setattr(PngImagePlugin.PngImageFile, "load_prepare", fail)
-    with pytest.raises(TooLittleMemory, match=r"too little memory to read scan\.png"):
+    with pytest.raises(TooLittleMemory, match=r"memory to read scan\.png"):
         load_image(saved(drawing()), name="scan.png")

@@ -72,7 +72,7 @@ def test_a_dry_run_reports_draws_and_leaves_nothing_else(trainer, call, workplac
 @pytest.mark.parametrize("trainer", TRAINERS, ids=lambda trainer: trainer.__name__)
 def test_drawings_are_inverted_where_they_are_asked_to_be(trainer, call):
     text = call(trainer, "--dry_run", "--invert", "auto")
-    assert "1 inverted, black on white now" in text and "white on black" not in text
+    assert "1 inverted to black on white" in text and "white on black" not in text
 
 
 def test_without_a_dry_run_the_training_goes_on(call):
@@ -110,7 +110,7 @@ def test_a_dry_run_lists_all_that_is_wrong(workplace, call, capsys):
         "\n3. flat/5.png: `fit` bucket",
         "\n4. `alpha_mask`: 2 masks cannot be used.\nflat/mask/3.png has 20 x 40 pixels, its image 40 x 40",
         "\nCannot read the image flat/mask/4.png",
-        "\n5. `alpha_mask`: nothing counts of flat/2.png",
+        "\n5. `alpha_mask`: empty masks: flat/2.png",
     ):
         assert part in message
     assert not (workplace / "data.png").exists()

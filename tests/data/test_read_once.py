@@ -47,10 +47,10 @@ def test_too_little_memory_is_not_a_bad_image(data, monkeypatch, wrapped):
 
     def fail(self, index):
         if wrapped:
-            raise TooLittleMemory("there is too little memory")
+            raise TooLittleMemory("there is not enough memory")
         raise MemoryError
 
     monkeypatch.setattr(LabelledImages, "image", fail)
-    with pytest.raises(InputError, match=r"too little memory to read .*png") as error:
+    with pytest.raises(InputError, match=r"memory to read .*png") as error:
         read_once(data, "skip")
     assert error.value.__cause__ is not None

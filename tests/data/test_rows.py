@@ -58,14 +58,14 @@ def test_a_path_in_a_parquet_stays_in_the_folder(kind, path, folder, monkeypatch
     datasets.Dataset.from_dict({"image": [image], "text": ["x"]}, features).to_parquet("train.parquet")
     for name in ("0.png", "1.png"):
         (folder / name).unlink()
-    with pytest.raises(InputError, match=r"row 0 of .*secret\.png, outside of the data set"):
+    with pytest.raises(InputError, match=r"row 0 of .*secret\.png lies outside of the data set"):
         captioned_dataset(load(folder), name=str(folder))
 
 
 def test_a_column_of_texts_is_paths_below_a_folder_and_nothing_elsewhere(folder):
     rows = datasets.Dataset.from_dict({"image": ["0.png"], "text": ["x"]})
     assert captioned_dataset(rows, name=str(folder), resolution=8)[0, 0]["pixel_values"].shape == (3, 8, 8)
-    with pytest.raises(InputError, match="'image' of someone/drawings holds texts: choose another `image_column`"):
+    with pytest.raises(InputError, match="'image' of someone/drawings holds strings: choose another `image_column`"):
         captioned_dataset(rows, name="someone/drawings")
 
 
@@ -79,7 +79,7 @@ def test_bytes_in_a_row_may_have_any_name(folder):
 
 def test_a_pipe_is_named(folder):
     os.mkfifo(folder / "metadata.csv")
-    with pytest.raises(InputError, match=r"neither file nor folder: metadata\.csv"):
+    with pytest.raises(InputError, match=r"neither files nor folders: metadata\.csv"):
         load(folder)
 
 

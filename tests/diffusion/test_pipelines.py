@@ -96,7 +96,7 @@ def test_layers_that_the_config_does_not_mention_are_refused(accelerator, folder
         weights.update({name.replace(".0.", ".1."): weight.clone() for name, weight in layers.items()})
 
     edit(folder / TEXT, add)
-    refused(accelerator, folder, "text_encoder", "not of it", "layers.1.")
+    refused(accelerator, folder, "text_encoder", "unexpected", "layers.1.")
 
 
 def test_what_real_files_hold_besides_is_taken(accelerator, folder):

@@ -561,8 +561,8 @@ def test_lpips_itself_is_taken_and_frozen(vae):
 @pytest.mark.parametrize(
     ("loss", "message"),
     [
-        (torch.nn.L1Loss(), r"L1Loss, must return one number an image, .* got \(\)"),
-        (torch.nn.L1Loss(reduction="none"), r"one number an image, .* got \(2, 3, 64, 64\)"),
+        (torch.nn.L1Loss(), r"L1Loss, must return one number per image, .* got \(\)"),
+        (torch.nn.L1Loss(reduction="none"), r"one number per image, .* got \(2, 3, 64, 64\)"),
         (lambda x, y: (x - y).abs().mean(1), r"got \(2, 64, 64\)"),
         (lambda x, y: 0.5, "got float"),
         (torch.nn.ReLU(), "`loss`, ReLU, fails on .* TypeError"),

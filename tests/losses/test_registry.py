@@ -61,9 +61,9 @@ def test_one_number_an_image_may_have_ones_behind_it(shape):
 
 @pytest.mark.parametrize("wrong", [maps, nn.L1Loss(), nn.L1Loss(reduction="none"), lambda x, y: 0.5])
 def test_any_other_value_is_refused(wrong):
-    with pytest.raises(InputError, match=r"one number an image, shape \(B,\) or \(B, 1, 1, 1\); got"):
+    with pytest.raises(InputError, match=r"one number per image, shape \(B,\) or \(B, 1, 1, 1\); got"):
         check_loss(wrong)
-    with pytest.raises(InputError, match="one number an image"):
+    with pytest.raises(InputError, match="one number per image"):
         MeanLoss([wrong], [1])(images(0), images(1))
 
 
@@ -85,7 +85,7 @@ class Wrong(ImageLoss):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (lambda x, y: (x - y).abs().mean(), r"one number an image"),
+        (lambda x, y: (x - y).abs().mean(), r"one number per image"),
         (lambda x, y: (x - y).double().abs().mean((1, 2, 3)), "float32, not torch.float64"),
         (lambda x, y: (x - y).abs().mean((1, 2, 3)) + 1, "0 on equal images"),
         (lambda x, y: -(x - y).abs().mean((1, 2, 3)), "positive on different"),
@@ -126,7 +126,7 @@ def test_loss_names_options_and_plugins(tmp_path, monkeypatch, sources):
     assert type(build_loss("my_losses:Mine", backbone=None, layers=None)) is sys.modules["my_losses"].Mine
     plain = str(sources["folder"] / "plain")
     cases = {
-        ("my_losses:half",): "must return one number an image",
+        ("my_losses:half",): "must return one number per image",
         ("my_losses:Nope",): "cannot be imported",
         ("nowhere:Mine",): "cannot be imported .*PYTHONPATH",
         ("ssim",): "no perceptual loss 'ssim': choose attention_vgg, vgg, gram, pixel, lpips",

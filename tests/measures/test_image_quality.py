@@ -155,12 +155,12 @@ def test_kernel_distance_is_unbiased_and_decided_by_its_seed():
 @pytest.mark.parametrize(
     ("features", "reference", "sentence"),
     [
-        (torch.zeros(1, 4), draw(5, 4), r"features must be \(N, D\) of at least two rows, got \(1, 4\)"),
+        (torch.zeros(1, 4), draw(5, 4), r"features must be .*got \(1, 4\)"),
         (draw(5, 4), torch.zeros(0, 4), r"reference must be .*got \(0, 4\)"),
         (draw(5, 4, 1), draw(5, 4), r"got \(5, 4, 1\)"),
         (draw(5, 4) / 0, draw(5, 4), "features must be finite"),
         (draw(5, 4), draw(5, 4) * math.nan, "reference must be finite"),
-        (draw(5, 4), draw(5, 3), "features have 4 numbers a row, reference has 3"),
+        (draw(5, 4), draw(5, 3), "features have 4 .* reference has 3"),
     ],
 )
 def test_sets_that_cannot_be_compared_are_said(features, reference, sentence):
@@ -173,7 +173,7 @@ def test_what_one_distance_alone_refuses_is_said():
     with pytest.raises(InputError, match="rows of reference are all the same"):
         frechet_distance(draw(5, 4), torch.ones(5, 4))
     for options in ({"subsets": 0}, {"subset_size": 1}):
-        with pytest.raises(InputError, match="subsets from 1 and a subset size from 2"):
+        with pytest.raises(InputError, match=r"`subsets` must be at least 1 and `subset_size` at least 2"):
             kernel_distance(draw(5, 4), draw(5, 4), **options)
 
 

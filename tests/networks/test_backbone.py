@@ -4,12 +4,12 @@ import pytest
 import torch
 import torchvision
 from safetensors.torch import load_file, save_file
-from sketch_perceptual.networks.johnson import JohnsonNet
 from torch.utils.flop_counter import FlopCounterMode
 
 from sketch_perceptual.errors import InputError
 from sketch_perceptual.networks.backbone import LAYERS, AttentionVGG16, load_backbone, tuned_resolution
 from sketch_perceptual.networks.hub_model import fingerprint
+from sketch_perceptual.networks.style_net import JohnsonNet
 
 ATTENTION_KEYS = {
     f"features.{index}.attention.{name}.weight"
@@ -199,7 +199,7 @@ def test_missing_or_damaged_sources_are_sentences(tmp_path, monkeypatch, trunk):
         "cut.safetensors": "cut.safetensors cannot be read as safetensors",
         "vgg16.pth": "no backbone at .*vgg16.pth",
         "empty": "no backbone at .*empty: there is no config.json",
-        "imagenet": r"could not be downloaded \(no network\).*local .safetensors.*vgg16.safetensors",
+        "imagenet": r"could not be downloaded \(no network\).*Make a .safetensors.*vgg16.safetensors",
     }
     for source, message in cases.items():
         with pytest.raises(InputError, match=message):
@@ -274,7 +274,7 @@ def test_a_classifier_sits_on_the_last_layer_that_is_kept():
 
 @pytest.mark.parametrize("layers", [[], ["relu6_1"], ["relu1_1", "relu1_1"]])
 def test_layers_are_checked(layers):
-    with pytest.raises(InputError, match="distinct names out of relu1_1"):
+    with pytest.raises(InputError, match=r"`layers` must be .*relu1_1"):
         AttentionVGG16("none", num_classes=0).taps(torch.zeros(1, 3, 32, 32), layers)
 
 
@@ -290,7 +290,7 @@ def test_a_truncated_network_has_the_same_taps_and_no_others(tmp_path):
         weight.data = weight.data.half().float()
     for name, tap in whole.taps(images, layers).items():
         assert torch.equal(cut.taps(images, layers)[name], tap)
-    with pytest.raises(InputError, match="ends at relu4_3, it has no relu5_1"):
+    with pytest.raises(InputError, match=r"ends at relu4_3 .*relu5_1"):
         cut.taps(images, ["relu1_2", "relu5_1"])
 
 

@@ -57,22 +57,22 @@ SEARCH = """--query {drawings}/boat/0000.png --gallery {drawings} --feature_dir 
 
 # Program, its options, what fails and in which of its calls, and how many steps are then done (None: it must succeed).
 STAGES = [
-    ("train_lora_sketch", LORA, "diffusers.UNet2DConditionModel.forward", 1, 0),
-    ("train_lora_sketch", LORA, "diffusers.UNet2DConditionModel.forward", 3, 2),
+    ("train_lora_sketch", LORA, "diffusers.UNet2DConditionModel.forward", 1, 0),  # where the pipeline is tried
+    ("train_lora_sketch", LORA, "diffusers.UNet2DConditionModel.forward", 4, 2),
     ("train_lora_sketch", LORA, "accelerate.Accelerator.backward", 3, 2),
     ("train_lora_sketch", LORA, "train_lora_sketch.balance", 2, 1),
     ("train_lora_sketch", LORA, "sketch_perceptual.diffusion.latents.Latents.decode", 4, 3),
     ("train_lora_sketch", LORA, "sketch_perceptual.diffusion.latents.Latents.encode", 2, 0),
     ("train_lora_sketch", LORA, "diffusers.StableDiffusionPipeline.__call__", 1, None),
-    ("train_lora_sketch", LORA, "train_lora_sketch.export", 1, 4),
+    ("train_lora_sketch", LORA, "train_lora_sketch.Adapter.export", 1, 4),
     ("train_lora_sketch", LORA, "train_lora_sketch.load_pipeline", 1, 0),
     ("train_backbone", BACKBONE, "sketch_perceptual.AttentionVGG16.forward", 1, 0),
     ("train_backbone", BACKBONE, "accelerate.Accelerator.backward", 3, 2),
     ("train_backbone", BACKBONE, "train_backbone.evaluate", 1, 4),
     ("train_backbone", BACKBONE, "train_backbone.save_network", 1, 4),
-    ("train_johnson", STYLE, "train_johnson.transfer_losses", 10, 1),
+    ("train_johnson", STYLE, "train_johnson.TransferLoss.__call__", 10, 1),
     ("train_johnson", STYLE, "accelerate.Accelerator.backward", 3, 2),
-    ("train_johnson", STYLE, "train_johnson.draw", 1, None),
+    ("train_johnson", STYLE, "train_johnson.stylize", 1, None),
     ("train_retrieval", RETRIEVAL, "sketch_perceptual.SketchEmbedder.features", 1, 0),
     ("train_retrieval", RETRIEVAL, "train_retrieval.Head.forward", 3, 2),
     ("train_retrieval", RETRIEVAL, "train_retrieval.evaluate", 1, 8),
