@@ -61,7 +61,7 @@ STAGES = [
     ("train_lora_sketch", LORA, "diffusers.UNet2DConditionModel.forward", 4, 2),
     ("train_lora_sketch", LORA, "accelerate.Accelerator.backward", 3, 2),
     ("train_lora_sketch", LORA, "train_lora_sketch.balance", 2, 1),
-    ("train_lora_sketch", LORA, "sketch_perceptual.diffusion.latents.Latents.decode", 4, 3),
+    ("train_lora_sketch", LORA, "sketch_perceptual.diffusion.latents.Latents.decode", 5, 3),
     ("train_lora_sketch", LORA, "sketch_perceptual.diffusion.latents.Latents.encode", 2, 0),
     ("train_lora_sketch", LORA, "diffusers.StableDiffusionPipeline.__call__", 1, None),
     ("train_lora_sketch", LORA, "train_lora_sketch.Adapter.export", 1, 4),
