@@ -91,7 +91,7 @@ def parse_args(argv: list[str] | None = None) -> Options:
         shared=False,
         action="store_true",
         default=None,
-        help="start the attention as if it were not there, not at random as the paper's",
+        help="initialise the attention gates to identity instead of randomly (not the paper)",
     )
     add(
         "--spatial_kernel",
@@ -274,7 +274,7 @@ class Checkpoint:
 
 
 class Results:
-    """What is written beside the best network and the last one: scores, split, curve and card.
+    """Scores of each epoch, and the files of the best network and the last one.
 
     Args:
         split_record: the split as it is saved.
@@ -402,7 +402,7 @@ def build_network(args, classes: list[str], seed: int) -> tuple[AttentionVGG16, 
     source = args.init_weights
     saved = None if source == "none" or is_vgg16_weights(source) else load_backbone(source)
     settings = network_settings(args, saved)
-    set_seed(seed)  # new weights depend on the seed alone
+    set_seed(seed)  # new weights depend only on the seed
     network = AttentionVGG16(
         num_classes=len(classes), head=args.head, classes=classes, resolution=args.resolution, **settings
     )
@@ -428,7 +428,7 @@ def build_network(args, classes: list[str], seed: int) -> tuple[AttentionVGG16, 
 
 
 def network_settings(args, saved: AttentionVGG16 | None) -> dict:
-    """What is asked for, or what the network was saved with that its weights come from; both must agree."""
+    """Return the architecture that the options name, or that of the `saved` network; InputError if they differ."""
     given = {name: vars(args)[name] for name in ARCHITECTURE if vars(args)[name] is not None}
     if saved is None:
         return given
@@ -450,7 +450,7 @@ def take_over(network: AttentionVGG16, saved: AttentionVGG16) -> list[str]:
 
 
 def score_untouched(run: Run, untouched: AttentionVGG16 | None, loader, classes: list[str]) -> None:
-    """What the network was before tuning, if it already knows these classes."""
+    """Keep the scores of the network before tuning, if it already knows these classes."""
     if untouched is None or "before_tuning" in run.state:
         return
     untouched = run.accelerator.prepare_model(untouched, evaluation_mode=True)
@@ -469,7 +469,7 @@ def read_meter(run: Run, lr_scheduler, clock: Clock) -> dict[str, float]:
 
 
 def run_summary(args, run: Run, steps: Steps, network: AttentionVGG16, train: int, validation: int) -> str:
-    """What will be trained and written; InputError if the disk cannot hold it."""
+    """Describe the training and the files to be written; InputError if the disk cannot hold them."""
     weights = sum(parameter.numel() for parameter in network.parameters())
     trained = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
     saves = math.ceil(steps.total / (args.checkpointing_steps or steps.ends[0]))

@@ -169,7 +169,7 @@ def main(args: Options) -> None:
     hub.create_repo(args, run)
     start_trackers(accelerator, "sketch-style", args)
 
-    set_seed(seed)  # new weights depend on the seed alone
+    set_seed(seed)  # new weights depend only on the seed
     network = JohnsonNet(args.norm, args.upsampling, args.width).to(accelerator.device)
     fit = partial(fit_image, resolution=args.resolution, fit=args.fit, background=args.background)
     style_target = StyleTarget(style_loss, style, fit, seed, args.style_target == "mean")
@@ -288,15 +288,15 @@ def open_style(args, pairs) -> Images:
 
 def read_content(data: CaptionedImages, on_bad_image: str) -> tuple[list[int], list[str]]:
     """Positions and keys of the photos that can be read and are not near-constant."""
-    found = scan(data)
-    report_scan(data, found, "photos")
-    constant = set(found.noted(BLANK))
-    positions = [index for index in readable(data, found.bad, on_bad_image) if index not in constant]
+    scanned = scan(data)
+    report_scan(data, scanned, "photos")
+    constant = set(scanned.noted(BLANK))
+    positions = [index for index in readable(data, scanned.bad, on_bad_image) if index not in constant]
     if not positions:
         raise InputError("all photos are near-constant, there is no content to keep")
     if constant:
         logger.warning(f"{len(constant)} near-constant photos are left out: normalization explodes on them")
-    return positions, [found.infos[index].key for index in positions]
+    return positions, [scanned.infos[index].key for index in positions]
 
 
 class StyleTarget:
@@ -390,7 +390,7 @@ def step_logs(totals: dict[str, float], rate: float, meter: Meter) -> dict[str, 
 
 
 def run_summary(args, run: Run, steps: Steps, network: JohnsonNet, photos: int, drawings: int) -> str:
-    """What will be trained and written; InputError if the disk cannot hold it."""
+    """Describe the training and the files to be written; InputError if the disk cannot hold them."""
     weights, scales = sum(weight.numel() for weight in network.parameters()), run.state["scales"]
     saves = 1 + steps.total // args.checkpointing_steps
     space = check_space(args.output_dir, saves, args.checkpoints_total_limit, 12 * weights, 4 * weights)

@@ -212,7 +212,7 @@ def main(args: Options) -> None:
 def draw_sample(
     batch: dict, latents: Latents, prompts: PromptCache, process: Process, noise_offset: float, rng: torch.Generator
 ) -> Sample:
-    """A batch with noise and timesteps that are drawn with a generator of the CPU."""
+    """Draw noise and timesteps for a batch with a CPU generator."""
     with torch.no_grad():
         moments = batch["moments"] if "moments" in batch else latents.encode(batch["pixel_values"])
         clean = latents.sample(moments, rng).float()
@@ -257,7 +257,7 @@ def logged(losses: Losses, pull: dict[str, Tensor], process: Process) -> dict[st
 
 
 def load_models(args: Options, run: Run) -> tuple[StableDiffusionPipeline, Process]:
-    """The frozen pipeline on its device, in the precision of the run, and the noise process that it is trained on."""
+    """Load the frozen pipeline, on its device and in the precision of the run, and its noise process."""
     source, where = args.pretrained_model_name_or_path, {"revision": args.revision, "cache_dir": args.cache_dir}
     pipeline = load_pipeline(run.accelerator, source, args.resolution, variant=args.variant, **where)
     noise_scheduler = load_noise_scheduler(source, **where)
@@ -303,7 +303,7 @@ def warn_of_long_captions(tokenizer, captions: list[str]) -> None:
 
 
 def keep_prompts(args: Options, prompts: PromptCache, pictures: Pictures) -> bool:
-    """Embed the prompts that stay the same; whether these are all, so that the text encoder may be unloaded."""
+    """Embed the prompts that stay the same; True if these are all, so that the text encoder may be unloaded."""
     captions = {*pictures.captions(), *([""] if args.caption_dropout else [])}
     keeps_all = args.cache_prompts
     if keeps_all is None:
@@ -351,7 +351,7 @@ def metadata_of(args: Options, run: Run, pipeline: StableDiffusionPipeline, name
 
 
 def predict(pipeline: StableDiffusionPipeline, resolution: int, trains_text_encoder: bool) -> list[Tensor]:
-    """What the models make of a fixed noise and prompt."""
+    """Predictions of the models for a fixed noise and prompt."""
     unet, rng = pipeline.unet.eval(), torch.Generator().manual_seed(0)
     side = resolution // pipeline.vae_scale_factor
     latents = torch.randn(1, unet.config.in_channels, side, side, generator=rng).to(unet.device)

@@ -256,7 +256,7 @@ class Head(nn.Module):
         self.head, self.classes = head.requires_grad_(True), nn.Linear(dim, classes)
 
     def reset(self, seed: int) -> None:
-        """New weights, which depend on the seed alone."""
+        """Draw new weights, which depend only on the seed."""
         torch.manual_seed(seed)
         for layer in self.modules():
             if isinstance(layer, nn.Linear):
@@ -300,9 +300,9 @@ def keep_finished_seeds(run: Run) -> None:
 
 
 def run_summary(args, run: Run, embedder: SketchEmbedder, head: Head, gallery: Embedded, queries: Embedded) -> str:
-    """What will be trained and written; InputError if the disk cannot hold it."""
+    """Describe the training and the files to be written; InputError if the disk cannot hold them."""
     counts = Counter(gallery.labels.tolist())
-    alone = sum(count == 1 for count in counts.values())
+    single = sum(count == 1 for count in counts.values())
     classes = args.train_batch_size // args.images_per_class
     weights = 4 * sum(weight.numel() for weight in embedder.parameters())
     trained = 4 * sum(weight.numel() for weight in head.parameters())
@@ -313,8 +313,8 @@ def run_summary(args, run: Run, embedder: SketchEmbedder, head: Head, gallery: E
         f" find them by; batches of {classes} x {args.images_per_class}; seeds {run.seed} to"
         f" {run.seed + args.num_seeds - 1}; {trained / 4e6:.1f} M weights are trained; {space}"
     ]
-    if alone:
-        lines.append(f"classes with one drawing to train on, which forms no triplet: {alone}")
+    if single:
+        lines.append(f"classes with one drawing to train on, which forms no triplet: {single}")
     if classes > len(counts):
         lines.append(f"there are fewer classes than --train_batch_size / --images_per_class = {classes}")
     return "\n".join(lines)
@@ -322,7 +322,7 @@ def run_summary(args, run: Run, embedder: SketchEmbedder, head: Head, gallery: E
 
 @torch.inference_mode()
 def evaluate(model: Head, gallery: Embedded, queries: Embedded, device: torch.device) -> Ranking:
-    """How well the queries find drawings of their class."""
+    """Rank the gallery for each query."""
     query_embeddings, gallery_embeddings = (
         torch.cat([model(part.to(device))[0].cpu() for part in side.features.split(1024)])
         for side in (queries, gallery)
@@ -357,7 +357,7 @@ def seed_is_over(run: Run, num_epochs: int) -> bool:
 
 
 class Results:
-    """What is written of each seed and of all: embedders, scores, split, cards.
+    """Scores and files of each seed, and of all.
 
     Args:
         record: the split as it is saved, with the classes.
@@ -393,7 +393,7 @@ class Results:
             track_images(run.accelerator, "nearest", {f"seed {seed}": [sheet]}, run.steps.done)
 
     def finish(self) -> None:
-        """Mean and deviation over the seeds, on disk and on the screen."""
+        """Write and log mean and deviation over the seeds."""
         run = self.run
         runs = run.state["runs"]
         summary = {}
@@ -418,7 +418,7 @@ class Results:
 
     def write_card(self, folder: Path, scores: dict) -> None:
         run, record = self.run, self.record
-        is_pushed = run.hub_model_id and scores["seed"] == run.seed  # the first of the seeds alone
+        is_pushed = run.hub_model_id and scores["seed"] == run.seed  # only the first of the seeds
         where = run.hub_model_id if is_pushed else "path/to/this/folder"
         (on_hub,) = run.card_data["datasets"] or [None]
         apart = f" by {record['group_column']}" if record["group_column"] else ""

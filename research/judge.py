@@ -3,7 +3,7 @@
     python -m research.judge --output judge.safetensors
 
 trains `Judge`, a small classifier, from scratch on embedded drawings that are moved, turned, blurred, noisy and in
-part erased, and tells how many unseen drawings of each style it names.
+part erased, and prints how many unseen drawings of each style it names.
 """
 
 import argparse

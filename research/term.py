@@ -227,7 +227,7 @@ class Judges:
 
     @torch.no_grad()
     def features(self, images: Tensor) -> dict[str, Tensor]:
-        """Of drawings of any size; the judge and the backbone see them at 64 pixels."""
+        """Score drawings of any size; the judge and the backbone see them at 64 pixels."""
         small = F.interpolate(images, SIZE, mode="area")
         with torch.autocast(self.device.type, torch.float16, enabled=self.device.type == "cuda"):
             features = {

@@ -413,7 +413,7 @@ def test_held_out_images_are_not_trained_on_and_their_losses_are_logged(train, c
     assert len(set(seen)) == trained
     assert apart > 0
     card = (run.folder / "README.md").read_text()
-    assert f"On held-out images: denoising loss {held_out[0]['held_out_denoising_loss']:.4g} at first" in card
+    assert f"On held-out images: denoising loss {held_out[0]['held_out_denoising_loss']:.4g} at the start" in card
     assert all("held_out_denoising_loss" not in log for log in train(output="all").logs)
 
 
@@ -805,7 +805,7 @@ def test_a_signal_ends_the_step_saves_and_exits_with_its_own_code(train, monkeyp
     [
         (
             lambda weights: {key: torch.zeros_like(w) for key, w in weights.items()},
-            "predicts otherwise than the trained model, by up to",
+            "predicts differently from the trained model, by up to",
         ),
         (lambda weights: {"base_model." + key: w for key, w in weights.items()}, "0 of 32 modules came back"),
         (lambda weights: dict(list(weights.items())[:8]), "4 of 32 modules came back"),

@@ -198,7 +198,7 @@ def encode(vae, drawings):
 
 
 def load_latents(args):
-    """Of all looks, class after class, (N, 4, 16, 16)."""
+    """Return the latents of all looks, class after class, (N, 4, 16, 16)."""
     cache = args.work_dir / "latents.safetensors"
     if not cache.exists():
         taesd = AutoencoderTiny.from_pretrained(args.taesd, torch_dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""Options of the perceptual term, and the term that they describe."""
+"""Options of the perceptual term, and the term built from them."""
 
 from pathlib import Path
 
@@ -81,7 +81,7 @@ def add_term_options(parser: Parser) -> None:
 
 
 def make_term(args: Options, latents: Latents, process: Process) -> PerceptualTerm | None:
-    """The perceptual term that the options describe; None at weight 0, for which nothing is loaded."""
+    """Build the perceptual term; None at weight 0, for which nothing is loaded."""
     if args.perceptual_weight == 0:
         return None
     dtype = getattr(torch, args.perceptual_dtype)
@@ -113,7 +113,7 @@ def make_term(args: Options, latents: Latents, process: Process) -> PerceptualTe
 
 
 def describe_term(term: PerceptualTerm | None, args: Options) -> dict:
-    """What a resumed run must share of the term besides its options: its resolution, and the weights that score."""
+    """Return facts that a resumed run must share besides the options: resolution and fingerprints of the weights."""
     facts: dict = {"perceptual_resolution": term_resolution(args)}
     loss = None if term is None else term.loss
     modules = [module for _, module in named_networks(loss)] if isinstance(loss, nn.Module) else []
@@ -128,7 +128,7 @@ def describe_term(term: PerceptualTerm | None, args: Options) -> dict:
 
 
 def term_resolution(args: Options) -> int | None:
-    """The resolution that is asked for, or what the backbone of the loss was tuned at; None for other losses."""
+    """Return the given resolution, or the one that the backbone was tuned at; None for other losses."""
     names = _loss_names(args)
     if args.perceptual_resolution is not None or args.perceptual_weight == 0 or not names <= set(LOSSES):
         return args.perceptual_resolution
@@ -136,7 +136,7 @@ def term_resolution(args: Options) -> int | None:
 
 
 def describe_backbone(args: Options) -> dict[str, str]:
-    """The network that scored, as a card may name it; its fingerprint is in `describe_term`."""
+    """Return the name of the backbone for the model card; its fingerprint is in `describe_term`."""
     names = _loss_names(args)
     if args.perceptual_weight == 0 or names == {"pixel"} or not (args.backbone or names <= set(LOSSES)):
         return {}

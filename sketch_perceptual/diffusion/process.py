@@ -1,4 +1,4 @@
-"""Noise processes: how latents and noise are blended, and what a prediction says about the latents.
+"""Noise processes: add noise to latents, and recover them from a prediction.
 
     process = process_of(noise_scheduler)
     target = process.target(latents, noise, timesteps)
@@ -47,7 +47,7 @@ class Process:
         return alpha * latents + sigma * noise
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What the model is asked to predict from the noisy latents."""
+        """The tensor that the model is trained to predict from the noisy latents."""
         if self.prediction_type == "epsilon":
             return noise
         if self.prediction_type == "sample":
@@ -77,7 +77,7 @@ class Process:
         return (noisy_latents - sigma * model_pred) / alpha
 
     def may_score(self, timesteps: Tensor, min_snr: float = 0.0) -> Tensor:
-        """Where a picture is left to score, (B,) bool: an SNR of `min_snr`, and for epsilon a share of signal."""
+        """Return which rows can be scored, (B,) bool: an SNR of `min_snr`, and for epsilon at least MIN_SIGNAL."""
         alpha, sigma = (factor.square() for factor in self.factors(timesteps))
         is_open = alpha >= min_snr * sigma
         return is_open & (alpha >= MIN_SIGNAL) if self.prediction_type == "epsilon" else is_open
@@ -149,9 +149,9 @@ class Flow(Process):
 
 
 def process_of(noise_scheduler) -> Process:
-    """The process that a diffusers scheduler blends by; `InputError` if it is of another kind."""
+    """Return the noise process of a diffusers scheduler; `InputError` for an unknown kind."""
     if hasattr(noise_scheduler, "alphas_cumprod"):
         return Diffusion(noise_scheduler)
     if type(noise_scheduler).__name__.startswith("FlowMatch"):
         return Flow(noise_scheduler)
-    raise InputError(f"{type(noise_scheduler).__name__} has no alphas_cumprod, and does not match flows")
+    raise InputError(f"{type(noise_scheduler).__name__} is neither a DDPM nor a flow-matching scheduler")

@@ -1,4 +1,4 @@
-"""The LoRAs of a pipeline: added, saved and loaded to the bit, exported, and checked as a user would load them."""
+"""LoRAs of a pipeline: add, save and load them bit for bit, export and verify them."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +25,7 @@ class Adapter:
     """LoRAs in models of a pipeline, with weights in float32 whatever the precision of the models.
 
     Args:
-        pipeline: of diffusers; its models are frozen.
+        pipeline: diffusers pipeline with frozen models.
         targets: name of a model in the pipeline -> names of its layers that get a LoRA.
         seed: of the initial weights.
         options: keywords of `LoraConfig`, such as r and lora_alpha.
@@ -33,7 +33,7 @@ class Adapter:
 
     def __init__(self, pipeline, targets: dict[str, list[str]], seed: int, **options):
         self.pipeline, self.targets = pipeline, targets
-        set_seed(seed)  # what was loaded before must not change how the adapter starts
+        set_seed(seed)  # the initial weights must not depend on what was loaded before
         for name, target_modules in targets.items():
             model = getattr(pipeline, name)
             config = LoraConfig(init_lora_weights="gaussian", target_modules=target_modules, **options)
@@ -45,17 +45,17 @@ class Adapter:
 
     @property
     def models(self) -> dict[str, Any]:
-        """Name -> model, of those that have the adapter."""
+        """Models that have the adapter, by name."""
         models = {name: getattr(self.pipeline, name) for name in self.targets}
         return {name: model for name, model in models.items() if NAME in getattr(model, "peft_config", {})}
 
     def parameters(self, *names: str) -> list[torch.nn.Parameter]:
-        """The trained weights, of all models or of those that are named."""
+        """Trained weights of all models, or of the named ones."""
         models = [self.models[name] for name in names or self.targets]
         return [weight for model in models for weight in model.parameters() if weight.requires_grad]
 
     def layers(self) -> dict[str, Layer]:
-        """What was trained, by module, with the alpha that it was trained with."""
+        """Trained layers by module, with their alpha."""
         layers = {}
         for name, model in self.models.items():
             weights = get_peft_model_state_dict(model, adapter_name=NAME)
@@ -65,11 +65,11 @@ class Adapter:
         return layers
 
     def save(self, folder: str | Path) -> None:
-        """Write the adapter as it is trained, for a resume that goes on bit for bit."""
+        """Write the adapter so that a resume continues bit for bit."""
         files.write_diffusers(Path(folder, WEIGHTS), self.layers())
 
     def load(self, folder: str | Path) -> None:
-        """Read what `save` wrote."""
+        """Load an adapter written by `save`."""
         layers = files.read(Path(folder, WEIGHTS)).layers
         for name, model in self.models.items():
             weights = {}
@@ -88,10 +88,10 @@ class Adapter:
 
     @torch.no_grad()
     def verify(self, folder: str | Path, predict: Callable[[], list[Tensor]]) -> None:
-        """Load the exported WEIGHTS as a user would; TrainingError unless all modules come back and predict the same.
+        """Load the exported WEIGHTS as a user would; TrainingError unless all modules load and predict the same.
 
         Args:
-            predict: what the models of the pipeline make of a fixed input.
+            predict: returns predictions of the pipeline's models for a fixed input.
         """
         count, trained = self._count(), predict()
         if not all(output.isfinite().all() for output in trained):
@@ -114,7 +114,7 @@ class Adapter:
             if not torch.allclose(reloaded, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max())):
                 difference = float((reloaded - expected).abs().max())
                 raise TrainingError(
-                    f"{path} loads but predicts otherwise than the trained model, by up to {difference:.3g}"
+                    f"{path} loads but predicts differently from the trained model, by up to {difference:.3g}"
                 )
 
     def _count(self) -> int:

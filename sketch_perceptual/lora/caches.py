@@ -1,4 +1,4 @@
-"""Prompts that are embedded once, and latents that are encoded once."""
+"""Caches of prompt embeddings and latents."""
 
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -26,7 +26,7 @@ RANDOM_CROPS = "images that are not square are cropped at random: add --fit pad 
 
 
 class PromptCache:
-    """Captions -> their embeddings, (B, 77, C) for SD-1.5; those that were `keep`t come from memory.
+    """Embeddings of captions, (B, 77, C) for SD-1.5, some kept in memory.
 
     Args:
         encode: captions -> embeddings.
@@ -39,7 +39,7 @@ class PromptCache:
         self.kept: dict[str, Tensor] = {}
 
     def keep(self, captions: Iterable[str]) -> None:
-        """Embed these now."""
+        """Embed captions and keep the results on the CPU."""
         with torch.no_grad():
             for caption in tqdm(sorted(captions), "Captions", leave=False, disable=None):
                 self.kept[caption] = self.encode([caption]).cpu()
@@ -51,10 +51,10 @@ class PromptCache:
 
 
 def should_cache_latents(wanted: bool | None, pictures: Pictures, run: Run, seen: int) -> bool:
-    """Whether to encode each image once: as `wanted`, or if the run sees all of them; a resumed run does as before.
+    """Return whether to encode each image once: `wanted`, or if the run sees all of them, or as before a resume.
 
     Args:
-        seen: how many images the whole run sees, repeated ones counted.
+        seen: number of images that the whole run sees, repetitions included.
     """
     if wanted is None:
         copies = len(pictures.train) * (2 if pictures.train.random_flip else 1)
@@ -75,14 +75,13 @@ def cache_latents(
     num_workers: int,
     with_images: bool,
 ) -> None:
-    """Have the training pictures give moments, and images only where they are scored.
+    """Encode the training pictures, which then return moments, and images only with `with_images`.
 
-    Images are encoded one by one, so that the latents do not depend on what else was missing. Nothing of the VAE is
-    unloaded.
+    Images are encoded one by one, so that latents do not depend on the other images of a batch. The VAE stays loaded.
 
     Args:
         folder: of the cache; None is the user's.
-        with_images: whether batches have images too.
+        with_images: keep the images in the batches too.
     """
     data, keys = pictures.train, pictures.keys
     settings = [data.resolution, fit_key(data.fit), data.interpolation, data.background, accelerator.mixed_precision]

@@ -17,13 +17,13 @@ TIMESTEPS = 4  # of each image, in quarters of the schedule
 
 
 class HeldOut:
-    """Measures losses on held-out images, at timesteps, noise and squares that stay the same.
+    """Losses on held-out images, at fixed timesteps, noise and squares.
 
-    They fall while the model learns to draw, and rise when it learns its images by heart.
+    They fall while the model learns to draw, and rise when it memorises its images.
 
     Args:
-        data: the images; None measures nothing. They are encoded at once, so that the encoder may be unloaded.
-        with_images: whether the losses need the images, beside their latents.
+        data: the images, which are encoded now, so that the encoder can be unloaded; None to measure nothing.
+        with_images: True if the losses need the images, not only their latents.
     """
 
     def __init__(self, data: CaptionedImages | None, latents: Latents, seed: int, *, with_images: bool):
@@ -42,7 +42,7 @@ class HeldOut:
         embed: Callable[[list[str]], Tensor],
         num_train_timesteps: int,
     ) -> None:
-        """Log the losses of `model` as it is and keep them in the run; the processes share the images."""
+        """Log the current losses of `model` and keep them in the run; the processes share the images."""
         history = run.state.setdefault("held_out", [])
         if self.data is None or (history and history[-1]["step"] == run.steps.done):
             return
@@ -62,7 +62,7 @@ class HeldOut:
         run.log({f"held_out_{name}": value for name, value in record.items() if value is not None})
 
     def _sample(self, index: int, rng: torch.Generator, embed, num_train_timesteps: int) -> Sample:
-        """One image at TIMESTEPS timesteps."""
+        """Return a sample of one image at TIMESTEPS timesteps."""
         shares = (torch.arange(TIMESTEPS) + torch.rand(TIMESTEPS, generator=rng)) / TIMESTEPS
         latents = self.latents[index].expand(TIMESTEPS, -1, -1, -1)
         noise = torch.randn(latents.shape, generator=rng)

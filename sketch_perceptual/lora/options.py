@@ -1,4 +1,4 @@
-"""Options of LoRA training that do not depend on the model."""
+"""Options of a LoRA and its optimizer, for any model."""
 
 import torch
 
@@ -29,7 +29,7 @@ def add_lora_options(parser: Parser) -> None:
 
 
 def check_lora_options(parser: Parser, args: Options) -> None:
-    """Fill in the defaults that depend on other options; a combination that cannot be ends the program."""
+    """Fill in defaults that depend on other options; exit with a message for options that exclude each other."""
     if args.text_encoder_lr and not args.train_text_encoder:
         parser.error("--text_encoder_lr needs --train_text_encoder")
     if args.train_text_encoder and args.text_encoder_lr is None:
@@ -39,7 +39,7 @@ def check_lora_options(parser: Parser, args: Options) -> None:
 
 
 def optimizer_class(use_8bit_adam: bool) -> type[torch.optim.Optimizer]:
-    """AdamW of torch or of bitsandbytes; InputError where that is not installed."""
+    """Return AdamW of torch or bitsandbytes; InputError if that is not installed."""
     if not use_8bit_adam:
         return torch.optim.AdamW
     try:

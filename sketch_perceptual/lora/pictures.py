@@ -1,4 +1,4 @@
-"""The captioned pictures of a LoRA training: options, reading, what is held out, and a sheet of what is seen."""
+"""Captioned pictures of a LoRA training: options, reading, split and preview."""
 
 import argparse
 from collections.abc import Iterator
@@ -69,7 +69,7 @@ def add_picture_options(parser: Parser, resolution: int) -> None:
 
 
 def check_picture_options(parser: Parser, args: Options) -> None:
-    """End the program for a combination that cannot be."""
+    """Exit with a message for options that exclude each other."""
     check_caption_options(parser, args)
     if args.cache_prompts and (args.shuffle_tags or args.train_text_encoder):
         parser.error(f"--cache_prompts cannot be used: {NEW_CAPTIONS if args.shuffle_tags else NEW_ENCODER}")
@@ -82,9 +82,9 @@ class Pictures:
     """The pictures of a training.
 
     Args:
-        train: those of an epoch, some of them perhaps several times.
-        keys: one for each of them, to its contents.
-        held_out: those that are not trained on; None without `--validation_share`.
+        train: pictures of an epoch; some may be repeated.
+        keys: content key of each of them.
+        held_out: pictures not trained on; None without `validation_share`.
         random_crops: whether any picture is cropped at random.
     """
 
@@ -94,18 +94,18 @@ class Pictures:
     random_crops: bool
 
     def captions(self, *, held_out: bool = True) -> Iterator[str]:
-        """All captions, distinct, in their order."""
+        """Iterate over the distinct captions, in order."""
         parts = [self.train, self.held_out] if held_out else [self.train]
         return iter(dict.fromkeys(text for part in parts if part for row in part.rows for text in part.captions[row]))
 
     def identity(self) -> dict[str, str]:
-        """What a resumed run must share: the pictures with their captions."""
+        """Return what a resumed run must share: a hash of the pictures with their captions."""
         rows = zip(self.keys, (self.train.captions[row] for row in self.train.rows), strict=True)
         return {"data": f"{len(self.train)} images {digest(rows)}"}
 
 
 def preview_pictures(args: Options) -> bool:
-    """Whether this is a dry run: then report on the pictures."""
+    """Return True after a dry run, which only reports on the pictures."""
     return dry_run(args, lambda seed: _read(args, _open(args, seed)))
 
 
@@ -153,7 +153,7 @@ def _open(args: Options, seed: int) -> CaptionedImages:
 
 
 def _read(args: Options, data: CaptionedImages) -> tuple[Contents, Split | None]:
-    """What can be read of the pictures, keyed with their masks, and which are held out."""
+    """Scan the pictures, with their masks in the keys, and split them."""
     scanned, sides = read_once(data, args.on_bad_image, copies=bool(args.validation_share)), None
     pictures = _select(data, scanned)
     if args.fit == "bucket":
@@ -170,7 +170,7 @@ def _read(args: Options, data: CaptionedImages) -> tuple[Contents, Split | None]
 
 
 def _select(data: CaptionedImages, scanned: Contents) -> CaptionedImages:
-    """The images that can be read, with their sizes set."""
+    """Select the readable images and set their sizes."""
     for index, image_size in zip(scanned.positions, scanned.sizes, strict=True):
         data.sizes[data.rows[index]] = image_size
     return data.select(scanned.positions)

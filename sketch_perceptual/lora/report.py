@@ -1,4 +1,4 @@
-"""What a LoRA training says: a summary at its start, metrics of a step, and the card of its result."""
+"""Summary, metrics and model card of a LoRA training."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from .validation import BEFORE_AFTER
 
 
 def run_summary(args: Options, run: Run, steps: Steps, term: PerceptualTerm | None, weights: int) -> str:
-    """What will be trained and written; InputError if the disk cannot hold it."""
+    """Describe the training and the files to be written; InputError if the disk cannot hold them."""
     saves = steps.total // args.checkpointing_steps
     space = check_space(args.output_dir, saves, args.checkpoints_total_limit, 12 * weights, 8 * weights)
     training = (
@@ -37,7 +37,7 @@ def run_summary(args: Options, run: Run, steps: Steps, term: PerceptualTerm | No
 
 
 def by_decile(losses: Tensor, timesteps: Tensor, total: int) -> dict[str, Tensor]:
-    """The losses (B,) of the rows in each tenth of the schedule, 0 for others, and which rows these are."""
+    """Split losses (B,) by tenths of the schedule: for each tenth the losses, 0 for other rows, and a row mask."""
     rows = F.one_hot(timesteps.to(losses.device) * 10 // total, 10).to(losses)
     names = [f"t{10 * tenth}-{10 * tenth + 10}%" for tenth in range(10)]
     both = zip(names, (losses[:, None] * rows).T, rows.T, strict=True)
@@ -47,7 +47,7 @@ def by_decile(losses: Tensor, timesteps: Tensor, total: int) -> dict[str, Tensor
 def step_logs(
     totals: dict[str, float], lr_scheduler: torch.optim.lr_scheduler.LRScheduler, meter: Meter, *, has_term: bool
 ) -> dict[str, float]:
-    """Means of one optimizer step: the perceptual loss over the rows that the gate let through."""
+    """Return the means of one optimizer step; those of the perceptual loss are over the rows that were scored."""
     rates = map(float, lr_scheduler.get_last_lr())
     logs = {"grad_norm": totals["grad_norm"]} | dict(zip(("lr", "text_encoder_lr"), rates, strict=False))
     if rows := totals["rows"]:
@@ -63,13 +63,13 @@ def step_logs(
 
 
 def kohya_name(hub_model_id: str | None, output_dir: str) -> str:
-    """A file named after the run, which is what the other programs show."""
+    """Return the name of the file for other programs, which show it: that of the run."""
     name = cards.model_name(hub_model_id, output_dir).split("/")[-1]
     return f"{name}_kohya.safetensors" if f"{name}.safetensors".endswith(WEIGHTS) else f"{name}.safetensors"
 
 
 def list_files(output_dir: str, kohya_weights: str, *, has_pictures: bool) -> str:
-    """The files that a run leaves, and what each is for."""
+    """List the files of the result with their uses."""
     pictures = {BEFORE_AFTER: "the validation prompts without and with the LoRA"} if has_pictures else {}
     weights = {
         WEIGHTS: f"for diffusers: pipeline.load_lora_weights({output_dir!r}, weight_name={WEIGHTS!r})",
@@ -118,13 +118,13 @@ pipeline({prompts[0]!r}).images[0].save("sketch.png")"""
 
 
 def _held_out_losses(history: list[dict]) -> str:
-    """The losses on held-out images in a sentence or two; nothing without any."""
+    """Describe the losses on held-out images; "" without any."""
     if not history:
         return ""
     first, last = history[0], history[-1]
     lowest = min(history, key=lambda record: record["denoising_loss"])
     losses = [
-        f"{name.replace('_', ' ')} {first[name]:.4g} at first, {last[name]:.4g} at last"
+        f"{name.replace('_', ' ')} {first[name]:.4g} at the start, {last[name]:.4g} at the end"
         for name in ("denoising_loss", "perceptual_loss")
         if None not in (first[name], last[name])
     ]

@@ -1,4 +1,4 @@
-"""What a training step is made of: a sample of noisy latents, and the losses there."""
+"""Samples and losses of a training step."""
 
 from dataclasses import dataclass, replace
 
@@ -9,14 +9,14 @@ from torch import Tensor
 
 @dataclass
 class Sample:
-    """A batch at timesteps that were drawn.
+    """Latents, noise and timesteps of a batch.
 
     Args:
         latents, noise: (B, C, h, w) float32.
         timesteps: (B,).
-        prompt_embeds: what the model is conditioned on.
+        prompt_embeds: embeddings of the captions.
         images: (B, 3, H, W) in [-1, 1]; needed only where they are scored.
-        masks: (B, 1, H, W) in [0, 1], what counts of the images; None for all.
+        masks: (B, 1, H, W) in [0, 1], weights of the pixels; None for 1 everywhere.
     """
 
     latents: Tensor
@@ -31,7 +31,7 @@ class Sample:
         return replace(self, **moved)
 
     def mean(self, errors: Tensor) -> Tensor:
-        """Errors (B, C, h, w) -> their mean where the masks count, (B,)."""
+        """Average errors (B, C, h, w) over each row, weighted by the masks: (B,)."""
         if self.masks is None:
             return errors.flatten(1).mean(1)
         counts = F.interpolate(self.masks, errors.shape[-2:], mode="area").expand_as(errors).flatten(1)
@@ -40,11 +40,11 @@ class Sample:
 
 @dataclass
 class Losses:
-    """Losses of each row, (B,), and what they were computed from.
+    """Losses of each row, (B,).
 
     Args:
-        denoising: of the noise, the velocity or x0.
-        model_pred: (B, C, h, w), which both losses pull at.
+        denoising: error of the predicted noise, velocity or x0.
+        model_pred: (B, C, h, w), the prediction that both losses depend on.
         timesteps: (B,).
         perceptual: 0 where the gate is shut.
         gated: 1 where it is open, else 0.

@@ -1,4 +1,4 @@
-"""Pictures of the validation prompts, during a training and at its end."""
+"""Pictures of the validation prompts, generated during and after training."""
 
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -80,7 +80,7 @@ class Validation:
         self.width, self.height = args.validation_size or (args.resolution, args.resolution)
 
     def summary(self, steps: Steps, images_per_step: int) -> str | None:
-        """How many pictures the run draws, and their share of its passes through the model; None without pictures."""
+        """Return the number of pictures of the run, and their share of its work; None without pictures."""
         if not self.prompts:
             return None
         pictures = len(self.prompts) * self.count
@@ -92,7 +92,7 @@ class Validation:
         return f"pictures: {during} during the run and {at_end} at its end, about {share:.0%} of the work{advice}"
 
     def end_epoch(self) -> None:
-        """Write and track the pictures, where this epoch is due."""
+        """Write and track the pictures, if they are due after this epoch."""
         if not (self.prompts and self.run.steps.epoch % self.every == 0):
             return
         with interruptible():  # Ctrl-C does not wait for pictures
@@ -104,7 +104,7 @@ class Validation:
                     track_images(self.run.accelerator, "validation", images, step)
 
     def before_and_after(self) -> list[Image.Image]:
-        """Write BEFORE_AFTER, the pictures without and with the adapter; return the latter."""
+        """Write BEFORE_AFTER, pictures without and with the adapter; return those with it."""
         if not self.prompts:
             return []
         after = self.generate()
@@ -121,7 +121,7 @@ class Validation:
 
     @torch.no_grad()
     def generate(self) -> dict[str, list[Image.Image]]:
-        """Prompt -> its pictures; leaves modes and random state as they were."""
+        """Generate pictures by prompt; the models' modes and the random state stay as they were."""
         unet, was_training = self.pipeline.unet, self.pipeline.unet.training
         unet.eval()
         size = {"height": self.height, "width": self.width}
@@ -146,9 +146,9 @@ class Validation:
 
 @contextmanager
 def optional(what: str):
-    """Log what goes wrong here, such as too little memory or a full disk, instead of ending a training.
+    """Log an error of the block, such as too little memory or a full disk, instead of ending the training.
 
-    Nor do versions that do not fit: transformers 5.24 loads adapters of text encoders with PEFT 0.19 and newer only.
+    ImportError too: transformers 5.24 loads adapters of text encoders only with PEFT 0.19 and newer.
     """
     try:
         yield

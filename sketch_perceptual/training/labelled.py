@@ -34,20 +34,20 @@ class LabelledDrawings:
     record: dict
 
     def identity(self) -> dict[str, str]:
-        """What a resumed run must share: the drawings with their classes, and the split."""
+        """Return what a resumed run must share: hashes of the drawings with their classes, and of the split."""
         rows = zip(self.keys, (self.data.classes[label] for label in self.data.labels), strict=True)
         return {"data": f"{len(self.data)} images {digest(rows)}", "split": split_hash(self.record)}
 
 
 def open_drawings(args: Options, seed: int, **options) -> LabelledImages:
-    """The drawings that the options name, not read yet; `options` are keywords of `LabelledImages`."""
+    """Open the drawings that the options name, without reading them; `options` are keywords of `LabelledImages`."""
     data = load_labelled(args, seed, **options)
     data.scan_folder = scan_folder(vars(args).get("feature_dir"))
     return data
 
 
 def preview_drawings(args: Options, see: See = in_epochs, **options) -> bool:
-    """Return whether this is a dry run, after reporting on the drawings; `see` as in `read_data`."""
+    """Return True after a dry run, which only reports on the drawings; `see` as in `read_data`."""
     return dry_run(args, lambda seed: _read(args, open_drawings(args, seed, **options), see))
 
 

@@ -197,7 +197,7 @@ def names_both(message: str, attempt: Attempt) -> bool:
 
 
 def outcome(attempt: Attempt) -> str:
-    """Of an attempt in a process of its own: "" if it was right."""
+    """Run an attempt in its own process; return "" if it was right."""
     read, write = os.pipe()
     if (child := os.fork()) == 0:
         os.close(read)
