@@ -4,12 +4,12 @@ import pytest
 import torch
 import torchvision
 from safetensors.torch import load_file, save_file
-from sketch_perceptual.networks.style_net import JohnsonNet
 from torch.utils.flop_counter import FlopCounterMode
 
 from sketch_perceptual.errors import InputError
 from sketch_perceptual.networks.backbone import LAYERS, AttentionVGG16, load_backbone, tuned_resolution
 from sketch_perceptual.networks.hub_model import fingerprint
+from sketch_perceptual.networks.style_net import JohnsonNet
 
 ATTENTION_KEYS = {
     f"features.{index}.attention.{name}.weight"
