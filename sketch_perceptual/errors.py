@@ -1,4 +1,4 @@
-"""What went wrong, in words for the user."""
+"""Errors, and their messages for the user."""
 
 import argparse
 import re
@@ -12,12 +12,12 @@ from typing import cast
 import torch
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-# requests.RequestException or httpx.HTTPError, whichever the installed huggingface_hub is built on
+# requests.RequestException or httpx.HTTPError, whichever the installed huggingface_hub uses
 HTTP_ERROR = cast(type[Exception], HfHubHTTPError.__mro__[HfHubHTTPError.__mro__.index(OSError) - 1])
-# what reading from the Hub or writing to it may raise
+# possible exceptions of reading from the Hub or writing to it
 HUB_ERRORS: tuple[type[Exception], ...] = (OSError, ValueError, RuntimeError, HTTP_ERROR)
-LONGEST = 1000  # letters of a name
-# Control characters, line separators, and marks that turn the direction of writing around
+LONGEST = 1000  # characters of a name
+# Control characters, line separators, and marks that change the direction of writing
 NOT_SHOWN = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 ANSWERS = {
     401: "log in with `hf auth login`, and check the name",
@@ -34,9 +34,9 @@ NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "bad
 
 
 class InputError(ValueError):
-    """A mistake in what the user gave; the message names the file, argument or value and what to do.
+    """A mistake in the user's input; the message names the file, argument or value and says what to do.
 
-    An argument stands in backticks, as in "`fit` must be one of crop, pad": a script shows it as its option.
+    Arguments are in backticks, as in "`fit` must be one of crop, pad": scripts show them as options.
     """
 
     def __init__(self, message: str = ""):
@@ -50,11 +50,11 @@ class TooLittleMemory(InputError):
 
 
 class TrainingError(Exception):
-    """A training that led nowhere: nothing was learned, or the file written is not the model that was trained."""
+    """A failed training: nothing was learned, or the written file is not the model that was trained."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device, the CPU's allocator or Python had too little memory, however the library words it."""
+    """Return whether a device, the CPU's allocator or Python ran out of memory, however the library words it."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and any(sign in str(error) for sign in NO_MEMORY)
     )
@@ -67,13 +67,14 @@ def program() -> str:
 
 
 def in_options(message: str, args: argparse.Namespace) -> str:
-    """The message of a library function, whose arguments stand in backticks, in the words of the command line."""
+    """Replace the arguments in backticks in a library function's message by command-line options."""
     return re.sub(r"`(\w+)`", lambda name: f"--{name[1]}" if name[1] in args else name[0], message)
 
 
 def printable(text: str) -> str:
-    """Return `text` as a console or log may show it: control characters, which names of files may hold, are escaped,
-    and addresses lose their query, which may be a signature. Lines and tabs stay.
+    """Escape control characters (file names may contain them), and drop the queries of URLs (they may be signatures).
+
+    Newlines and tabs stay.
     """
     return ADDRESS.sub(
         r"\1?...", NOT_SHOWN.sub(lambda match: match[0] if match[0] in "\n\t" else _escaped(match), text)
@@ -81,33 +82,33 @@ def printable(text: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of a library says, shortly."""
+    """Return the first line of an error's message, or its type if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def hub_reason(error: BaseException) -> str:
-    """Why the Hub could not be read from or written to, and what to do; of any other error what `first_line` says.
+    """Explain why reading from or writing to the Hub failed, and what to do; for other errors return `first_line`.
 
-    An address loses its query, which may be a signature.
+    URLs lose their query, which may be a signature.
     """
     causes = list(_causes(error))
     for cause in causes:
         if status := getattr(getattr(cause, "response", None), "status_code", None):
-            says = getattr(cause, "server_message", None)
+            answer = getattr(cause, "server_message", None)
             advice = ANSWERS.get(status, "try again later" if status >= 500 else "")
-            return ": ".join(filter(None, (f"the Hub answers {status}" + (f", {says!r}" if says else ""), advice)))
+            return ": ".join(filter(None, (f"the Hub answers {status}" + (f", {answer!r}" if answer else ""), advice)))
     if any(isinstance(cause, OfflineModeIsEnabled) for cause in causes):
-        return "it is not on this machine and nothing is asked of the Hub while HF_HUB_OFFLINE is set: unset it"
+        return "it is not on this machine and HF_HUB_OFFLINE is set: unset it"
     for cause in reversed(causes):
         if isinstance(cause, (HTTP_ERROR, ConnectionError, TimeoutError)):
-            says = re.sub(r"\?\S+", "", first_line(cause))
-            return f"the Hub cannot be reached ({says}): check the connection and try again"
+            line = re.sub(r"\?\S+", "", first_line(cause))
+            return f"the Hub cannot be reached ({line}): check the connection and try again"
     return first_line(error)
 
 
 @contextmanager
 def from_hub(sentence: str) -> Iterator[None]:
-    """What fails in the block, which reads from the Hub or a folder, is an InputError: the sentence, then why."""
+    """Turn errors of the block, which reads from the Hub or a folder, into an InputError: the sentence and why."""
     try:
         yield
     except InputError:
@@ -119,14 +120,14 @@ def from_hub(sentence: str) -> Iterator[None]:
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
-        error = error.__cause__ or error.__context__  # which `datasets` suppresses
+        error = error.__cause__ or error.__context__  # even if suppressed, as in `datasets`
 
 
 _collected: ContextVar[list[str] | None] = ContextVar("collected", default=None)
 
 
 def complain(message: str) -> None:
-    """Raise InputError, or in `all_troubles` note it and return, for callers that can go on to the next trouble."""
+    """Raise InputError; inside `all_troubles`, collect the message and return, so that the caller can go on."""
     collected = _collected.get()
     if collected is None:
         raise InputError(message)
@@ -134,13 +135,13 @@ def complain(message: str) -> None:
 
 
 def has_complained() -> bool:
-    """Whether `all_troubles` has collected anything so far."""
+    """Return whether `all_troubles` has collected anything so far."""
     return bool(_collected.get())
 
 
 @contextmanager
 def all_troubles() -> Iterator[None]:
-    """Collect what `complain` says in the block and what ends it early; one InputError lists all of it."""
+    """Collect the messages of `complain` and an InputError that ends the block, and raise one InputError for all."""
     collected: list[str] = []
     token = _collected.set(collected)
     try:
@@ -158,7 +159,7 @@ def all_troubles() -> Iterator[None]:
 
 
 def shown(name: object) -> str:
-    """Return a name on one line, not endless: line breaks and what `printable` escapes are escaped."""
+    """Return a name on one line of limited length, with line breaks and control characters escaped."""
     line = NOT_SHOWN.sub(_escaped, str(name))
     return line if len(line) <= LONGEST else f"{line[:LONGEST]}..."
 
@@ -168,7 +169,7 @@ def _escaped(match: re.Match) -> str:
 
 
 def first_names(names: Sequence[str], separator: str = ", ", count: int = 10) -> str:
-    """The first ten names as they are `shown`, and how many more there are."""
+    """Join the first ten names, as `shown`, and add how many more there are."""
     more = f"{separator}and {len(names) - count} more" if len(names) > count else ""
     return separator.join(map(shown, names[:count])) + more
 

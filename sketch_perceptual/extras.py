@@ -1,4 +1,4 @@
-"""Packages that not everybody needs: the extras of the installation."""
+"""Optional packages: the extras of the installation."""
 
 import importlib
 import importlib.util
@@ -12,7 +12,7 @@ SCRIPTS = "accelerate datasets diffusers matplotlib peft psutil torchvision tran
 
 
 def optional(module: str, extra: str) -> ModuleType:
-    """The module; InputError with the extra that installs it, if it or what it needs cannot be imported."""
+    """Import a module; InputError with the extra that installs it, if it or a dependency cannot be imported."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -25,9 +25,9 @@ def optional(module: str, extra: str) -> ModuleType:
 
 
 def require(extra: str) -> None:
-    """For the top of a script, before it imports: end it with a sentence where something of SCRIPTS will not do."""
-    if what := _missing(extra) or _unfit():
-        print(f"{program()}: error: {what}", file=sys.stderr)
+    """Exit with a message if a package of SCRIPTS is missing or broken; call it before a script's other imports."""
+    if message := _missing(extra) or _unfit():
+        print(f"{program()}: error: {message}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -37,13 +37,13 @@ def _missing(extra: str) -> str | None:
 
 
 def _unfit() -> str | None:
-    """transformers and peft would blame other modules for it."""
+    """Check that torchvision fits torch; if not, transformers and peft would blame other modules."""
     try:
         import torchvision  # noqa: F401
     except (ImportError, RuntimeError) as error:
-        found = ", ".join(f"{name} {version(name)}" for name in ("torch", "torchvision"))
+        versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "torchvision"))
         return (
-            f"{found} do not work together ({first_line(error)}): install both from one place, pip install"
+            f"{versions} do not work together ({first_line(error)}): install both from the same index, pip install"
             " --force-reinstall torch torchvision"
         )
     return None

@@ -1,4 +1,4 @@
-"""Grids of images, and plots. Names are drawn as they are: no mathematics, one line, not too long."""
+"""Grids of images, and plots. Names are drawn literally (no mathematics), on one line, shortened if long."""
 
 import contextlib
 import functools
@@ -20,33 +20,36 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SHEET_SIZE = 160  # pixels a picture in a grid
-LONGEST = 80  # letters of a name
+LONGEST = 80  # characters of a name
 FONT_SIZE = 14
-# Tried after Pillow's own, which has hardly more than ASCII; Pillow looks for them where the system keeps its fonts.
+# Tried after Pillow's own, which has little more than ASCII; Pillow searches the system's font folders for them.
 FONTS = (
     *("DejaVuSans.ttf", "NotoSans-Regular.ttf", "NotoSansCJK-Regular.ttc", "NotoSansCJKjp-Regular.otf"),  # Linux
     *("NotoSansDevanagari-Regular.ttf", "wqy-microhei.ttc", "DroidSansFallbackFull.ttf"),
     *("Arial Unicode.ttf", "PingFang.ttc", "Hiragino Sans GB.ttc", "AppleSDGothicNeo.ttc"),  # macOS
     *("segoeui.ttf", "msyh.ttc", "YuGothM.ttc", "malgun.ttf", "Nirmala.ttc", "Nirmala.ttf"),  # Windows
 )
-NO_LETTER = "\U0010ffff"  # which no font has
+NO_LETTER = "\U0010ffff"  # in no font
 
 
 def image_grid(
     rows: dict[str, list[Image.Image]], columns: list[str] | None = None, size: int = SHEET_SIZE
 ) -> Image.Image:
-    """One labelled row of images a name, the longer side of each `size` pixels; columns may have heads."""
+    """Return a grid with one labelled row of images per name, with longer sides of `size` pixels.
+
+    `columns` are optional headings.
+    """
     gap, head = 4, 20
     labels = [fit_font(as_label(name)) for name in rows]
     names = int(max(font.getlength(text) for text, font in labels)) + 3 * gap
     width = max(len(images) for images in rows.values())
     page = Image.new("RGB", (names + width * (size + gap), head + len(rows) * (size + gap)), "white")
-    draw = ImageDraw.Draw(page)
+    pen = ImageDraw.Draw(page)
     for x, (text, font) in enumerate(map(fit_font, map(as_label, columns or []))):
-        draw.text((names + x * (size + gap), gap / 2), shorten(text, font, size), "black", font)
+        pen.text((names + x * (size + gap), gap / 2), shorten(text, font, size), "black", font)
     for y, ((text, font), images) in enumerate(zip(labels, rows.values(), strict=True)):
         top = head + y * (size + gap)
-        draw.text((gap, top + size / 2), text, "black", font, anchor="lm")
+        pen.text((gap, top + size / 2), text, "black", font, anchor="lm")
         for x, image in enumerate(images):
             resample = Image.Resampling.LANCZOS if image.width >= size else Image.Resampling.BICUBIC
             shown = [max(1, round(side * size / max(image.size))) for side in image.size]
@@ -56,14 +59,14 @@ def image_grid(
 
 
 def write_figure(path: str | Path, figure) -> None:
-    """Write a matplotlib figure or a PIL image whole, or not at all. InputError."""
+    """Write a matplotlib figure or a PIL image atomically; InputError."""
     write_whole(
         path, lambda partial: figure.savefig(partial, dpi=150) if hasattr(figure, "savefig") else figure.save(partial)
     )
 
 
 def with_caption(image: Image.Image, name: str) -> Image.Image:
-    """An image with a name under it, whose end is shown where it is too long."""
+    """Add a name below an image; of a name that is too long only the end is shown."""
     text, font = fit_font(as_label(name))
     page = Image.new("RGB", (image.width, image.height + FONT_SIZE + 4), "white")
     page.paste(image, (0, 0))
@@ -74,14 +77,14 @@ def with_caption(image: Image.Image, name: str) -> Image.Image:
 
 
 def shorten(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
-    """The end of a line, as much as is not wider than `width` pixels."""
+    """Shorten a line to the end that fits in `width` pixels."""
     while font.getlength(text) > width and text.strip("."):
         text = "..." + text.lstrip(".")[1:]
     return text
 
 
 def fit_font(text: str) -> tuple[str, ImageFont.FreeTypeFont]:
-    """A line and a font that has its letters; what the best font of this machine lacks is escaped, as in \\u6905."""
+    """Return a line and the font with most of its letters; those that it lacks are escaped, as in \\u6905."""
     font = min(fonts(), key=lambda font: sum(is_missing(font, letter) for letter in text))
     if missing := {letter for letter in text if is_missing(font, letter)}:
         _warn_of_missing_letters()
@@ -90,40 +93,40 @@ def fit_font(text: str) -> tuple[str, ImageFont.FreeTypeFont]:
 
 @functools.cache
 def fonts() -> list[ImageFont.FreeTypeFont]:
-    """Pillow's own font, and those of FONTS and matplotlib's DejaVu Sans that this machine has."""
+    """Return Pillow's own font, and those of FONTS and matplotlib's DejaVu Sans that are installed."""
     names = list(FONTS)
     if (spec := importlib.util.find_spec("matplotlib")) and spec.origin:
         names.insert(0, str(Path(spec.origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"))
     installed = []
     for name in names:
-        with contextlib.suppress(OSError):  # it is not on this machine
+        with contextlib.suppress(OSError):  # not installed
             installed.append(ImageFont.truetype(name, FONT_SIZE))
     return [cast(ImageFont.FreeTypeFont, ImageFont.load_default(FONT_SIZE)), *installed]
 
 
 @functools.cache
 def is_missing(font: ImageFont.FreeTypeFont, letter: str) -> bool:
-    """Whether a font draws the box that stands for letters it does not have."""
+    """Return whether a font draws the box for missing letters."""
     mask, box = (font.getmask(text) for text in (letter, NO_LETTER))
     return not letter.isspace() and (mask.size, bytes(mask)) == (box.size, bytes(box))
 
 
 @functools.cache
 def _warn_of_missing_letters() -> None:
-    """Once a process."""
+    """Log a warning, once per process."""
     logger.warning(
-        "no font of this machine has all letters of the names in figures: those are escaped; Noto Sans CJK has most"
+        "no installed font has all letters of the names in figures, missing ones are escaped: install Noto Sans CJK"
     )
 
 
 def as_label(name: str) -> str:
-    """A name in one line of letters that can be drawn, shortened if it is long."""
+    """Return a name on one line, with printable characters only, shortened if it is long."""
     line = " ".join(printable(name).encode("utf-8", "replace").decode().split())
     return line if len(line) <= LONGEST else line[: LONGEST - 3] + "..."
 
 
 def _plain(name: str) -> str:
-    """A name as matplotlib draws it, to which what stands between two dollars is mathematics."""
+    """Return a name for matplotlib, with dollar signs escaped, which would start mathematics."""
     return fit_font(as_label(name))[0].replace("$", r"\$")
 
 
@@ -150,7 +153,7 @@ def empty_figure(inches: tuple[float, float]) -> "Figure":
 
 
 def ratio_bars(ratios: dict[str, float], title: str) -> "Figure":
-    """A bar for each model's ratio of inter- to intra-class distance (Seo 2025, Figure 4)."""
+    """Plot a bar for each model's ratio of inter- to intra-class distance (Seo 2025, Figure 4)."""
     figure = empty_figure((1.5 + 1.3 * len(ratios), 3.5))
     axes = figure.subplots()
     positions = range(len(ratios))
@@ -164,7 +167,7 @@ def ratio_bars(ratios: dict[str, float], title: str) -> "Figure":
 
 
 def learning_curve(history: list[dict]) -> "Figure":
-    """Loss and accuracy by epoch, training beside validation, from records as train_backbone.py keeps them."""
+    """Plot loss and accuracy by epoch, in training and validation, from the records of train_backbone.py."""
     epochs = [record["epoch"] for record in history]
     figure = empty_figure((9, 3.5))
     losses, accuracies = figure.subplots(1, 2)

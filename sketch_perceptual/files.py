@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and never in place of one that is read."""
+"""Atomic writing of files, and checks that outputs do not replace inputs."""
 
 import hashlib
 import os
@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 from .errors import InputError
 
 LOCK = ".sketch-perceptual.lock"  # in a folder that a training or a generation writes to
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")  # that a figure can be written as
-RESULT = b'{\n "task": '  # start of the JSON that an evaluation writes, which it may replace wherever it lies
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")  # formats of figures
+RESULT = b'{\n "task": '  # start of an evaluation's JSON, which another evaluation may replace anywhere
 
 
 class Output(NamedTuple):
-    """A file that will be written, with the endings it may have; or without endings a folder.
+    """A file that will be written, with its allowed endings; or, without endings, a folder.
 
     Args:
         argument: names the path in messages.
@@ -28,13 +28,13 @@ class Output(NamedTuple):
 
 
 CARD = "README.md"
-OTHER_CARDS = ("MODEL_CARD.md", "MODEL_CARD-sketch-perceptual.md")  # beside cards of somebody else
-MARK = "<!-- written by sketch-perceptual -->"  # in every card of ours, those of networks/hub_model.py too
+OTHER_CARDS = ("MODEL_CARD.md", "MODEL_CARD-sketch-perceptual.md")  # beside a card that is not ours
+MARK = "<!-- written by sketch-perceptual -->"  # in every card of ours, also those of networks/hub_model.py
 
 
 @contextmanager
 def replacing(folder: str | Path) -> Iterator[Path]:
-    """A folder to write into; at the end of the block each of its files moves to its place in `folder` at once.
+    """Yield a folder to write to; at the end of the block its files are moved, one by one, atomically, to `folder`.
 
     A README.md goes to `card_path`.
     """
@@ -52,7 +52,7 @@ def replacing(folder: str | Path) -> Iterator[Path]:
 
 
 def card_path(folder: str | Path) -> Path:
-    """Return where the card of what is written to `folder` belongs: beside cards of somebody else."""
+    """Return the path for a model card in `folder` that does not replace a card that is not ours."""
     for name in (CARD, *OTHER_CARDS):
         path = Path(folder, name)
         if not path.exists() or MARK.encode() in path.read_bytes():
@@ -65,14 +65,14 @@ def files_in(folder: Path) -> list[Path]:
 
 
 def write_whole(path: str | Path, write: Callable[[Path], Any]) -> None:
-    """`write` to a file aside, which then takes the place of `path`: it is there whole or not at all. InputError."""
+    """Write `path` atomically: call `write` with a temporary path, then rename that file. InputError."""
     path = Path(path)
     stem = os.fsdecode(os.fsencode(path.stem)[:200])
     partial = path.with_name(f".{stem}.partial{path.suffix}")
     try:
         write(partial)
         os.replace(partial, path)
-    except (OSError, ValueError) as error:  # ValueError: Pillow, of what a format cannot hold
+    except (OSError, ValueError) as error:  # ValueError: Pillow, for an image that the format cannot hold
         raise InputError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}") from error
     finally:
         partial.unlink(missing_ok=True)
@@ -87,10 +87,10 @@ def checksum(path: Path) -> str:
 
 
 def check_outputs(outputs: Iterable[Output], inputs: Iterable[str | Path | None]) -> None:
-    """InputError where an output would replace something that is read, or could not be written.
+    """InputError if an output would replace an input, or could not be written.
 
-    An input is a file, a folder with all that is in it, or a name of something elsewhere; links and other spellings
-    count. Folders in an input that hold a run's lock are not read.
+    An input is a file, a folder with all its contents, or a name on the Hub; symlinks and other spellings of a path
+    count. Subfolders with a run's lock are not read.
     """
     outputs = list(outputs)
     paths = ((os.path.realpath(output.path), output) for output in outputs)
@@ -98,8 +98,9 @@ def check_outputs(outputs: Iterable[Output], inputs: Iterable[str | Path | None]
     for source in inputs if existing else ():
         for path in _read_from(Path(source)) if source else ():
             if output := existing.get(file_id(path)):
-                what = f"`{output.argument}` {output.path}"
-                raise InputError(f"{what} would replace {path}, which is read: choose another name")
+                raise InputError(
+                    f"`{output.argument}` {output.path} would replace {path}, which is read: choose another name"
+                )
     for output in outputs:
         if output.endings:
             check_target(*output)
@@ -108,7 +109,7 @@ def check_outputs(outputs: Iterable[Output], inputs: Iterable[str | Path | None]
 
 
 def check_target(argument: str, path: str | Path, endings: tuple[str, ...]) -> None:
-    """InputError if a file could not be written to `path`, before it is computed."""
+    """InputError if a file could not be written to `path`; called before its contents are computed."""
     path = Path(path)
     if path.suffix.lower() not in endings:
         raise InputError(f"`{argument}` {path} must end in {' or '.join(endings)}")
@@ -120,7 +121,7 @@ def check_target(argument: str, path: str | Path, endings: tuple[str, ...]) -> N
 
 
 def check_folder(argument: str, folder: str | Path) -> None:
-    """InputError if nothing could be written to `folder`, or if it could not be made."""
+    """InputError if `folder` is not writable or cannot be created."""
     real = Path(os.path.realpath(folder))
     nearest = next(path for path in (real, *real.parents) if os.path.exists(path))
     if not nearest.is_dir():
@@ -130,13 +131,13 @@ def check_folder(argument: str, folder: str | Path) -> None:
 
 
 def file_id(path: str | Path) -> tuple[int, int]:
-    """The same for all spellings of a path, and for all links to a file."""
+    """Return an identity that all spellings of a path and all links to a file share."""
     status = os.stat(path)
     return status.st_dev, status.st_ino
 
 
 def _is_kept(path: str | Path) -> bool:
-    """Whether there is something at `path` that must not be replaced if it is read."""
+    """Return whether there is a folder or file at `path`, except an evaluation's result, which may be replaced."""
     if not os.path.isfile(path):
         return os.path.isdir(path)
     try:
@@ -147,7 +148,7 @@ def _is_kept(path: str | Path) -> bool:
 
 
 def _read_from(source: Path) -> Iterator[Path]:
-    """An existing input itself, and of a folder all files in it, and its folders that hold files."""
+    """Yield an existing input and, if it is a folder, all files in it and its subfolders with files."""
     if os.path.exists(source):
         yield source
         if source.is_dir():
@@ -157,10 +158,10 @@ def _read_from(source: Path) -> Iterator[Path]:
 def _in_folder(folder: Path, seen: set[tuple[int, int]]) -> Iterator[Path]:
     try:
         paths = sorted(folder.iterdir())
-    except OSError:  # which reading it will say
+    except OSError:  # reading the folder will raise it
         return
     for path in paths:
-        if not os.path.exists(path):  # a link to nothing
+        if not os.path.exists(path):  # a broken link
             continue
         if not os.path.isdir(path):
             yield path

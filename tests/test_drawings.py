@@ -165,10 +165,10 @@ def test_drawing_again_into_a_folder_is_fine(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "sentence"),
     [
-        ("metadata.jsonl", '{"file_name": "my/0.png", "text": "mine"}\n', "metadata.jsonl is there already and lists"),
-        ("metadata.jsonl", '{"file_name": "owl/0000.png", "text": "my owl"}\n', "metadata.jsonl is there already"),
-        ("metadata.jsonl", "\xff", "metadata.jsonl is there already"),
-        ("owl/0000.png", "mine", "0000.png is there already and is another image"),
+        ("metadata.jsonl", '{"file_name": "my/0.png", "text": "mine"}\n', "metadata.jsonl already exists and lists"),
+        ("metadata.jsonl", '{"file_name": "owl/0000.png", "text": "my owl"}\n', "metadata.jsonl already exists"),
+        ("metadata.jsonl", "\xff", "metadata.jsonl already exists"),
+        ("owl/0000.png", "mine", "0000.png already exists and is another image"),
     ],
 )
 def test_no_file_of_the_user_is_replaced(name, text, sentence, tmp_path):
@@ -183,7 +183,7 @@ def test_no_file_of_the_user_is_replaced(name, text, sentence, tmp_path):
 def test_a_dangling_link_is_not_followed(tmp_path):
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "metadata.jsonl").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(InputError, match="is there already"):
+    with pytest.raises(InputError, match="already exists"):
         write_folder(tmp_path / "set", per_class=1, size=16, classes=("owl",))
     assert not (tmp_path / "elsewhere").exists()
 

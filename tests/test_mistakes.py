@@ -74,7 +74,7 @@ add(
     ("--background nocolour", "'nocolour' is not a colour"),
     ("--report_to nobody", "accelerate refuses .*report_to"),
     ("--report_to wandb --hub_token hf_x", "use `hf auth login`"),
-    ("--push_to_hub --hub_model_id someone/x", "cannot create someone/x: .*while HF_HUB_OFFLINE is set"),
+    ("--push_to_hub --hub_model_id someone/x", "cannot create someone/x: .*HF_HUB_OFFLINE is set"),
     ("--seed -1", "--seed: must be a number of at least 0, got -1"),
     ("--learning_rate nan", "--learning_rate: must be a number above 0, got nan"),
     ("--train_batch_size 0", "--train_batch_size: must be a number of at least 1, got 0"),

@@ -1,4 +1,4 @@
-"""Parsers of command-line options, and the types of these."""
+"""Argument parser, and types of options."""
 
 import argparse
 import difflib
@@ -12,9 +12,8 @@ class Options(argparse.Namespace):
     """Parsed options.
 
     Attributes:
-        shared: names of the options that a resumed run must share.
-        fixed: names of those of them that change the shape or the number of the weights, so that no resumed run can
-            have another value.
+        shared: names of the options that must not differ in a resumed run.
+        fixed: names of those among them that change the shape or number of weights, which no resumed run can override.
     """
 
     __slots__ = ("fixed", "shared")
@@ -23,7 +22,7 @@ class Options(argparse.Namespace):
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
-    """Descriptions as they are written, and defaults behind the helps that do not name them."""
+    """Formatter that keeps descriptions as they are, and adds defaults to help texts that do not name them."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         text, default = action.help or "", action.default
@@ -35,7 +34,7 @@ class Help(argparse.RawDescriptionHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """`ArgumentParser` with short usage, defaults in the help, and a suggestion for an option that is misspelt."""
+    """`ArgumentParser` with short usage, defaults in the help, and suggestions for misspelt options."""
 
     def __init__(self, **options: Any):
         self.shared: set[str] = set()
@@ -47,9 +46,9 @@ class Parser(argparse.ArgumentParser):
         """`ArgumentParser.add_argument` with two more keywords.
 
         Args:
-            shared: whether a resumed run must have the same value. False for what changes only where things are read
-                or written, how fast, or what is shown, and for what is compared by its contents.
-            fixed: whether another value changes the shape or the number of the weights.
+            shared: whether a resumed run must have the same value. False for options that only change paths, speed or
+                display, and for data that are compared by their contents.
+            fixed: whether another value would change the shape or number of weights.
         """
         return self._add(super().add_argument, flags, shared, fixed, options)
 
@@ -81,31 +80,31 @@ class Parser(argparse.ArgumentParser):
 
 
 def at_least(minimum, kind=int) -> Callable[[str], int | float]:
-    """An argparse type: a finite number no smaller than `minimum`."""
+    """Return an argparse type: a finite number of at least `minimum`."""
     return _number(kind, lambda value: value >= minimum, f"of at least {minimum}")
 
 
 def above(minimum: float) -> Callable[[str], float]:
-    """An argparse type: a finite number greater than `minimum`."""
+    """Return an argparse type: a finite number greater than `minimum`."""
     return _number(float, lambda value: value > minimum, f"above {minimum:g}")
 
 
 def fraction(text: str) -> float:
-    """An argparse type: a number from 0 to below 1."""
+    """Parse a number from 0 to below 1."""
     return _number(float, lambda value: 0 <= value < 1, "from 0 to below 1")(text)
 
 
 def size(text: str) -> tuple[int, int]:
-    """An argparse type: width and height, as in 768x512."""
+    """Parse width and height, as in 768x512."""
     width, _, height = text.partition("x")
     return int(width), int(height)
 
 
-def _number(kind, is_right: Callable, words: str) -> Callable[[str], int | float]:
+def _number(kind, is_valid: Callable, description: str) -> Callable[[str], int | float]:
     def number(text: str):
         value = kind(text)
-        if not (math.isfinite(value) and is_right(value)):
-            raise argparse.ArgumentTypeError(f"must be a number {words}, got {text}")
+        if not (math.isfinite(value) and is_valid(value)):
+            raise argparse.ArgumentTypeError(f"must be a number {description}, got {text}")
         return value
 
     number.__name__ = kind.__name__

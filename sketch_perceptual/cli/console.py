@@ -1,4 +1,4 @@
-"""Keep console output from ending a run: closed pipes, full disks, letters that the console does not have."""
+"""Keep console output from ending a run: closed pipes, full disks, unencodable characters."""
 
 import contextlib
 import os
@@ -7,11 +7,11 @@ from errno import EPIPE
 
 
 class _Console:
-    """A text stream that goes silent when nobody reads it any more."""
+    """A text stream that discards its output after the first error."""
 
     def __init__(self, stream):
         self._stream = stream
-        self.error: OSError | None = None  # that a disk is full, say; a closed pipe is no loss
+        self.error: OSError | None = None  # e.g. a full disk; a closed pipe is ignored
 
     def write(self, text: str) -> int:
         with self._guard():
@@ -26,10 +26,10 @@ class _Console:
     def _guard(self):
         try:
             yield
-        except (OSError, ValueError) as error:  # closed, or no room in its file
+        except (OSError, ValueError) as error:  # closed, or the disk is full
             if isinstance(error, OSError) and error.errno != EPIPE:
                 self.error = error
-            with contextlib.suppress(OSError, ValueError):  # or the interpreter complains once more at its end
+            with contextlib.suppress(OSError, ValueError):  # redirected, or the interpreter complains again at exit
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
 
     def __getattr__(self, name: str):
@@ -37,7 +37,7 @@ class _Console:
 
 
 def protect_console() -> None:
-    """Letters that the console does not have are escaped from now on, and a closed pipe is no error."""
+    """Escape characters that the console cannot encode from now on, and ignore closed pipes."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if isinstance(stream, _Console) or not hasattr(stream, "reconfigure"):
@@ -47,7 +47,7 @@ def protect_console() -> None:
 
 
 def print_result(text: str) -> None:
-    """Print what a command was asked for; OSError where standard output is a file and has no room."""
+    """Print the result of a command; OSError if standard output cannot be written, e.g. to a full disk."""
     print(text, flush=True)
     if error := getattr(sys.stdout, "error", None):
         raise OSError(error.errno, error.strerror, "standard output")

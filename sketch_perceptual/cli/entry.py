@@ -1,4 +1,4 @@
-"""Entry point of every program: run `main`, and end with a sentence and an exit code."""
+"""Entry point of every program: run `main`, and turn errors into a message and an exit code."""
 
 import argparse
 import os
@@ -17,7 +17,7 @@ from . import interruption
 from .console import protect_console
 
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "gloo")
-# Options that decide how much memory is needed.
+# Options that affect the use of memory.
 BATCHES = ("train_batch_size", "batch_size", "generation_batch_size", "extraction_batch_size")
 SAVERS = ("gradient_checkpointing", "pool_after_attention")
 PATHS = ("_dir", "_file", "_path", "output", "input", "figure", "index", "checkpoint")
@@ -26,17 +26,17 @@ SIZES = ("perceptual_crop", "resolution", "size")
 
 
 def run(main: Callable, args: argparse.Namespace, name: str | None = None) -> None:
-    """Call `main(args)`. Errors of the user and of the machine end the program with a sentence, not a traceback.
+    """Call `main(args)`. Errors of the user and of the machine end the program with a message, not a traceback.
 
-    Exit codes: 2, a mistake in the input, a file that cannot be read or written, or too little memory; 3, a training
-    that led nowhere, such as a loss or weights that are not finite; 128 + n, signal n.
+    Exit codes: 2, a mistake in the input, a file that cannot be read or written, or out of memory; 3, a failed
+    training, such as a loss or weights that are not finite; 128 + n, signal n.
 
     Args:
-        name: of the program in its messages; the script's by default.
+        name: of the program in its messages; default: the script's.
     """
     protect_console()
     interruption.install()
-    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the report on the data says it
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # reported with the data
 
     def end(code: int, message: str) -> NoReturn:
         print(f"{name or program()}: {printable(in_options(message, args))}", file=sys.stderr)
@@ -61,12 +61,12 @@ def run(main: Callable, args: argparse.Namespace, name: str | None = None) -> No
         ):
             end(2, f"error: {first_line(error)}")
         if torch.distributed.is_initialized() and any(sign in str(error) for sign in LOST):
-            end(1, "error: another process of this run has ended, which tells why or was killed")
+            end(1, "error: another process of this run has ended: see its message, unless it was killed")
         raise
 
 
 def memory_advice(error: BaseException, args: argparse.Namespace) -> str:
-    """The error in one line, and the options of this program that would need less memory."""
+    """Return the error on one line, and the options of this program that would save memory."""
     values = vars(args)
     advice = [f"`{name}` 1" for name in BATCHES if (values.get(name) or 1) > 1]
     advice += [f"`{name}`" for name in SAVERS if values.get(name, True) in (False, None)]
@@ -77,7 +77,7 @@ def memory_advice(error: BaseException, args: argparse.Namespace) -> str:
 
 
 def _check_strings(args: argparse.Namespace) -> None:
-    """InputError for bytes that are not UTF-8, which no log, card or JSON could hold, and for a path that is empty."""
+    """InputError for bytes that are not UTF-8, which no log, card or JSON could contain, and for empty paths."""
     for name, value in vars(args).items():
         if value == "" and name.endswith(PATHS):
             raise InputError(f"`{name}` is empty: name a file or folder, or leave it out")
@@ -85,14 +85,14 @@ def _check_strings(args: argparse.Namespace) -> None:
             try:
                 str(text).encode()
             except UnicodeEncodeError:
-                what = "" if name in POSITIONALS else f"`{name}` "
-                raise InputError(f"{what}{str(text)!a} is not UTF-8: rename it, or use a UTF-8 locale") from None
+                option = "" if name in POSITIONALS else f"`{name}` "
+                raise InputError(f"{option}{str(text)!a} is not UTF-8: rename it, or use a UTF-8 locale") from None
 
 
 def _refuse_token(args: argparse.Namespace, launcher: int) -> None:
-    """A launcher prints the command line of a script that fails, so it has to go first."""
+    """Exit after ending the launcher, which would print the command line of a script that fails."""
     message = (
-        "`hub_token` would be printed by the launcher of this script; use `hf auth login` or the variable HF_TOKEN"
+        "`hub_token` would be printed by the launcher of this script: use `hf auth login` or the variable HF_TOKEN"
     )
     print(f"{program()}: error: {in_options(message, args)}", file=sys.stderr, flush=True)
     os.kill(launcher, signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""Being told to stop: by Ctrl-C or another signal, or because the launcher that started the script has gone."""
+"""Interruption of a run by Ctrl-C, another signal, or the end of its launcher."""
 
 import contextlib
 import os
@@ -12,7 +12,7 @@ LAUNCHERS = ("accelerate", "torchrun", "torch.distributed")
 
 
 class Interrupted(BaseException):
-    """The signal `number` came; no Exception, so that nothing that handles errors swallows it."""
+    """The signal `number` was received; not an Exception, so that error handlers do not swallow it."""
 
     def __init__(self, number: int):
         super().__init__(number)
@@ -20,34 +20,34 @@ class Interrupted(BaseException):
 
 
 class _State:
-    received = 0  # the signal that waits for the end of a step
+    received = 0  # the signal that is deferred to the end of a step
     deferred = False
 
 
 def install() -> None:
-    """From now on signals raise `Interrupted`, or wait while they are deferred; the launcher is watched."""
+    """Make signals raise `Interrupted`, or wait while they are deferred; start to watch the launcher."""
     if threading.current_thread() is not threading.main_thread():
         return
     for number in SIGNALS:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup sets it
+        if signal.getsignal(number) is not signal.SIG_IGN:  # set by nohup
             signal.signal(number, _note)
     _State.received, _State.deferred = 0, False
     _watch_launcher()
 
 
 def received() -> int:
-    """The signal that came while signals were deferred; 0: none."""
+    """Return the signal that was received while signals were deferred, 0 for none."""
     return _State.received
 
 
 def defer(deferred: bool = True) -> None:
-    """Whether a signal waits until somebody asks for it; a second Ctrl-C never does."""
+    """Set whether signals wait until `received` is called; a second Ctrl-C never waits."""
     _State.deferred = deferred
 
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Leave the block at once when a signal comes, as if it had come right after it."""
+    """Leave the block at once if a signal arrives, as if it had arrived right after the block."""
     deferred, _State.deferred = _State.deferred, False
     try:
         yield
@@ -58,11 +58,11 @@ def interruptible() -> Iterator[None]:
 
 
 def launcher() -> int | None:
-    """The process id of the accelerate or torchrun that started this script."""
+    """Return the process id of the accelerate or torchrun that started this script, or None."""
     parent = os.getppid()
     try:
         import psutil
-    except ImportError:  # which whoever has accelerate has
+    except ImportError:  # accelerate requires psutil, so there is no launcher
         return None
     try:
         words = psutil.Process(parent).cmdline()
@@ -73,7 +73,7 @@ def launcher() -> int | None:
 
 @contextlib.contextmanager
 def held_back() -> Iterator[None]:
-    """Signals arrive after the block; processes that are started in it are born without them."""
+    """Block signals inside the context; child processes started in it inherit the mask."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
@@ -85,7 +85,7 @@ def held_back() -> Iterator[None]:
 
 
 def ignore_in_worker(worker: int) -> None:
-    """For a DataLoader's `worker_init_fn`: only the main process ends a worker, since it still needs its images."""
+    """Ignore signals except the main process's, which still needs the images; for a DataLoader's `worker_init_fn`."""
     for number in set(SIGNALS) - {signal.SIGTERM}:
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):

@@ -1,4 +1,4 @@
-"""Labelled sketches and their coloured twins, drawn by rules: as many as asked for, without a download."""
+"""Procedural sketches with labels and coloured counterparts: any number of them, without a download."""
 
 from .folder import write_folder
 from .render import STYLES, draw

@@ -1,10 +1,10 @@
-"""Draw labelled sketches and their exact coloured twins, as many as asked for, without any download.
+"""Draw labelled sketches and their coloured counterparts, any number of them, without a download.
 
     python -m sketch_perceptual.drawings --output_dir drawings/sketches --per_class 16
 
-Every class is a small scene whose proportions, parts and colours follow from (seed, class, index)
-only. It is laid out in hundredths of the picture's side: x from -50 to 50, y from 0 (top) to 100. Photo and
-sketches of one index are painted from the same scene, so they match pixel for pixel.
+Every class is a small scene whose proportions, parts and colours depend only on (seed, class, index).
+It is laid out in hundredths of the picture's side: x from -50 to 50, y from 0 (top) to 100. Photo and
+sketches of one index are rendered from the same scene, so they match pixel for pixel.
 """
 
 from ..cli.arguments import Parser, at_least
@@ -22,10 +22,10 @@ def parse_args(argv=None):
         description=__doc__,
     )
     add = parser.add_argument
-    add("--output_dir", required=True, help="folder to write to; it is made if missing")
+    add("--output_dir", required=True, help="folder to write to; created if missing")
     add("--per_class", type=at_least(1), default=16, help="images per class and style")
     add("--size", type=at_least(16), default=256, help="side of an image in pixels")
-    add("--seed", type=int, default=0, help="another seed, other images")
+    add("--seed", type=int, default=0, help="random seed")
     add("--styles", nargs="+", default=["pen"], help=f"{', '.join(STYLES)} or photo; default: pen")
     return parser.parse_args(argv)
 

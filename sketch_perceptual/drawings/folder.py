@@ -15,12 +15,12 @@ from .scenes import CLASSES
 
 
 def write_folder(output_dir, per_class=16, seed=0, size=256, styles=("pen",), classes=CLASSES):
-    """Writes per_class drawings of each class and style, and metadata.jsonl with a sentence for each.
+    """Write per_class drawings of each class and style, and metadata.jsonl with a caption for each.
 
-    Images are named house/0003.png, so that a folder of sketches and one of photos match by name; several
-    styles in one folder are told apart as house/0003_pen.png. Each line of metadata.jsonl holds file_name
-    (relative to output_dir) and text. Returns the number of images. Raises InputError as draw does, for a
-    folder with other files of these names, and where nothing can be written.
+    Images are named house/0003.png, so that a folder of sketches and one of photos match by name, or
+    house/0003_pen.png for several styles in one folder. Each line of metadata.jsonl holds file_name (relative to
+    output_dir) and text. Return the number of images. InputError as in draw, for a folder with other files of these
+    names, and if nothing can be written.
     """
     check(classes, styles, size)
     folder, images, lines = Path(output_dir), [], []
@@ -33,14 +33,14 @@ def write_folder(output_dir, per_class=16, seed=0, size=256, styles=("pen",), cl
     for path, name, index, style in tqdm(images, unit="image", disable=None):
         data = _png(draw(name, index, seed, style, size))
         if not ours and os.path.lexists(path) and not (path.is_file() and path.read_bytes() == data):
-            raise InputError(f"`output_dir`: {path} is there already and is another image: choose another folder")
+            raise InputError(f"`output_dir`: {path} already exists and is another image: choose another folder")
         _write(path, data)
     _write(folder / "metadata.jsonl", "".join(lines).encode())
     return len(lines)
 
 
 def _is_ours(path, lines):
-    """Whether there is a metadata.jsonl of drawings; InputError if it is somebody else's."""
+    """Return whether there is a metadata.jsonl of these drawings; InputError if it lists other images."""
     if not os.path.lexists(path):
         return False
     try:
@@ -48,7 +48,7 @@ def _is_ours(path, lines):
     except (OSError, ValueError):
         known = {""}
     if not known <= set(lines):
-        raise InputError(f"`output_dir`: {path} is there already and lists other images: choose another folder")
+        raise InputError(f"`output_dir`: {path} already exists and lists other images: choose another folder")
     return True
 
 
@@ -59,7 +59,7 @@ def _png(image):
 
 
 def _write(path, data):
-    part = path.with_name(f"{path.name}.part")  # a disk that fills up leaves no half image
+    part = path.with_name(f"{path.name}.part")  # so that a full disk does not leave a truncated image
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part.write_bytes(data)

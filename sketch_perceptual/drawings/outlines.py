@@ -1,4 +1,4 @@
-"""Outlines of shapes: each is an array of points, (n, 2)."""
+"""Outlines of shapes, as arrays of points (n, 2)."""
 
 import math
 
@@ -15,7 +15,7 @@ def rect(x0, y0, x1, y1):
 
 
 def smooth(*points, closed=False):
-    """A Catmull-Rom curve through the points."""
+    """Return a Catmull-Rom curve through the points."""
     p = np.array(points, float)
     p = np.concatenate([p[-1:], p, p[:2]] if closed else [p[:1], p, p[-1:]])
     t = np.linspace(0, 1, 12, endpoint=False)[:, None]
@@ -37,7 +37,7 @@ def cloud(x, y, rx, ry, bumps):
 
 
 def tube(path, start, end):
-    """The outline of a path whose half width goes from start to end."""
+    """Return the outline of a path whose half width changes from start to end."""
     along = np.gradient(path, axis=0)
     side = np.stack([-along[:, 1], along[:, 0]], 1) / np.linalg.norm(along, axis=1, keepdims=True)
     side *= np.linspace(start, end, len(path))[:, None]
@@ -45,7 +45,7 @@ def tube(path, start, end):
 
 
 def both(*half):
-    """Closes the right half of a symmetric outline, given from top to bottom, with its mirror image."""
+    """Close the right half of a symmetric outline, given from top to bottom, with its mirror image."""
     return np.concatenate([half, (np.array(half) * (-1, 1))[::-1]])
 
 

@@ -1,4 +1,4 @@
-"""Scenes as sketches and as coloured pictures."""
+"""Rendering of scenes as sketches and coloured pictures."""
 
 import random
 from dataclasses import dataclass
@@ -17,10 +17,10 @@ INK = 24
 
 @dataclass(frozen=True)
 class Stroke:
-    width: float  # of the picture's side
+    width: float  # fraction of the picture's side
     thinnest: float  # pixels; keeps a fine pen visible in a small picture
     swing: float = 0.0  # relative change of the width along a stroke
-    wobble: float = 0.0  # of the picture's side
+    wobble: float = 0.0  # fraction of the picture's side
     hatched: bool = False
 
 
@@ -33,13 +33,13 @@ STROKES = {
 
 
 def _noise(rng, length):
-    """Smooth noise in about -1..1 along a path, at each of its lengths (in picture sides)."""
+    """Return smooth noise in about -1..1 along a path, at each of its lengths (in picture sides)."""
     slow, fast = (np.sin(length * rng.uniform(*f) + rng.uniform(0, 6.3)) for f in ((20, 40), (70, 110)))
     return 0.7 * slow + 0.3 * fast
 
 
 def _paint_path(pen, points, widths, ink):
-    """Runs a round nib along the points; everything in pixels."""
+    """Move a round nib along the points; everything in pixels."""
     for (x0, y0), (x1, y1), width in zip(points, points[1:], widths, strict=False):
         pen.line((x0, y0, x1, y1), fill=ink, width=round(width))
         r = width / 2
@@ -49,7 +49,7 @@ def _paint_path(pen, points, widths, ink):
 
 
 def _hatch(image, outline, darkness, width, rng):
-    """Hatches an outline from its shaded side on: the darker its colour, the further and the closer."""
+    """Hatch an outline from its shaded side: further and denser for darker colours."""
     region, lines = Image.new("L", image.size), Image.new("L", image.size)
     ImageDraw.Draw(region).polygon([tuple(p) for p in outline], fill=255)
     pen = ImageDraw.Draw(lines)
@@ -68,7 +68,7 @@ def _hatch(image, outline, darkness, width, rng):
 
 
 def sketch(scene, stroke, size, rng):
-    """A scene on paper, as an RGB image of size x size pixels: `rng`, a random.Random, moves the hand."""
+    """Draw a scene on paper, as an RGB image of size x size pixels; `rng` is a random.Random for the strokes."""
     side = size * OVERSAMPLING
     base = max(stroke.width * side, stroke.thinnest * OVERSAMPLING)
     image = Image.new("L", (side, side), 255)
@@ -89,7 +89,7 @@ def sketch(scene, stroke, size, rng):
 
 
 def _gradient(corners, size):
-    """A colour ramp over (width, height) from four corner colours in reading order."""
+    """Return a colour ramp over (width, height) from four corner colours in reading order."""
     ramp = np.array(corners).reshape(2, 2, 3).clip(0, 255).astype(np.uint8)
     return Image.fromarray(ramp).resize(size, Image.Resampling.BICUBIC)
 
@@ -115,20 +115,20 @@ def _photo(scene, size):
 
 
 def check(names, styles, size):
-    for given, choices, what in ((names, CLASSES, "class"), (styles, (*STYLES, "photo"), "style")):
-        for value in given:
+    for values, choices, noun in ((names, CLASSES, "class"), (styles, (*STYLES, "photo"), "style")):
+        for value in values:
             if value not in choices:
-                raise InputError(f"unknown {what} {value!r}: choose from {', '.join(choices)}")
+                raise InputError(f"unknown {noun} {value!r}: choose from {', '.join(choices)}")
     if size < 16:
         raise InputError(f"`size` must be at least 16 pixels, got {size}")
 
 
 def draw(name, index, seed=0, style="pen", size=256):
-    """One drawing as an RGB image of size x size pixels.
+    """Draw an RGB image of size x size pixels.
 
-    name is one of CLASSES; style one of STYLES, or "photo" for the coloured twin. Geometry and colours follow
-    from (seed, name, index); the style changes only how they are put on paper. The same arguments give the
-    same pixels. Raises InputError for an unknown name or style and for a size below 16.
+    name is one of CLASSES; style one of STYLES, or "photo" for the coloured counterpart. Geometry and colours depend
+    on (seed, name, index); the style only changes the rendering. The same arguments give the same pixels. InputError
+    for an unknown name or style and for a size below 16.
     """
     check([name], [style], size)
     scene = compose(name, index, seed)

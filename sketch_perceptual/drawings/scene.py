@@ -35,9 +35,9 @@ class Scene:
     """Shapes in painter's order, and the random choices that make them."""
 
     def __init__(self, key):
-        self.rng = random.Random(key)  # a text is seeded through SHA-512: the same in every process
+        self.rng = random.Random(key)  # a string is seeded through SHA-512: the same in every process
         self.shapes, self.colours, self.sky = [], {}, None
-        self.plain, self.place = True, lambda points: np.array(points)
+        self.plain, self.transform = True, lambda points: np.array(points)
         self.waves = [(self.u(5, 9), self.u(0, 6), self.u(5, 9), self.u(0, 6)) for _ in range(2)]
 
     def u(self, low, high):
@@ -50,7 +50,7 @@ class Scene:
         return self.rng.random() < share
 
     def mix(self, h, s, v):
-        """An RGB colour near this hue, saturation and value."""
+        """Return an RGB colour near this hue, saturation and value."""
         h = self.u(0, 1) if h is None else h + self.u(-0.02, 0.02)
         s, v = (min(1, max(0, c + self.u(-0.06, 0.06))) for c in (s, v))
         return 255 * np.array(colorsys.hsv_to_rgb(h % 1, s, v))
@@ -67,7 +67,7 @@ class Scene:
         self._add(points, colour, False, False)
 
     def fills(self, points, colour, x=0, solid=False):
-        """Fills an outline given from the axis x on, and its mirror image."""
+        """Fill an outline, given relative to the axis x, and its mirror image."""
         for side in (1, -1):
             self.fill(np.array(points) * (side, 1) + (x, 0), colour, solid)
 
@@ -79,15 +79,15 @@ class Scene:
         self.fill(oval(x, y, r, r), "black", solid=True)
 
     def pose(self, flip, lean):
-        """Everything added from now on belongs to the object: sized, moved, leaning and maybe flipped."""
+        """Start the object: everything added from now on is scaled, moved, tilted and maybe flipped."""
         scale, x, y, angle = self.u(0.84, 1), self.u(-4, 4), self.u(-1.5, 1.5), self.u(-lean, lean)
         size = scale * (self.pick(1, -1) if flip else 1), scale
         self.plain = False
-        self.place = lambda points: shift(turn(shift(points, 0, -50) * size, angle), x, 50 + y)
+        self.transform = lambda points: shift(turn(shift(points, 0, -50) * size, angle), x, 50 + y)
 
     def _add(self, points, colour, closed, solid):
-        p = _dense(self.place(points)) / 100 + (0.5, 0)
-        # the whole scene is bent a little, so that nothing is ruled
+        p = _dense(self.transform(points)) / 100 + (0.5, 0)
+        # the whole scene is bent a little, so that no line is perfectly straight
         (a, b, c, d), (e, f, g, h) = self.waves
         dx = np.sin(a * p[:, 1] + b) + np.sin(c * p[:, 0] + d)
         dy = np.sin(e * p[:, 0] + f) + np.sin(g * p[:, 1] + h)
@@ -96,7 +96,7 @@ class Scene:
 
 
 def _dense(points):
-    """Adds points so that none is further than 1.5 from the next; corners stay."""
+    """Add points so that none is further than 1.5 from the next; corners stay."""
     steps = np.diff(points, axis=0)
     counts = np.maximum(1, np.ceil(np.hypot(*steps.T) / 1.5)).astype(int)
     share = np.concatenate([np.arange(n) / n for n in counts])[:, None]

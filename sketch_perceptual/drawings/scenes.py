@@ -11,7 +11,7 @@ import numpy as np
 from .outlines import blob, both, cloud, oval, rect, shift, smooth, tube, turn, vase
 from .scene import Scene
 
-# sky at the top and lower down, ground (hue, saturation, value), the range of the horizon, what belongs to it
+# sky at the top and lower down, ground (hue, saturation, value), the range of the horizon, details
 BACKDROPS = {
     "meadow": ((0.57, 0.45, 0.95), (0.55, 0.12, 1), (0.28, 0.5, 0.72), (68, 78), ("sun", "grass")),
     "road": ((0.56, 0.4, 0.95), (0.1, 0.12, 1), (0.6, 0.05, 0.62), (68, 74), ("sun",)),
@@ -387,7 +387,7 @@ CLASSES = tuple(SCENES)
 
 
 def compose(name, index, seed=0):
-    """The scene that (seed, name, index) stands for."""
+    """Return the scene of (seed, name, index)."""
     add_object, backdrops, flip, lean = SCENES[name]
     scene = Scene(f"{seed}/{name}/{index}")
     backdrop(scene, scene.pick(*backdrops))

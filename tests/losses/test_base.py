@@ -28,7 +28,7 @@ def test_resolution_shrinks_and_never_enlarges():
         (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), images(), "images must be floating point .* torch.uint8"),
         (torch.zeros(1, 4, 8, 8), torch.zeros(1, 3, 8, 8), r"\(B, 1, H, W\) if grey, got \(1, 4, 8, 8\)"),
         (torch.zeros(3, 8, 8), torch.zeros(3, 8, 8), r"got \(3, 8, 8\)"),
-        (torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 8, 9), "one size"),
+        (torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 8, 9), "same size"),
         (torch.zeros(1, 3, 8, 8), torch.full((1, 3, 8, 8), 255.0), r"must lie in \[-1, 1\], got 255 to 255"),
         (torch.zeros(1, 3, 8, 8), torch.full((1, 3, 8, 8), torch.nan), r"must lie in \[-1, 1\], got nan"),
     ],

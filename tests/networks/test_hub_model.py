@@ -44,7 +44,7 @@ SETTINGS = [
     ("backbone", {"spatial_kernel": 4}, ": spatial_kernel must be odd and positive, got 4"),
     ("backbone", {"pool_after_attention": 1}, ": pool_after_attention must be true or false, got 1"),
     ("backbone", {"attention": {}}, ": attention must be one of cbam, identity, none, got {}"),
-    ("backbone", {"classes": "cat"}, ': classes must be a list .*got "cat"'),
+    ("backbone", {"classes": "cat"}, ": classes must be a list"),
     ("backbone", {"classes": ["cat"]}, ": 1 classes for num_classes=0"),
     ("backbone", {"last_layer": 3}, ": last_layer must be one of relu1_1, "),
     ("backbone", {"calibration": {"relu1_1": {"softening": 1, "distance": float("inf"), "gram": 1}}}, ": calibration"),
@@ -53,7 +53,7 @@ SETTINGS = [
     ("johnson", {"norm": 5}, ": norm must be one of instance, batch, got 5"),
     ("johnson", {"depth": 5}, ": there is no setting 'depth', only norm, upsampling, width"),
     ("embedder", {"resolution": "64"}, ': resolution must be a positive integer, got "64"'),
-    ("embedder", {"background": 7}, ": background must be .*got 7"),
+    ("embedder", {"background": 7}, ": background must be a string, got 7"),
     ("embedder", {"background": "whiet"}, ": background: 'whiet' is not a colour"),
     ("embedder", {"embedding": "head"}, ": embedding head needs a backbone with a classifier"),
     ("embedder", {"backbone": 3}, ": backbone must hold an object, got 3"),
@@ -77,7 +77,7 @@ def test_a_config_that_no_network_can_have_is_named_with_its_value(kind, setting
         ("[1]", " must hold an object, got "),
         ("[" * 100_000, " is not valid JSON"),
         ("{", " is not valid JSON"),
-        ("\xff", " is not JSON"),
+        ("\xff", " is not valid JSON"),
     ],
 )
 def test_a_config_that_is_no_object_is_named(kind, text, sentence, tmp_path):
