@@ -116,8 +116,7 @@ def parse_args(argv: list[str] | None = None) -> Options:
         help="with several drawings: their mean Gram matrix, or one at random each step",
     )
 
-    add = add_data_options(parser)
-    add("--train_data_dir", shared=False, help="a folder of photos, searched recursively")
+    add = add_data_options(parser, "a folder of photos, searched recursively")
     add("--style", shared=False, help="a drawing, or a folder of drawings")
     add("--paired_data_dir", shared=False, help="CUFS, FS2K or another paired set: see sketch_perceptual.data.paired")
     add("--paired_style", shared=False, type=int, choices=(1, 2, 3), help="style of FS2K")

@@ -94,7 +94,7 @@ def parse_args(argv: list[str] | None = None) -> Options:
     add("--fit", choices=("pad", "crop"), default="pad", help="pad to a square, or crop the longer side")
     add_feature_options(add)
 
-    add = add_run_options(parser, output_dir="sketch-retrieval")
+    add = parser.group("training")
     add("--num_seeds", shared=False, type=count, default=5, help="number of trainings, with seeds from --seed on")
     add("--num_train_epochs", shared=False, type=count, default=20)
     add("--train_batch_size", type=count, default=32, help="batch size per process")
@@ -105,6 +105,7 @@ def parse_args(argv: list[str] | None = None) -> Options:
     add("--learning_rate", type=above(0), default=1e-4, help="learning rate of Adam")
     add("--lr_step_size", type=count, default=7, help="multiply the learning rate by --lr_gamma every N epochs")
     add("--lr_gamma", type=rate, default=0.1)
+    add_run_options(parser, output_dir="sketch-retrieval")
     parser.set_defaults(checkpoints_total_limit=1, gradient_accumulation_steps=1)
 
     args = parser.parse_args(argv)

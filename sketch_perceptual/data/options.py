@@ -14,9 +14,10 @@ from .images import INVERT
 from .labels import labelled_dataset, labelled_folder
 
 
-def add_data_options(parser: Parser) -> Callable:
-    """Add options for the source of images; return `add_argument` of their group."""
+def add_data_options(parser: Parser, folder: str) -> Callable:
+    """Add options for the source of images; return `add_argument` of their group. `folder`: help of a local one."""
     add = parser.group("data")
+    add("--train_data_dir", shared=False, help=folder)
     add("--dataset_name", shared=False, help="dataset on the Hub, or a folder that `datasets` can read")
     add(
         "--dataset_config_name",
@@ -39,11 +40,8 @@ def add_data_options(parser: Parser) -> Callable:
 
 def add_caption_options(parser: Parser) -> Callable:
     """Add options for captioned images; return `add_argument` of their group."""
-    add = add_data_options(parser)
-    add(
-        "--train_data_dir",
-        shared=False,
-        help="a folder of images with metadata.jsonl or .csv, .txt files beside them, or class folders",
+    add = add_data_options(
+        parser, "a folder of images with metadata.jsonl or .csv, .txt files beside them, or class folders"
     )
     add("--caption_column", shared=False, default="text", help="captions, lists of captions, or class labels")
     add("--caption_template", default=CAPTION_TEMPLATE, help="caption of an image of a class; {class} is its name")
@@ -65,12 +63,7 @@ def check_caption_options(parser: Parser, args: argparse.Namespace) -> None:
 
 def add_class_options(parser: Parser, role: str) -> Callable:
     """Add options for drawings with classes; `role` is the purpose of the held-out drawings."""
-    add = add_data_options(parser)
-    add(
-        "--train_data_dir",
-        shared=False,
-        help="a folder with one folder of images per class, named after it or by an ImageNet id",
-    )
+    add = add_data_options(parser, "a folder with one folder of images per class, named after it or by an ImageNet id")
     add("--label_column", shared=False, default="label", help="class labels, or names of classes")
     add(
         "--group_column",
