@@ -122,26 +122,9 @@ def main(args: Options) -> None:
     prompts = PromptCache(partial(encode_prompts, pipeline.tokenizer, pipeline.text_encoder), pipeline.unet.device)
     if keep_prompts(args, prompts, pictures):
         prompts.encode = pipeline.text_encoder = None
-    adapter = Adapter(
-        pipeline,
-        TARGETS if args.train_text_encoder else {"unet": TARGETS["unet"]},
-        seed,
-        r=args.rank,
-        lora_alpha=args.lora_alpha,
-        use_dora=args.use_dora,
-        use_rslora=args.use_rslora,
-    )
-    groups: list[dict] = [{"params": adapter.parameters("unet")}]
-    if args.train_text_encoder:
-        groups.append({"params": adapter.parameters("text_encoder"), "lr": args.text_encoder_lr})
-    loader, sampler = make_loader(
-        pictures.train,
-        args.train_batch_size,
-        seed,
-        collate,
-        args.dataloader_num_workers,
-        worker_init_fn=ignore_in_worker,
-    )
+    adapter, groups = make_adapter(args, pipeline, seed)
+    workers = {"num_workers": args.dataloader_num_workers, "worker_init_fn": ignore_in_worker}
+    loader, sampler = make_loader(pictures.train, args.train_batch_size, seed, collate, **workers)
     optimizer = make_optimizer(args, groups, optimizer_class(args.use_8bit_adam))
     unet, prepared_optimizer, loader = accelerator.prepare(pipeline.unet, optimizer, loader)
     trained = [unet]
@@ -151,17 +134,10 @@ def main(args: Options) -> None:
     steps = make_steps(args, run, loader, sampler)
     lr_scheduler = make_lr_scheduler(args, run, optimizer, steps)
     images_per_step = args.train_batch_size * args.gradient_accumulation_steps
-    if should_cache_latents(
-        args.cache_latents, pictures, run, steps.total * images_per_step * accelerator.num_processes
-    ):
-        cache_latents(
-            accelerator,
-            latents,
-            pictures,
-            folder=args.feature_dir,
-            num_workers=args.dataloader_num_workers,
-            with_images=term is not None,
-        )
+    seen = steps.total * images_per_step * accelerator.num_processes
+    if should_cache_latents(args.cache_latents, pictures, run, seen):
+        cache = {"folder": args.feature_dir, "num_workers": args.dataloader_num_workers}
+        cache_latents(accelerator, latents, pictures, **cache, with_images=term is not None)
         if term is None or term.target == "image":
             pipeline.vae.encoder = None
     validation = Validation(args, run, pipeline, prompts)
@@ -171,11 +147,9 @@ def main(args: Options) -> None:
     logger.info("\n".join(filter(None, summary)))
     run.begin(steps, meter, prepared_optimizer, adapter.save, adapter.load, lr_scheduler)
 
-    def measure_held_out() -> None:
-        first_scored = 0 if term is None else term.start_step
-        scorer = partial(score, pipeline.unet, process, term, args.snr_gamma, first_scored)
-        held_out.measure(run, pipeline.unet, scorer, prompts, process.num_train_timesteps)
-
+    first_scored = 0 if term is None else term.start_step
+    scorer = partial(score, pipeline.unet, process, term, args.snr_gamma, first_scored)
+    measure_held_out = partial(held_out.measure, run, pipeline.unet, scorer, prompts, process.num_train_timesteps)
     measure_held_out()
     unet.train()
     with run.training():
@@ -200,6 +174,7 @@ def main(args: Options) -> None:
                 validation.end_epoch()
             run.end_step(save=steps.due(args.checkpointing_steps))
 
+    files: list[str] = []
     with run.finishing():
         if accelerator.is_main_process:
             for model in trained:  # takes accelerate's autocast off the pipeline's
@@ -207,6 +182,17 @@ def main(args: Options) -> None:
             files = finish(args, run, adapter, validation, pictures)
     run.close()
     hub.push(args, run, args.output_dir, files, at_times=(BEFORE_AFTER,))
+
+
+def make_adapter(args: Options, pipeline: StableDiffusionPipeline, seed: int) -> tuple[Adapter, list[dict]]:
+    """Add the LoRAs; return them and the optimizer's groups of parameters."""
+    targets = TARGETS if args.train_text_encoder else {"unet": TARGETS["unet"]}
+    names = ("lora_alpha", "use_dora", "use_rslora")
+    adapter = Adapter(pipeline, targets, seed, r=args.rank, **{name: getattr(args, name) for name in names})
+    groups: list[dict] = [{"params": adapter.parameters("unet")}]
+    if args.train_text_encoder:
+        groups.append({"params": adapter.parameters("text_encoder"), "lr": args.text_encoder_lr})
+    return adapter, groups
 
 
 def draw_sample(

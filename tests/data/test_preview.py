@@ -177,7 +177,6 @@ def test_pictures_that_are_not_square_stay_as_they_are():
 
 
 def test_fitted_is_what_an_embedder_prepares():
-    args = train_retrieval.parse_args("--train_data_dir x --resolution 64 --background red".split())
     embedder = make_embedder(load_backbone(BUNDLED), resolution=64, background="red")
     data = Images(pictures(1), names(1))
-    assert torch.equal(fitted(args, data, 0)[0], embedder.prepare(data.image(0)))
+    assert torch.equal(fitted(64, "pad", "red", data, 0)[0], embedder.prepare(data.image(0)))
