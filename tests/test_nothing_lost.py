@@ -36,7 +36,7 @@ def weights(folder):
 FULL = """
 import resource, sys
 import train_lora_sketch as script
-from sketch_perceptual.training import entry
+from sketch_perceptual.cli import entry
 
 save, files = script.save_adapter, []
 def full(unet, folder):

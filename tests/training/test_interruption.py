@@ -103,7 +103,7 @@ LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_pr
 TRAINING = """
 import multiprocessing
 import train_lora_sketch as script
-from sketch_perceptual.training import entry
+from sketch_perceptual.cli import entry
 
 if __name__ == "__main__":
     multiprocessing.set_start_method("spawn")

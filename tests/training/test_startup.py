@@ -160,7 +160,7 @@ def test_an_empty_token_is_none():
 
 LAUNCHED = """
 import sys
-from sketch_perceptual.training import entry
+from sketch_perceptual.cli import entry
 import argparse
 entry.run(lambda args: print("trains"), argparse.Namespace(hub_token="hf_secret"))
 """
@@ -207,7 +207,7 @@ def test_a_result_is_not_what_it_is_made_from(tmp_path):
 @pytest.mark.slow
 def test_results_that_are_lost_end_with_a_sentence(signals, capsys):
     """Not those that nobody wants to read, as into a closed pipe."""
-    code = "import argparse; from sketch_perceptual.training import console, entry;"
+    code = "import argparse; from sketch_perceptual.cli import console, entry;"
     code += "entry.run(lambda args: console.print_result('0.123'), argparse.Namespace(), 'compare')"
     command = [sys.executable, "-c", code]
     with open("/dev/full", "w") as full:
