@@ -38,13 +38,13 @@ import resource, sys
 import train_lora_sketch as script
 from sketch_perceptual.cli import entry
 
-save, files = script.save_adapter, []
-def full(unet, folder):
+save, files = script.Adapter.save, []
+def full(adapter, folder):
     files.append(folder)
     if str(len(files)) == sys.argv[1]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
-    save(unet, folder)
-script.save_adapter = full
+    save(adapter, folder)
+script.Adapter.save = full
 if sys.argv[1] == "export":
     finish = script.finish
     def full_finish(*args):

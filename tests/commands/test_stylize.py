@@ -177,7 +177,7 @@ def test_too_little_memory_is_no_bad_picture(model, tmp_path, monkeypatch, capsy
             ["--input", "alike", "--output", "new"],
             "alike/a.bmp.png would both be written to new/a.bmp.png",
         ),
-        (["--input", "pipe.png"], "pipe.png: not a regular file"),
+        (["--input", "pipe.png"], "pipe.png: it is not a regular file"),
     ],
 )
 def test_a_users_mistake_is_a_sentence(model, options, sentence, tmp_path, monkeypatch, capsys):

@@ -324,7 +324,7 @@ def test_a_damaged_picture_in_the_gallery_is_named_or_left_out(find, models, gal
 
 DRIVER = f"""
 import sys
-from sketch_perceptual.evaluation import __main__ as script
+from sketch_perceptual.commands import evaluate as script
 from sketch_perceptual.networks import backbone
 
 backbone.STAGES = {NARROW}

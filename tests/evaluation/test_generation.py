@@ -219,7 +219,7 @@ def test_a_folder_that_another_run_draws_into_is_refused(evaluate, tmp_path):
 
 DRIVER = f"""
 import sys
-from sketch_perceptual.evaluation import __main__ as script
+from sketch_perceptual.commands import evaluate as script
 from sketch_perceptual.networks import backbone
 
 backbone.STAGES = {NARROW}
