@@ -7,7 +7,7 @@
 The classifier of VGG-16 becomes a head of 512 outputs, brought to length 1, and learns by cross-entropy and a tenth of
 a triplet loss for 20 epochs; nine tenths of the drawings are trained on and are the gallery, the others are queries.
 All is done for five seeds, from `--seed` on. `seed-42/` and its like hold what was trained: they load with
-`SketchEmbedder.from_pretrained` and go into `sketch_perceptual.evaluation`; `nearest.png` beside them shows what some
+`SketchEmbedder.from_pretrained` and go into `sketch-perceptual evaluate`; `nearest.png` beside them shows what some
 queries find. `metrics.json` has the accuracies, mean and deviation.
 """
 
