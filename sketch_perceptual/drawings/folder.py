@@ -3,13 +3,13 @@
 import io
 import json
 import os
-from contextlib import suppress
 from itertools import product
 from pathlib import Path
 
 from tqdm import tqdm
 
 from ..errors import InputError
+from ..files import write_whole
 from .render import check, draw
 from .scenes import CLASSES
 
@@ -59,12 +59,8 @@ def _png(image):
 
 
 def _write(path, data):
-    part = path.with_name(f"{path.name}.part")  # so that a full disk does not leave a truncated image
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(data)
-        part.replace(path)
     except OSError as error:
-        with suppress(OSError):
-            part.unlink()
-        raise InputError(f"`output_dir`: {path} cannot be written: {error.strerror}") from error
+        raise InputError(f"`output_dir`: {path.parent} cannot be made: {error.strerror}") from error
+    write_whole(path, lambda partial: partial.write_bytes(data))

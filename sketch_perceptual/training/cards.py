@@ -1,14 +1,13 @@
 """Model cards."""
 
 import logging
-import os
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
 from ..errors import shown
 from ..files import CARD as README
-from ..files import MARK, card_path
+from ..files import MARK, card_path, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -91,9 +90,7 @@ def set_section(folder: str | Path, title: str, lines: list[list[str]], about: s
     start, _, rest = text.partition(TRAINING)
     start = start.partition(f"\n## {title}\n")[0]
     text = f"{start}\n## {title}\n\n{markdown_table(lines)}\n\n{about}\n{TRAINING}{rest}"
-    partial = path.with_suffix(".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
     return path
 
 
