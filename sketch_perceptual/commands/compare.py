@@ -36,7 +36,7 @@ FULL_RED = 1.5  # distance shown as full red; unrelated drawings have 1 on avera
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(prog="sketch-perceptual compare", description=__doc__)
+    parser = Parser(prog="sketch-perceptual compare", usage="%(prog)s A B [options]", description=__doc__)
     add = parser.add_argument
     add("first", type=Path, metavar="A", help="an image, or a folder of images")
     add("second", type=Path, metavar="B", help="another image, or the folder with the other images")

@@ -53,7 +53,7 @@ def _write(file: lora_files.LoraFile, target: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(prog="sketch-perceptual convert", description=__doc__)
+    parser = Parser(prog="sketch-perceptual convert", usage="%(prog)s input output [options]", description=__doc__)
     add = parser.add_argument
     add("source", metavar="input", type=Path, help="a .safetensors of any trainer, or a folder with one")
     add("target", metavar="output", type=Path, help="the .safetensors to write, in the other names")

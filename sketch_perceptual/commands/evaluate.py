@@ -69,11 +69,8 @@ RECORDED = """dataset_name train_data_dir group_column validation_share max_trai
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(
-        prog="sketch-perceptual evaluate",
-        description=__doc__,
-    )
-    tasks = parser.add_subparsers(dest="task", required=True, parser_class=Parser)
+    parser = Parser(prog="sketch-perceptual evaluate", usage="%(prog)s TASK [options]", description=__doc__)
+    tasks = parser.add_subparsers(dest="task", required=True, parser_class=Parser, prog=parser.prog)
     parsers = {
         name: tasks.add_parser(name, help=text, description=text)
         for name, text in {
