@@ -62,7 +62,10 @@ class Parser(argparse.ArgumentParser):
         return add_argument
 
     def _add(self, add: Callable, flags: tuple[str, ...], shared: bool, fixed: bool, options: dict) -> argparse.Action:
-        action = add(*flags, **{"help": " "} | options)  # without a help the default is not shown
+        default = options.get("default")
+        if default is not None and not isinstance(default, bool):  # shown by `Help` only behind other text
+            options.setdefault("help", f"default: {' '.join(default) if isinstance(default, list) else '%(default)s'}")
+        action = add(*flags, **options)
         self.shared |= {action.dest} if shared else set()
         self.fixed |= {action.dest} if fixed else set()
         return action
@@ -72,9 +75,18 @@ class Parser(argparse.ArgumentParser):
         options.shared, options.fixed = self.shared, self.fixed
         return options
 
+    def parse_known_args(self, args=None, namespace=None):
+        options, unknown = super().parse_known_args(args, namespace)
+        if unknown:  # here, so that a subparser names its options
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return options, unknown
+
     def error(self, message: str) -> NoReturn:
-        unknown = re.search(r"unrecognized arguments: .*?(--\w+)", message)
-        if unknown and (near := difflib.get_close_matches(unknown[1], self._option_string_actions, 1)):
+        choices = list(self._option_string_actions)
+        wrong = re.search(r"unrecognized arguments: .*?(--\w+)", message)
+        if choice := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message):
+            wrong, choices = choice, re.findall(r"[\w.-]+", choice[2])
+        if wrong and (near := difflib.get_close_matches(wrong[1], choices, 1)):
             message += f"; did you mean {near[0]}?"
         super().error(message)
 

@@ -18,7 +18,7 @@ from ..losses.base import has_values, name_of, one_per_image, spans_zero_to_one
 from .balance import balance
 from .checks import check_batch, check_returns, check_scheduler
 from .latents import Latents, dtype_of
-from .process import Process, process_of
+from .process import Diffusion, Process, process_of
 
 # What counts of a square, at the least: a few pixels of it are not to count as much as a whole.
 MIN_SHARE = 1 / 64
@@ -86,6 +86,8 @@ class PerceptualTerm:
             raise InputError("the perceptual term needs every >= 1, start_step >= 0 and min_snr >= 0")
         if not isinstance(noise_scheduler, Process):
             check_scheduler(noise_scheduler)
+        elif not isinstance(noise_scheduler, Diffusion):
+            raise InputError(f"the perceptual term needs a `Diffusion` process, got {type(noise_scheduler).__name__}")
         self.latents = Latents(vae)
         pixels = self.latents.pixels
         if crop is not None and (not isinstance(crop, int) or crop < 16 or crop % pixels):

@@ -1,5 +1,6 @@
 """A training run in its folder, with checkpoints and resuming, for every trainer."""
 
+import difflib
 import json
 import secrets
 import shutil
@@ -78,6 +79,7 @@ class Run:
         self.checkpoint, self.saved = on_main(accelerator, self._open, resume_from)
         if self.saved:
             self.state = self.saved["state"]
+            self._check_names(set(self.saved["identity"]) | set(options))
         self.hub_model_id: str | None = None
         self.card_data: dict = {}
         self._last_saved: int | None = None
@@ -88,6 +90,15 @@ class Run:
             (seed,) = broadcast_object_list([seed])
         self.seed: int = seed
         self.settle(**options | {"seed": seed})
+
+    def _check_names(self, known: set[str]) -> None:
+        """InputError for a name in `resume_with` that is not compared on resume."""
+        if unknown := sorted(set(self.resume_with) - known):
+            near = difflib.get_close_matches(unknown[0], known - self.fixed, 1)
+            hint = f"did you mean {near[0]}?" if near else f"Choose from {', '.join(sorted(known - self.fixed))}"
+            raise InputError(
+                f"`resume_with` {' '.join(unknown)}: not compared on resume, so there is nothing to override; {hint}"
+            )
 
     def settle(self, **identity) -> None:
         """Add to the identity of the run; InputError if the saved run differs."""
@@ -122,11 +133,6 @@ class Run:
         `save_model` writes the trained weights into a folder, `load_model` reads them from it. `optimizer` may be
         wrapped by accelerate.
         """
-        if unknown := sorted(set(self.resume_with) - set(self.identity)):
-            raise InputError(
-                f"`resume_with` {' '.join(unknown)}: not compared on resume, so there is nothing to override. Choose"
-                f" from {', '.join(sorted(set(self.identity) - self.fixed))}"
-            )
         self.steps, self.meter, self.save_model = steps, meter, save_model
         self.lr_scheduler = lr_scheduler
         self._optimizer_step = optimizer

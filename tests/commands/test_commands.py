@@ -1,4 +1,4 @@
-"""sketch-perceptual: one program of four commands."""
+"""sketch-perceptual: one program of several commands."""
 
 import platform
 import subprocess
@@ -10,12 +10,16 @@ from conftest import ROOT
 
 from sketch_perceptual import __version__
 from sketch_perceptual.__main__ import COMMANDS, main
-from sketch_perceptual.commands import compare, env, search, stylize
+from sketch_perceptual.cli.arguments import Parser
+from sketch_perceptual.commands import compare, convert, env, evaluate, search, stylize
 
 pytestmark = pytest.mark.usefixtures("signals")
 
 
-@pytest.mark.parametrize(("command", "module"), {"compare": compare, "search": search, "stylize": stylize}.items())
+@pytest.mark.parametrize(
+    ("command", "module"),
+    {"compare": compare, "convert": convert, "evaluate": evaluate, "search": search, "stylize": stylize}.items(),
+)
 def test_a_command_gets_all_that_follows_it(command, module, monkeypatch):
     seen = []
     monkeypatch.setattr(module, "main", seen.append)
@@ -82,3 +86,29 @@ def test_errors_name_the_command():
     done = subprocess.run([*command, "--models", "x"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("sketch-perceptual evaluate: error: ")
+
+
+@pytest.mark.parametrize(
+    ("options", "near"),
+    [
+        (["compare", "a", "b", "--figrue", "x.png"], "--figure"),
+        (["evaluate", "distance", "--train_data_dir", "d", "--models", "x", "--outptu", "y"], "--output"),
+        (["evaluate", "retreival"], "retrieval"),
+    ],
+)
+def test_a_misspelt_option_is_recognised(options, near, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(options)
+    assert capsys.readouterr().err.rstrip("?\n").endswith(f"did you mean {near}")
+
+
+def test_the_help_shows_every_default(capsys):
+    parser = Parser()
+    add = parser.group("options")
+    add("--rate", type=float, default=0.5)
+    add("--layers", nargs="+", default=["a", "b"], help="which layers")
+    add("--fast", action="store_true", help="be fast")
+    parser.set_defaults(rate=0.25)
+    parser.print_help()
+    text = " ".join(capsys.readouterr().out.split())
+    assert "default: 0.25" in text and "which layers; default: a b" in text and text.endswith("be fast")

@@ -326,6 +326,8 @@ def test_other_schedules_are_refused(vae):
         PerceptualTerm(PixelLoss(), vae, noise_scheduler)
     with pytest.raises(InputError, match="FlowMatchEulerDiscreteScheduler has no alphas_cumprod"):
         PerceptualTerm(PixelLoss(), vae, FlowMatchEulerDiscreteScheduler())
+    with pytest.raises(InputError, match="`Diffusion` process, got Flow"):
+        PerceptualTerm(PixelLoss(), vae, process_of(FlowMatchEulerDiscreteScheduler()))
     for solver in (EulerDiscreteScheduler(**SD15), HeunDiscreteScheduler(**SD15), DPMSolverMultistepScheduler(**SD15)):
         with pytest.raises(InputError, match=r"does not add noise as DDPMScheduler .* DDPMScheduler.from_config"):
             PerceptualTerm(PixelLoss(), vae, solver)
