@@ -180,7 +180,7 @@ def embedded(pipeline: str, style: str) -> World:
 
 
 def icons(pipeline: str) -> World | None:
-    """Those beside the pipeline of tools.icons."""
+    """Load the drawings that tools.icons wrote beside its pipeline; None without any."""
     path = Path(pipeline, DRAWINGS)
     if not path.exists():
         return None
