@@ -29,7 +29,7 @@ from sketch_perceptual.cli.arguments import Options, Parser, above, at_least
 from sketch_perceptual.cli.interruption import ignore_in_worker
 from sketch_perceptual.data.loaders import make_loader
 from sketch_perceptual.diffusion import Latents, PerceptualTerm, Process, balance, process_of
-from sketch_perceptual.diffusion.options import add_term_options, describe_term, make_term
+from sketch_perceptual.diffusion.options import add_term_options, describe_term, make_term, term_resolution
 from sketch_perceptual.diffusion.pipelines import add_pipeline_options, load_noise_scheduler, load_pipeline
 from sketch_perceptual.diffusion.process import PREDICTION_TYPES
 from sketch_perceptual.errors import InputError
@@ -108,13 +108,14 @@ def main(args: Options) -> None:
         return
     run = start(args)
     accelerator, seed = run.accelerator, run.seed
+    resolution = term_resolution(args)
     pipeline, process = load_models(args, run)
     latents = Latents(pipeline.vae)
-    term = make_term(args, latents, process)
+    term = make_term(args, latents, process, resolution)
     pictures = load_pictures(args, accelerator, seed)
-    warn_of_long_captions(pipeline.tokenizer, list(pictures.captions(held_out=False)))
+    warn_of_long_captions(pipeline.tokenizer, pictures.captions(held_out=False))
     models = {name: fingerprint(getattr(pipeline, name)) for name in MODELS}
-    run.settle(**pictures.identity(), **models, **describe_term(term, args))
+    run.settle(**pictures.identity(), **models, **describe_term(term, resolution))
     hub.create_repo(args, run)
     start_trackers(accelerator, "text2image-fine-tune", args)
 
@@ -123,6 +124,7 @@ def main(args: Options) -> None:
     if keep_prompts(args, prompts, pictures):
         prompts.encode = pipeline.text_encoder = None
     adapter, groups = make_adapter(args, pipeline, seed)
+    parameters = adapter.parameters()
     workers = {"num_workers": args.dataloader_num_workers, "worker_init_fn": ignore_in_worker}
     loader, sampler = make_loader(pictures.train, args.train_batch_size, seed, collate, **workers)
     optimizer = make_optimizer(args, groups, optimizer_class(args.use_8bit_adam))
@@ -142,7 +144,7 @@ def main(args: Options) -> None:
             pipeline.vae.encoder = None
     validation = Validation(args, run, pipeline, prompts)
     meter = Meter(accelerator)
-    weights = sum(weight.numel() for weight in adapter.parameters())
+    weights = sum(parameter.numel() for parameter in parameters)
     summary = [run_summary(args, run, steps, term, weights), validation.summary(steps, images_per_step)]
     logger.info("\n".join(filter(None, summary)))
     run.begin(steps, meter, prepared_optimizer, adapter.save, adapter.load, lr_scheduler)
@@ -165,7 +167,7 @@ def main(args: Options) -> None:
                 meter.add(batch["name"], logged(losses, pull, process), losses.timesteps)
                 if not accelerator.sync_gradients:
                     continue
-                totals = run.optimize(adapter.parameters(), args.max_grad_norm)
+                totals = run.optimize(parameters, args.max_grad_norm)
 
             steps.advance()
             run.log(step_logs(totals, lr_scheduler, meter, has_term=term is not None))

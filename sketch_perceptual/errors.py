@@ -28,8 +28,6 @@ ANSWERS = {
     429: "rate limited: try again in a few minutes",
 }
 ADDRESS = re.compile(r"(https?://[^\s?'\"]+)\?[^\s'\"]+")
-
-
 NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "bad alloc", "ALLOC_FAILED")
 
 

@@ -30,7 +30,7 @@ class Help(argparse.RawDescriptionHelpFormatter):
         hides = default is None or isinstance(default, bool) or default == argparse.SUPPRESS or "/" in shown
         if hides or "default" in text or not action.option_strings:
             return action.help
-        return f"{text}; default: {shown}" if text.strip() else f"default: {shown}"
+        return f"{text}; default: {shown}"
 
 
 class Parser(argparse.ArgumentParser):

@@ -43,7 +43,7 @@ def add_term_options(parser: Parser) -> None:
     add("--perceptual_layers", nargs="+", metavar="LAYER", help="layers to compare, e.g. relu1_2 relu3_3")
     add(
         "--perceptual_resolution",
-        shared=False,  # compared as `make_term` makes it
+        shared=False,  # compared by `describe_term`
         type=count,
         help="downscale larger images to this size for the loss; default: what the backbone was tuned at",
     )
@@ -80,8 +80,8 @@ def add_term_options(parser: Parser) -> None:
     add("--perceptual_dtype", choices=("float32", "bfloat16"), default="float32")
 
 
-def make_term(args: Options, latents: Latents, process: Process) -> PerceptualTerm | None:
-    """Build the perceptual term; None at weight 0, for which nothing is loaded."""
+def make_term(args: Options, latents: Latents, process: Process, resolution: int | None) -> PerceptualTerm | None:
+    """Build the perceptual term; None at weight 0, for which nothing is loaded. `resolution`: of `term_resolution`."""
     if args.perceptual_weight == 0:
         return None
     dtype = getattr(torch, args.perceptual_dtype)
@@ -91,7 +91,7 @@ def make_term(args: Options, latents: Latents, process: Process) -> PerceptualTe
         dtype=dtype,
         backbone=args.backbone,
         layers=args.perceptual_layers,
-        resolution=term_resolution(args),
+        resolution=resolution,
     )
     decoder = None
     if args.perceptual_decoder != "vae":
@@ -112,9 +112,9 @@ def make_term(args: Options, latents: Latents, process: Process) -> PerceptualTe
     )
 
 
-def describe_term(term: PerceptualTerm | None, args: Options) -> dict:
+def describe_term(term: PerceptualTerm | None, resolution: int | None) -> dict:
     """Return facts that a resumed run must share besides the options: resolution and fingerprints of the weights."""
-    facts: dict = {"perceptual_resolution": term_resolution(args)}
+    facts: dict = {"perceptual_resolution": resolution}
     loss = None if term is None else term.loss
     modules = [module for _, module in named_networks(loss)] if isinstance(loss, nn.Module) else []
     backbones = [module for module in modules if isinstance(module, AttentionVGG16)]

@@ -1,7 +1,6 @@
 """Captioned pictures of a LoRA training: options, reading, split and preview."""
 
 import argparse
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +18,7 @@ from ..diffusion.pipelines import latent_pixels
 from ..errors import has_complained
 from ..training.distributed import on_main
 from ..training.feature_cache import scan_folder
-from ..training.identity import digest
+from ..training.identity import describe_images
 from ..training.options import add_feature_dir
 from ..training.startup import dry_run
 
@@ -93,15 +92,14 @@ class Pictures:
     held_out: CaptionedImages | None
     random_crops: bool
 
-    def captions(self, *, held_out: bool = True) -> Iterator[str]:
-        """Iterate over the distinct captions, in order."""
+    def captions(self, *, held_out: bool = True) -> list[str]:
+        """Return the distinct captions, in order."""
         parts = [self.train, self.held_out] if held_out else [self.train]
-        return iter(dict.fromkeys(text for part in parts if part for row in part.rows for text in part.captions[row]))
+        return list(dict.fromkeys(text for part in parts if part for row in part.rows for text in part.captions[row]))
 
     def identity(self) -> dict[str, str]:
         """Return what a resumed run must share: a hash of the pictures with their captions."""
-        rows = zip(self.keys, (self.train.captions[row] for row in self.train.rows), strict=True)
-        return {"data": f"{len(self.train)} images {digest(rows)}"}
+        return {"data": describe_images(self.keys, (self.train.captions[row] for row in self.train.rows))}
 
 
 def preview_pictures(args: Options) -> bool:

@@ -81,7 +81,7 @@ def list_files(output_dir: str, kohya_weights: str, *, has_pictures: bool) -> st
 
 def write_card(args: Options, run: Run, caption_origins: str, pictures: list[str]) -> None:
     """Write the model card of a LoRA of Stable Diffusion 1.x."""
-    base_model, dataset = cards.hub_id(args.pretrained_model_name_or_path), cards.hub_id(args.dataset_name)
+    base_model = cards.hub_id(args.pretrained_model_name_or_path)
     name = cards.model_name(run.hub_model_id, args.output_dir)
     template = with_trigger(args.caption_template, args.trigger_word)
     prompts = args.validation_prompt or [template.replace("{class}", "house")]
@@ -97,9 +97,8 @@ pipeline({prompts[0]!r}).images[0].save("sketch.png")"""
     cards.write_card(
         args.output_dir,
         data=ModelCardData(
-            license=args.license,
+            **run.card_data,
             base_model=base_model,
-            datasets=dataset and [dataset],
             library_name="diffusers",
             tags=tags.split(),
             inference=True,

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from accelerate import Accelerator
 
@@ -14,6 +14,11 @@ def identity_of(args: Options, accelerator: Accelerator) -> dict:
     options = {name: value for name, value in vars(args).items() if name in args.shared}
     options |= {"mixed_precision": accelerator.mixed_precision, "processes": accelerator.num_processes}
     return json.loads(json.dumps(options))
+
+
+def describe_images(keys: Sequence[str], texts: Iterable) -> str:
+    """Return the number of images and a hash of their contents with their captions or classes, for `Run.settle`."""
+    return f"{len(keys)} images {digest(zip(keys, texts, strict=True))}"
 
 
 def digest(parts: Iterable) -> str:

@@ -13,7 +13,7 @@ from ..data.scan import Contents
 from ..data.splits import Split, describe_split, split, split_hash
 from .distributed import on_main
 from .feature_cache import scan_folder
-from .identity import digest
+from .identity import describe_images
 from .startup import dry_run
 
 logger = get_logger(__name__, log_level="INFO")
@@ -35,8 +35,8 @@ class LabelledDrawings:
 
     def identity(self) -> dict[str, str]:
         """Return what a resumed run must share: hashes of the drawings with their classes, and of the split."""
-        rows = zip(self.keys, (self.data.classes[label] for label in self.data.labels), strict=True)
-        return {"data": f"{len(self.data)} images {digest(rows)}", "split": split_hash(self.record)}
+        data = describe_images(self.keys, (self.data.classes[label] for label in self.data.labels))
+        return {"data": data, "split": split_hash(self.record)}
 
 
 def open_drawings(args: Options, seed: int, **options) -> LabelledImages:

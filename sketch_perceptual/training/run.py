@@ -135,7 +135,7 @@ class Run:
         """
         self.steps, self.meter, self.save_model = steps, meter, save_model
         self.lr_scheduler = lr_scheduler
-        self._optimizer_step = optimizer
+        self._prepared_optimizer = optimizer
         self.optimizer = getattr(optimizer, "optimizer", optimizer)  # without accelerate's wrapper
         self.optimizer.register_step_pre_hook(self._note_update)
         if self.saved:
@@ -167,10 +167,10 @@ class Run:
         self.meter.close(self.steps.done, grad_norm)
         totals = self.meter.read()  # first: a loss that is not finite must not reach the optimizer
         if self.meter.may_step():
-            self._optimizer_step.step()
+            self._prepared_optimizer.step()
         if self.lr_scheduler is not None:
             self.lr_scheduler.step()
-        self._optimizer_step.zero_grad()
+        self._prepared_optimizer.zero_grad()
         return totals
 
     def log(self, logs: dict[str, float]) -> None:
