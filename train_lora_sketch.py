@@ -48,7 +48,7 @@ from sketch_perceptual.lora.pictures import (
     load_pictures,
     preview_pictures,
 )
-from sketch_perceptual.lora.report import by_decile, kohya_name, list_files, run_summary, step_logs, write_card
+from sketch_perceptual.lora.report import by_decile, kohya_file, list_files, run_summary, step_logs, write_card
 from sketch_perceptual.lora.samples import Losses, Sample
 from sketch_perceptual.lora.validation import (
     BEFORE_AFTER,
@@ -311,7 +311,7 @@ def finish(args: Options, run: Run, adapter: Adapter, validation: Validation, pi
     pipeline = adapter.pipeline
     for model in adapter.models.values():
         model.to(torch.float32)
-    kohya_weights = kohya_name(run.hub_model_id, args.output_dir)
+    kohya_weights = kohya_file(run.hub_model_id, args.output_dir)
     adapter.export(args.output_dir, kohya_weights, metadata_of(args, run, pipeline, Path(kohya_weights).stem))
     files, drawn = [WEIGHTS, kohya_weights, "README.md"], []
     with optional("check of the adapter and pictures"):

@@ -160,7 +160,7 @@ add(
     ),
     ("--perceptual_loss vgg --backbone damaged.safetensors", r"damaged\.safetensors cannot be read as safetensors"),
     ("--perceptual_loss vgg --backbone net", "the loss for it is attention_vgg"),
-    ("--perceptual_layers relu1_2", "pixel does not take these options, layers"),
+    ("--perceptual_layers relu1_2", "pixel does not take layers"),
     ("--perceptual_resolution 8", "at least 16 pixels"),
     ("--perceptual_crop 17", "`crop` must be an integer of 16 pixels or more and a multiple of 4, got 17"),
     ("--cache_latents", "--cache_latents cannot be used: images that are not square are cropped at random"),

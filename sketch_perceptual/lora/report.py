@@ -62,7 +62,7 @@ def step_logs(
     return logs | ({"skipped_steps": meter.skipped} if meter.skipped else {})
 
 
-def kohya_name(hub_model_id: str | None, output_dir: str) -> str:
+def kohya_file(hub_model_id: str | None, output_dir: str) -> str:
     """Return the name of the file for other programs, which show it: that of the run."""
     name = cards.model_name(hub_model_id, output_dir).split("/")[-1]
     return f"{name}_kohya.safetensors" if f"{name}.safetensors".endswith(WEIGHTS) else f"{name}.safetensors"
@@ -107,7 +107,7 @@ pipeline({prompts[0]!r}).images[0].save("sketch.png")"""
         ),
         title=f"Sketch LoRA - {name}",
         description=f"LoRA weights for Stable Diffusion 1.5, fine-tuned on drawings {term} of sketch-perceptual."
-        f" `{WEIGHTS}` is for diffusers, `{kohya_name(run.hub_model_id, args.output_dir)}` for {readers}."
+        f" `{WEIGHTS}` is for diffusers, `{kohya_file(run.hub_model_id, args.output_dir)}` for {readers}."
         f" Captions come from {caption_origins}.{trigger}{_held_out_losses(run.state['held_out'])}",
         install="`pip install diffusers transformers accelerate peft`",
         snippet=snippet,

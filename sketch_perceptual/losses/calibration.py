@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..data.images import to_tensor
 from ..drawings import CLASSES, STYLES, draw
+from ..errors import InputError
 from ..networks.backbone import AttentionVGG16
 
 SIDE = 64  # pixels of the reference drawings
@@ -66,6 +67,8 @@ def calibrate(backbone: AttentionVGG16, layers: Iterable[str]) -> dict[str, dict
     Learned calibrations also have a `weight` for each layer; see research/learned.py. Clear `backbone.calibration`
     first if the backbone was trained further. Deterministic; takes seconds on a CPU.
     """
+    if not isinstance(backbone, AttentionVGG16):
+        raise InputError(f"`backbone` must be an AttentionVGG16, got {type(backbone).__name__}")
     if missing := [name for name in layers if name not in backbone.calibration]:
         weight = next(backbone.parameters())
         measured = {}

@@ -1,6 +1,7 @@
 """Registry of built-in and plug-in losses, and the contract that they must keep."""
 
 import importlib
+import inspect
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -80,12 +81,11 @@ def build_loss(
         raise InputError(
             f"there is no perceptual loss {name!r}: choose {', '.join([*LOSSES, *plugins])}, or write module:Class"
         )
+    _check_options(name, builder, options)
     try:
         loss = builder(**options)
     except InputError:
         raise
-    except TypeError as error:
-        raise InputError(f"the loss {name} does not take these options, {', '.join(options)}: {error}") from error
     except Exception as error:
         if name in LOSSES:
             raise
@@ -93,6 +93,15 @@ def build_loss(
     if name not in LOSSES:
         check_loss(loss, name, size, dtype)
     return loss
+
+
+def _check_options(name: str, builder: Callable, options: dict) -> None:
+    """InputError if the builder has no parameter for one of the options."""
+    parameters = inspect.signature(builder).parameters
+    unknown = [option for option in options if option not in parameters]
+    if unknown and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        takes = f"only {', '.join(parameters)}" if parameters else "no options"
+        raise InputError(f"the loss {name} does not take {', '.join(unknown)}: it takes {takes}")
 
 
 class MeanLoss(FrozenParts):
