@@ -5,6 +5,7 @@ products. Each LoRA is what `train_lora_sketch.py` makes of its seed: the same s
 gradients, clipping and AdamW, whose arithmetic is element by element.
 """
 
+import contextlib
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -113,6 +114,91 @@ class StepBack(LatentTerm):
         return self.loss(self.decoder.decode(predicted), target)
 
 
+class KnownNoise(Term):
+    """x0 = truth + k (prediction - target), with k, which is sigma / alpha for epsilon, at most `most`."""
+
+    latents_of_batch: Tensor  # the true ones, set by `train`
+
+    def __init__(self, *args, most: float, **options):
+        super().__init__(*args, **options)
+        self.most = most
+
+    def _score(self, model_pred, noisy_latents, timesteps, images, masks, generator) -> Tensor:
+        alpha, sigma = (factor.view(-1, 1, 1, 1) for factor in self.process.factors(timesteps))
+        share = (self.most * alpha / sigma).clamp(max=1)
+        true = self.latents_of_batch
+        predicted = true + share * (self.process.predict_x0(model_pred, noisy_latents, timesteps) - true)
+        squares = self._random_squares(predicted, images, self.crop // self.latents.pixels, generator)
+        decoded = self.decoder.decode(squares[0])
+        return self._compare(decoded, squares[1])
+
+
+class OnInk(Term):
+    """Of four random squares the one with the most ink, decoded with a margin of a latent that is not scored."""
+
+    CANDIDATES = 4
+
+    def _random_squares(self, latents: Tensor, images: Tensor, size: int, draws: Squares) -> tuple[Tensor, Tensor]:
+        pairs = []
+        for _ in range(self.CANDIDATES):
+            pairs.append(super()._random_squares(latents, images, size + 2, draws))
+        ink = torch.stack([(1 - pair[1]).flatten(1).sum(1) for pair in pairs])
+        best = ink.argmax(0), torch.arange(len(latents), device=latents.device)
+        chosen, target = (torch.stack(part)[best] for part in zip(*pairs, strict=True))
+        return chosen, self._inside(target)
+
+    def _compare(self, images: Tensor, target: Tensor) -> Tensor:
+        return super()._compare(images if images.shape == target.shape else self._inside(images), target)
+
+    def _inside(self, images: Tensor) -> Tensor:
+        edge = self.latents.pixels
+        return images[..., edge:-edge, edge:-edge]
+
+
+class EncoderTerm(LatentTerm):
+    """Predicted and true latents at half the noise, as the encoder of the frozen U-Net sees them; no decoder."""
+
+    frozen: nn.Module  # the U-Net without LoRAs, and the embeddings of the batch, set by `train`
+    embeds_of_batch: Tensor
+
+    def move(self, latents: Tensor, noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
+        alpha, sigma = (factor.view(-1, 1, 1, 1) for factor in self.process.factors(timesteps))
+        self.moved_to = timesteps // 2
+        return self.process.add_noise(latents, (noisy_latents - alpha * latents) / sigma, self.moved_to)
+
+    def _random_squares(self, latents, images, size, draws):
+        return latents, images
+
+    def features(self, latents: Tensor) -> list[Tensor]:
+        features: list[Tensor] = []
+
+        class Done(Exception):
+            pass
+
+        def end(*call):
+            raise Done
+
+        hooks = [
+            block.register_forward_hook(lambda *call: features.append(call[-1][0]))
+            for block in self.frozen.down_blocks
+        ]
+        hooks.append(self.frozen.mid_block.register_forward_pre_hook(end))
+        with contextlib.suppress(Done):
+            self.frozen(latents, self.moved_to, self.embeds_of_batch)
+        for hook in hooks:
+            hook.remove()
+        return features
+
+    def compare(self, predicted: Tensor, true: Tensor) -> Tensor:
+        with torch.no_grad():
+            wanted = self.features(true)
+        values = []
+        for features, target in zip(self.features(predicted), wanted, strict=True):
+            deviation = target.std((0, 2, 3), keepdim=True).clamp(min=1e-3)
+            values.append(((features - target) / deviation).square().flatten(1).mean(1))
+        return torch.stack(values).mean(0)
+
+
 class LatentPerceptual(LatentTerm):
     """LPL (Berrada et al. 2025): what the decoder's blocks see of predicted and of true latents.
 
@@ -216,6 +302,10 @@ def train(options, unet, vae, noise_scheduler, recipes: list[Recipe], seeds: Seq
                 counts = recipe.term.gate(drawn_timesteps, step).view(len(seeds), -1).sum(1).tolist()
                 squares = [(made[4].clone_state(), count) for made, count in zip(drawn, counts, strict=True)]
                 images = batch[recipe.term.compares]
+                if isinstance(recipe.term, KnownNoise):
+                    recipe.term.latents_of_batch = latents
+                if isinstance(recipe.term, EncoderTerm):
+                    recipe.term.embeds_of_batch = data.embeds[rows]
                 values = recipe.term(part, part_noisy, part_timesteps, images, step, squares)
                 # `balance` takes the mean over all rows, here those of len(seeds) LoRAs
                 loss, _ = balance(loss, len(seeds) * values, part, recipe.ratio)

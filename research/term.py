@@ -22,12 +22,14 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from datasets import load_dataset
@@ -48,8 +50,11 @@ import train_lora_sketch
 from research.judge import SEED, SIZE, load_judge
 from research.stacked import (
     Data,
+    EncoderTerm,
     InkLoss,
+    KnownNoise,
     LatentPerceptual,
+    OnInk,
     Recipe,
     StepBack,
     Term,
@@ -62,8 +67,20 @@ from sketch_perceptual.diffusion import Latents
 from sketch_perceptual.drawings import CLASSES, STYLES, draw
 from sketch_perceptual.errors import InputError
 from sketch_perceptual.figures import image_grid
-from sketch_perceptual.losses import build_losses
+from sketch_perceptual.losses import build_loss
+from sketch_perceptual.losses.registry import MeanLoss
 from sketch_perceptual.measures.image_quality import frechet_distance
+from sketch_perceptual.measures.ink import ink as ink_of
+from sketch_perceptual.measures.strokes import (
+    LEVEL,
+    SHAPE,
+    Strokes,
+    equal_ink_level,
+    mean_strokes,
+    measure_strokes,
+    stroke_differences,
+    stroke_distance,
+)
 from sketch_perceptual.networks.backbone import BUNDLED
 from sketch_perceptual.seeds import generator
 from tools.icons import DRAWINGS, NAMES
@@ -73,6 +90,7 @@ COMMON = """--train_data_dir drawings --noise_offset 0.1 --rank 32 --learning_ra
 PER_CLASS = 24  # drawings to train on, and as many that the judges compare with
 GUIDANCE = (1.0, 4.0)
 WORKERS = min(16, os.cpu_count() or 1)  # of what the CPU does
+TONE_CURVE = "plain, tone curve"  # not trained: the pictures of `plain`, with the greys of the training drawings
 IDENTITY = ("arm", "seed", "style", "steps", "size", "pictures", "drawings")  # of a cell
 
 
@@ -88,8 +106,10 @@ class Arm:
     kind: type[Term] = Term
     snr_gamma: float | None = None
     high_noise: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)  # of the kind of term
 
 
+GRAM_TONE = ("gram", "tone=3")
 ARMS = {
     "plain": Arm(0),
     "plain, min-SNR 5": Arm(0, snr_gamma=5),
@@ -130,6 +150,18 @@ ARMS = {
     "min-SNR 1, pixel, whole, no gate": Arm(losses=("pixel",), snr_gamma=1, crop=1, min_snr=0),
     "min-SNR 1, lpips, no gate": Arm(losses=("lpips",), snr_gamma=1, min_snr=0),
     "min-SNR 1, vgg, no gate": Arm(losses=("vgg",), snr_gamma=1, min_snr=0),
+    TONE_CURVE: Arm(0),
+    "tone, no gate": Arm(losses=("tone",), min_snr=0),
+    "pixel, no gate": Arm(losses=("pixel",), min_snr=0),
+    "gram + tone": Arm(losses=GRAM_TONE, min_snr=0),
+    "distance + tone": Arm(losses=("attention_vgg", "tone=3"), min_snr=0),
+    "lpips + tone": Arm(losses=("lpips", "tone=3"), min_snr=0),
+    "lpips + tone, 1": Arm(1, losses=("lpips", "tone=3"), min_snr=0),
+    "gram + tone, k 0.5": Arm(losses=GRAM_TONE, min_snr=0, kind=KnownNoise, options={"most": 0.5}),
+    "gram, k 0.25": Arm(losses=("gram",), min_snr=0, kind=KnownNoise, options={"most": 0.25}),
+    "gram + tone, quarter": Arm(losses=GRAM_TONE, min_snr=0, crop=0.25),
+    "gram + tone, on ink": Arm(losses=GRAM_TONE, min_snr=0, crop=0.25, kind=OnInk),
+    "encoder": Arm(kind=EncoderTerm, min_snr=0),
 }
 ON_TRUNK = ("lpips", "vgg")
 OPENMOJI = {  # lines of the first things
@@ -224,6 +256,8 @@ class Judges:
         self.true = self.features(world.true.to(device))
         same = torch.isin(self.labels, labels)
         self.true_on_cpu = {name: features[same].cpu() for name, features in self.true.items()}
+        self.true_ink = statistics.fmean(ink_of(image) for image in map(to_pil, world.true[same.cpu()]))
+        self.true_strokes = strokes_of(list(map(to_pil, world.true[same.cpu()])), self.true_ink)
 
     @torch.no_grad()
     def features(self, images: Tensor) -> dict[str, Tensor]:
@@ -257,9 +291,37 @@ class Judges:
 
         def finish() -> dict[str, float]:
             distances = {f"frechet_{name}": frechet(x, self.true_on_cpu[name]) for name, x in features.items()}
-            return {name: float(value) for name, value in values.items()} | distances
+            return {name: float(value) for name, value in values.items()} | distances | self.strokes(pictures)
 
+        pictures = list(map(to_pil, images.cpu()))
         return finish
+
+    def strokes(self, pictures: Sequence[Image.Image]) -> dict[str, float]:
+        """Strokes as they are and, after "=", where the pictures are as inky as the drawings."""
+        as_drawn, equal_ink = (strokes_of(pictures, level) for level in (None, self.true_ink))
+        values = {name: value for name, value in mean_strokes(as_drawn).items() if name != "ink"}
+        values |= {f"={name}": value for name, value in mean_strokes(equal_ink).items() if name in SHAPE}
+        values["strokes"] = stroke_distance(stroke_differences(as_drawn, self.true_strokes))
+        values["=strokes"] = stroke_distance(stroke_differences(equal_ink, self.true_strokes))
+        return values
+
+
+def strokes_of(pictures: Sequence[Image.Image], ink: float | None) -> list[Strokes]:
+    """Strokes of pictures, at the level where they have this share of ink; None at mid-grey."""
+    level = LEVEL if ink is None else equal_ink_level(pictures, ink)
+    return [measure_strokes(picture, level) for picture in pictures]
+
+
+class ToneCurve:
+    """The monotone curve that gives pictures the greys of drawings: each grey by its rank among all pixels."""
+
+    def __init__(self, pictures: Tensor, drawings: Tensor):
+        ranks = np.linspace(0, 1, 513)
+        self.given, self.wanted = (np.quantile(x.mean(1).cpu().numpy(), ranks) for x in (pictures, drawings))
+
+    def __call__(self, pictures: Tensor) -> Tensor:
+        """Apply the curve to each channel of (B, 3, H, W)."""
+        return torch.from_numpy(np.interp(pictures.cpu().numpy(), self.given, self.wanted)).to(pictures)
 
 
 def frechet(features: Tensor, true: Tensor) -> float:
@@ -274,11 +336,13 @@ def frechet(features: Tensor, true: Tensor) -> float:
 def build(losses: tuple[str, ...], backbone: str, trunk: str | None) -> Callable[[Tensor, Tensor], Tensor]:
     if losses == ("ink",):
         return InkLoss(backbone)
-    sources = {"pixel": None, "lpips": trunk, "vgg": trunk}
-    return build_losses(losses, backbone=sources.get(losses[0], backbone))
+    sources = {"pixel": None, "tone": None, "lpips": trunk, "vgg": trunk}
+    names, weights = zip(*(loss.partition("=")[::2] for loss in losses), strict=True)
+    built = [build_loss(name, backbone=sources.get(name, backbone)) for name in names]
+    return built[0] if len(built) == 1 else MeanLoss(built, [float(weight or 1) for weight in weights])
 
 
-def make_recipe(arm: Arm, vae, noise_scheduler, size: int, args: argparse.Namespace) -> Recipe:
+def make_recipe(arm: Arm, unet, vae, noise_scheduler, size: int, args: argparse.Namespace) -> Recipe:
     term = None
     if arm.ratio:
         term = arm.kind(
@@ -290,7 +354,10 @@ def make_recipe(arm: Arm, vae, noise_scheduler, size: int, args: argparse.Namesp
             every=arm.every,
             target=arm.target,
             crop=int(arm.crop * size),
+            **arm.options,
         )
+    if isinstance(term, EncoderTerm):
+        term.frozen = unet
     return Recipe(term, arm.ratio, arm.snr_gamma, arm.high_noise)
 
 
@@ -306,7 +373,11 @@ class Bench:
         self.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
         self.vae = pipeline.vae.requires_grad_(False).to(self.device, memory_format=torch.channels_last)
         self.noise_scheduler = DDPMScheduler.from_pretrained(args.pipeline, subfolder="scheduler")
-        self.recipes = {arm: make_recipe(ARMS[arm], self.vae, self.noise_scheduler, self.size, args) for arm in arms}
+        self.recipes = {
+            arm: make_recipe(ARMS[arm], self.unet, self.vae, self.noise_scheduler, self.size, args)
+            for arm in arms
+            if arm != TONE_CURVE
+        }
         self.options = train_lora_sketch.parse_args(
             f"--pretrained_model_name_or_path {args.pipeline} {COMMON} --max_train_steps {args.steps}".split()
         )
@@ -335,7 +406,9 @@ class Bench:
         unet = add_loras(self.options, self.unet, seeds, len(arms), self.device)
         train(self.options, unet, self.vae, self.noise_scheduler, list(self.recipes.values()), seeds, self.data)
         self.tell(f"trained {len(arms)} x {len(seeds)} LoRAs")
+        curved = "plain" in arms and TONE_CURVE in self.args.arms
         cells = [self.cell(arm, seed) for arm in arms for seed in seeds]
+        tone_curves: dict[int, dict] = {}
         embeds, steps = self.embeds[self.labels], self.args.num_inference_steps
         for guidance, count in itertools.product(GUIDANCE, steps):
             setting = f"@{guidance:g}" + (f" in {count}" if count != steps[0] else "")
@@ -343,13 +416,26 @@ class Bench:
             self.tell(f"drew {setting}")
             for cell, drawn in zip(cells, latents, strict=True):
                 images = self.pictures(drawn)
+                if self.args.pictures:
+                    self.keep(cell, setting, images)
                 jobs.append((cell, setting, pool.submit(self.judges(images))))
+                if curved and cell["arm"] == "plain":
+                    other = tone_curves.setdefault(cell["seed"], self.cell(TONE_CURVE, cell["seed"]))
+                    curve = ToneCurve(images, self.data.images)
+                    jobs.append((other, setting, pool.submit(self.judges(curve(images)))))
                 if guidance == GUIDANCE[-1] and cell["seed"] == self.args.seeds[0]:
                     self.shown[cell["arm"]] = [to_pil(image) for image in images[:: self.args.per_class]]
             self.tell("looked at the pictures")
         for cell, setting, job in jobs:
             cell |= {f"{name} {setting}": value for name, value in job.result().items()}
-        return cells
+        return [*cells, *tone_curves.values()]
+
+    def keep(self, cell: dict, setting: str, images: Tensor) -> None:
+        """Write the pictures as uint8 (N, H, W, 3)."""
+        self.args.pictures.mkdir(parents=True, exist_ok=True)
+        levels = (images + 1).mul(127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        path = self.args.pictures / f"{cell['style']} {cell['seed']} {cell['arm']} {setting}.npz"
+        np.savez_compressed(path, pictures=levels)
 
     def cell(self, arm: str, seed: int) -> dict:
         args = self.args
@@ -434,10 +520,11 @@ def main() -> None:
         type=Path,
         help="draw what the LoRAs of the first seed draw at the highest guidance, in the last steps",
     )
+    add("--pictures", type=Path, help="keep what the LoRAs draw in this folder, a .npz for each cell and guidance")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    arms = [arm for arm in args.arms if args.trunk or not {*ARMS[arm].losses} & {*ON_TRUNK}]
+    arms = [arm for arm in args.arms if args.trunk or not any(loss.startswith(ON_TRUNK) for loss in ARMS[arm].losses)]
     bench = Bench(args, arms)
     lines = args.results.read_text().splitlines() if args.results.exists() else []
     cells = {identity(cell): cell for cell in map(json.loads, lines)}

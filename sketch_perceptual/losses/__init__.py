@@ -6,6 +6,7 @@ from .controls import LPIPSLoss, PixelLoss
 from .distance import DEFAULT_LAYERS, PerceptualLoss
 from .registry import LOSSES, build_loss, build_losses, check_loss
 from .style import StyleLoss, total_variation
+from .tone import ToneLoss
 
 __all__ = [
     "DEFAULT_LAYERS",
@@ -15,6 +16,7 @@ __all__ = [
     "PerceptualLoss",
     "PixelLoss",
     "StyleLoss",
+    "ToneLoss",
     "all_weights",
     "build_loss",
     "build_losses",

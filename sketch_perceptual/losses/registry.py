@@ -17,6 +17,7 @@ from .base import FrozenParts, first_weight, name_of, one_per_image
 from .controls import LPIPSLoss, PixelLoss
 from .distance import DEFAULT_LAYERS, PerceptualLoss, load_frozen
 from .style import StyleLoss
+from .tone import ToneLoss
 
 ENTRY_POINTS = "sketch_perceptual.losses"
 
@@ -53,6 +54,7 @@ LOSSES: dict[str, Callable] = {
     "attention_vgg": attention_vgg,
     "vgg": vgg,
     "gram": StyleLoss,
+    "tone": ToneLoss,
     "pixel": PixelLoss,
     "lpips": LPIPSLoss,
     "paper_l1": paper_l1,

@@ -314,7 +314,7 @@ def run_here(source: Path, target: Path) -> tuple[int, str, str]:
 
 
 def run_program(source: Path, target: Path) -> tuple[int, str, str]:
-    command = [sys.executable, "-m", "sketch_perceptual.commands.convert", str(source), str(target)]
+    command = [sys.executable, "-m", "sketch_perceptual", "convert", str(source), str(target)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     return done.returncode, done.stdout, done.stderr
 

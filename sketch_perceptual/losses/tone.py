@@ -1,0 +1,21 @@
+"""Tone of a drawing: how white its paper is, and how much ink is where."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from .base import ImageLoss
+
+
+class ToneLoss(ImageLoss):
+    """Mean absolute difference of the means over squares of 8 pixels, 1 for unrelated drawings; needs no network.
+
+    Networks hardly see paper: 5 % grey costs the Gram loss 1 % of what unrelated drawings cost, and this loss a fifth.
+    What a stroke looks like within a square it does not see.
+    """
+
+    SIDE = 8
+    TYPICAL = 0.27  # between the reference drawings, in [-1, 1]
+
+    def compare(self, images: Tensor, target: Tensor) -> Tensor:
+        difference = images.float() - target.float()
+        return F.avg_pool2d(difference, self.SIDE, ceil_mode=True).abs().flatten(1).mean(1) / self.TYPICAL
