@@ -29,7 +29,7 @@ from sketch_perceptual.cli.arguments import Options, Parser, above, at_least
 from sketch_perceptual.cli.interruption import ignore_in_worker
 from sketch_perceptual.data.loaders import make_loader
 from sketch_perceptual.diffusion import Latents, PerceptualTerm, Process, balance, process_of
-from sketch_perceptual.diffusion.options import add_term_options, describe_term, make_term, term_resolution
+from sketch_perceptual.diffusion.options import add_term_options, describe_term, make_term
 from sketch_perceptual.diffusion.pipelines import add_pipeline_options, load_noise_scheduler, load_pipeline
 from sketch_perceptual.diffusion.process import PREDICTION_TYPES
 from sketch_perceptual.errors import InputError
@@ -98,8 +98,6 @@ def parse_args(argv: list[str] | None = None) -> Options:
     args = parser.parse_args(argv)
     check_picture_options(parser, args)
     check_lora_options(parser, args)
-    if args.perceptual_crop is None:
-        args.perceptual_crop = max(16, args.resolution // 16 * 8)
     return args
 
 
@@ -108,14 +106,13 @@ def main(args: Options) -> None:
         return
     run = start(args)
     accelerator, seed = run.accelerator, run.seed
-    resolution = term_resolution(args)
     pipeline, process = load_models(args, run)
     latents = Latents(pipeline.vae)
-    term = make_term(args, latents, process, resolution)
+    term = make_term(args, latents, process)
     pictures = load_pictures(args, accelerator, seed)
     warn_of_long_captions(pipeline.tokenizer, pictures.captions(held_out=False))
     models = {name: fingerprint(getattr(pipeline, name)) for name in MODELS}
-    run.settle(**pictures.identity(), **models, **describe_term(term, resolution))
+    run.settle(**pictures.identity(), **models, **describe_term(term))
     hub.create_repo(args, run)
     start_trackers(accelerator, "text2image-fine-tune", args)
 
@@ -241,7 +238,7 @@ def logged(losses: Losses, pull: dict[str, Tensor], process: Process) -> dict[st
     """The quantities of a batch that are summed up for the log, (B,)."""
     values = {"denoising": losses.denoising, "perceptual": losses.perceptual, "gated": losses.gated}
     values |= {"train": losses.denoising + pull["factor"] * losses.perceptual} | pull
-    return values | by_decile(losses.denoising, losses.timesteps, process.num_train_timesteps)
+    return values | by_decile(losses, process.num_train_timesteps)
 
 
 def load_models(args: Options, run: Run) -> tuple[StableDiffusionPipeline, Process]:

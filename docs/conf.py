@@ -38,6 +38,7 @@ research/backbone
 research/retrieval
 research/style
 research/term
+research/strokes
 research/stable-diffusion
 research/speed
 research/compatibility

@@ -5,7 +5,6 @@ products. Each LoRA is what `train_lora_sketch.py` makes of its seed: the same s
 gradients, clipping and AdamW, whose arithmetic is element by element.
 """
 
-import contextlib
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,13 +12,13 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
 from peft import get_peft_model_state_dict
 from torch import Tensor, nn
 
 import train_lora_sketch
 from sketch_perceptual.diffusion import Latents, PerceptualTerm, balance, process_of
 from sketch_perceptual.lora.adapter import Adapter
-from sketch_perceptual.losses import PerceptualLoss
 from sketch_perceptual.seeds import generator
 
 DRAWN_AT_ONCE = 8192  # rows
@@ -61,179 +60,59 @@ def add_loras(options, unet, seeds: Sequence[int], arms: int, device: torch.devi
 class Term(PerceptualTerm):
     """The library's term on the rows of several LoRAs, each of which draws its own squares."""
 
-    compares = "images"
-    crop: int
+    true_latents: Tensor  # of the batch, and the embeddings of its captions, set by `train`
+    embeds: Tensor
 
-    def _random_squares(self, latents: Tensor, images: Tensor, size: int, draws: Squares) -> tuple[Tensor, Tensor]:
-        side = latents.shape[-1]
-        corners = [torch.randint(side - size + 1, (2, count), generator=draw) for draw, count in draws]
-        starts = torch.cat(corners, 1)[..., None].to(latents.device)
-
-        def cut(x: Tensor) -> Tensor:
-            scale = x.shape[-1] // side
-            y, z = scale * starts + torch.arange(scale * size, device=x.device)
-            rows = torch.arange(len(x), device=x.device)[:, None, None]
-            return x[rows, :, y[:, :, None], z[:, None, :]].permute(0, 3, 1, 2)
-
-        return cut(latents), cut(images)
-
-
-class LatentTerm(Term):
-    """A term that compares predicted with true latents, which it is given in place of images."""
-
-    compares = "latents"
-
-    def __call__(self, model_pred, noisy_latents, timesteps, images, step=None, generator=None, masks=None) -> Tensor:
-        per_row = model_pred.new_zeros(len(model_pred))
-        rows = self.gate(timesteps, step).nonzero().flatten().to(model_pred.device)
-        if len(rows) == 0:
-            return per_row
-        noisy_latents, timesteps = noisy_latents[rows], timesteps[rows]
-        predicted = self.process.predict_x0(model_pred[rows], noisy_latents, timesteps)
-        pair = [self.move(x, noisy_latents, timesteps) for x in (predicted, images[rows])]
-        squares = self._random_squares(pair[0], pair[1], self.crop // self.latents.pixels, generator)
-        return per_row.index_put((rows,), self.compare(*squares))
-
-    def move(self, latents: Tensor, noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
-        return latents
-
-    def compare(self, predicted: Tensor, true: Tensor) -> Tensor:
-        raise NotImplementedError
-
-
-class StepBack(LatentTerm):
-    """Half of the way: the step of DDIM from t to t / 2 for the prediction and for the truth, both decoded."""
-
-    def move(self, latents: Tensor, noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
-        alpha, sigma = (factor.view(-1, 1, 1, 1) for factor in self.process.factors(timesteps))
-        return self.process.add_noise(latents, (noisy_latents - alpha * latents) / sigma, timesteps // 2)
-
-    def compare(self, predicted: Tensor, true: Tensor) -> Tensor:
-        with torch.no_grad():
-            target = self.decoder.decode(true).clamp(-1, 1)
-        return self.loss(self.decoder.decode(predicted), target)
+    def _random_squares(self, latents: Tensor, images: Tensor, generator: Squares):
+        counts = [count for _, count in generator]
+        parts = zip(generator, latents.split(counts), images.split(counts), strict=True)
+        cut = [super(Term, self)._random_squares(z, x, draw) for (draw, count), z, x in parts if count]
+        windows, targets, squares = zip(*cut, strict=True)
+        return torch.cat(windows), torch.cat(targets), (torch.cat([start for start, _ in squares]), squares[0][1])
 
 
 class KnownNoise(Term):
     """x0 = truth + k (prediction - target), with k, which is sigma / alpha for epsilon, at most `most`."""
 
-    latents_of_batch: Tensor  # the true ones, set by `train`
-
     def __init__(self, *args, most: float, **options):
         super().__init__(*args, **options)
         self.most = most
 
-    def _score(self, model_pred, noisy_latents, timesteps, images, masks, generator) -> Tensor:
+    def _predict(self, model_pred: Tensor, noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
         alpha, sigma = (factor.view(-1, 1, 1, 1) for factor in self.process.factors(timesteps))
-        share = (self.most * alpha / sigma).clamp(max=1)
-        true = self.latents_of_batch
-        predicted = true + share * (self.process.predict_x0(model_pred, noisy_latents, timesteps) - true)
-        squares = self._random_squares(predicted, images, self.crop // self.latents.pixels, generator)
-        decoded = self.decoder.decode(squares[0])
-        return self._compare(decoded, squares[1])
+        predicted = super()._predict(model_pred, noisy_latents, timesteps)
+        return self.true_latents + (self.most * alpha / sigma).clamp(max=1) * (predicted - self.true_latents)
 
 
-class OnInk(Term):
-    """Of four random squares the one with the most ink, decoded with a margin of a latent that is not scored."""
-
-    CANDIDATES = 4
-
-    def _random_squares(self, latents: Tensor, images: Tensor, size: int, draws: Squares) -> tuple[Tensor, Tensor]:
-        pairs = []
-        for _ in range(self.CANDIDATES):
-            pairs.append(super()._random_squares(latents, images, size + 2, draws))
-        ink = torch.stack([(1 - pair[1]).flatten(1).sum(1) for pair in pairs])
-        best = ink.argmax(0), torch.arange(len(latents), device=latents.device)
-        chosen, target = (torch.stack(part)[best] for part in zip(*pairs, strict=True))
-        return chosen, self._inside(target)
-
-    def _compare(self, images: Tensor, target: Tensor) -> Tensor:
-        return super()._compare(images if images.shape == target.shape else self._inside(images), target)
-
-    def _inside(self, images: Tensor) -> Tensor:
-        edge = self.latents.pixels
-        return images[..., edge:-edge, edge:-edge]
-
-
-class EncoderTerm(LatentTerm):
+class EncoderTerm(Term):
     """Predicted and true latents at half the noise, as the encoder of the frozen U-Net sees them; no decoder."""
 
-    frozen: nn.Module  # the U-Net without LoRAs, and the embeddings of the batch, set by `train`
-    embeds_of_batch: Tensor
+    frozen: UNet2DConditionModel  # without LoRAs, set by `make_recipe`
 
-    def move(self, latents: Tensor, noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
+    def __call__(self, model_pred, noisy_latents, timesteps, images, step=None, generator=None, masks=None) -> Tensor:
         alpha, sigma = (factor.view(-1, 1, 1, 1) for factor in self.process.factors(timesteps))
-        self.moved_to = timesteps // 2
-        return self.process.add_noise(latents, (noisy_latents - alpha * latents) / sigma, self.moved_to)
+        predicted = self._predict(model_pred, noisy_latents, timesteps)
 
-    def _random_squares(self, latents, images, size, draws):
-        return latents, images
+        def features(latents: Tensor) -> list[Tensor]:
+            noise = (noisy_latents - alpha * latents) / sigma
+            return self.encode(self.process.add_noise(latents, noise, timesteps // 2), timesteps // 2)
 
-    def features(self, latents: Tensor) -> list[Tensor]:
-        features: list[Tensor] = []
-
-        class Done(Exception):
-            pass
-
-        def end(*call):
-            raise Done
-
-        hooks = [
-            block.register_forward_hook(lambda *call: features.append(call[-1][0]))
-            for block in self.frozen.down_blocks
-        ]
-        hooks.append(self.frozen.mid_block.register_forward_pre_hook(end))
-        with contextlib.suppress(Done):
-            self.frozen(latents, self.moved_to, self.embeds_of_batch)
-        for hook in hooks:
-            hook.remove()
-        return features
-
-    def compare(self, predicted: Tensor, true: Tensor) -> Tensor:
         with torch.no_grad():
-            wanted = self.features(true)
+            wanted = features(self.true_latents)
         values = []
-        for features, target in zip(self.features(predicted), wanted, strict=True):
+        for feature, target in zip(features(predicted), wanted, strict=True):
             deviation = target.std((0, 2, 3), keepdim=True).clamp(min=1e-3)
-            values.append(((features - target) / deviation).square().flatten(1).mean(1))
+            values.append(((feature - target) / deviation).square().flatten(1).mean(1))
         return torch.stack(values).mean(0)
 
-
-class LatentPerceptual(LatentTerm):
-    """LPL (Berrada et al. 2025): what the decoder's blocks see of predicted and of true latents.
-
-    Each channel by the true one's mean and deviation, without what lies more than 3 deviations out, the deepest block
-    weighted by 1 and each larger one by half of that.
-    """
-
-    def features(self, latents: Tensor) -> list[Tensor]:
-        features: list[Tensor] = []
-        blocks = self.decoder.vae.decoder.up_blocks
-        hooks = [block.register_forward_hook(lambda *call: features.append(call[-1])) for block in blocks]
-        self.decoder.decode(latents)
-        for hook in hooks:
-            hook.remove()
+    def encode(self, latents: Tensor, timesteps: Tensor) -> list[Tensor]:
+        time = self.frozen.time_embedding(self.frozen.time_proj(timesteps))
+        sample, features = self.frozen.conv_in(latents), []
+        for block in self.frozen.down_blocks:
+            context = {"encoder_hidden_states": self.embeds} if hasattr(block, "attentions") else {}
+            sample, _ = block(sample, temb=time, **context)
+            features.append(sample)
         return features
-
-    def compare(self, predicted: Tensor, true: Tensor) -> Tensor:
-        with torch.no_grad():
-            wanted = self.features(true)
-        values = []
-        for depth, (features, target) in enumerate(zip(self.features(predicted), wanted, strict=True)):
-            whole = target.flatten(1).std(1).view(-1, 1, 1, 1)
-            deviation = target.std((2, 3), keepdim=True).maximum(0.1 * whole)  # of blank paper it is next to nothing
-            inside = (target - target.mean((2, 3), keepdim=True)).abs() <= 3 * deviation
-            values.append(0.5**depth * ((features - target) / deviation * inside).square().flatten(1).mean(1))
-        return torch.stack(values).sum(0)
-
-
-class InkLoss(PerceptualLoss):
-    """The distance where the target has ink, and two pixels around it."""
-
-    def forward(self, images: Tensor, target: Tensor) -> Tensor:  # type: ignore[override]
-        map_of_loss = super().forward(images, target, spatial=True)
-        ink = F.max_pool2d((1 - target.mean(1, keepdim=True)).clamp(0, 2) / 2, 5, 1, 2)[:, 0]
-        return (map_of_loss * ink).sum((1, 2)) / ink.sum((1, 2)).clamp(min=1)
 
 
 @dataclass
@@ -286,7 +165,6 @@ def train(options, unet, vae, noise_scheduler, recipes: list[Recipe], seeds: Seq
         raised = torch.cat([raise_noise(batch[3], seed, step) for batch, seed in zip(drawn, seeds, strict=True)])
         drawn_at = [raised if recipe.high_noise else timesteps for recipe in recipes]  # (arms) of (seeds x batch)
         rows, latents, noise, timesteps = (x.to(device) for x in (rows, latents, noise, torch.cat(drawn_at)))
-        batch = {"images": data.images[rows], "latents": latents}
         noisy = noise_scheduler.add_noise(latents.repeat(arms, 1, 1, 1), noise.repeat(arms, 1, 1, 1), timesteps)
         prediction = unet(noisy, timesteps, data.embeds[rows].repeat(arms, 1, 1), return_dict=False)[0]
         parts = (x.chunk(arms) for x in (prediction.detach(), noisy, timesteps))
@@ -301,12 +179,8 @@ def train(options, unet, vae, noise_scheduler, recipes: list[Recipe], seeds: Seq
             if recipe.term is not None:
                 counts = recipe.term.gate(drawn_timesteps, step).view(len(seeds), -1).sum(1).tolist()
                 squares = [(made[4].clone_state(), count) for made, count in zip(drawn, counts, strict=True)]
-                images = batch[recipe.term.compares]
-                if isinstance(recipe.term, KnownNoise):
-                    recipe.term.latents_of_batch = latents
-                if isinstance(recipe.term, EncoderTerm):
-                    recipe.term.embeds_of_batch = data.embeds[rows]
-                values = recipe.term(part, part_noisy, part_timesteps, images, step, squares)
+                recipe.term.true_latents, recipe.term.embeds = latents, data.embeds[rows]
+                values = recipe.term(part, part_noisy, part_timesteps, data.images[rows], step, squares)
                 # `balance` takes the mean over all rows, here those of len(seeds) LoRAs
                 loss, _ = balance(loss, len(seeds) * values, part, recipe.ratio)
             pulls += torch.autograd.grad(loss, part)

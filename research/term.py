@@ -51,12 +51,8 @@ from research.judge import SEED, SIZE, load_judge
 from research.stacked import (
     Data,
     EncoderTerm,
-    InkLoss,
     KnownNoise,
-    LatentPerceptual,
-    OnInk,
     Recipe,
-    StepBack,
     Term,
     add_loras,
     draw_latents,
@@ -97,12 +93,9 @@ IDENTITY = ("arm", "seed", "style", "steps", "size", "pictures", "drawings")  # 
 @dataclass(frozen=True)
 class Arm:
     ratio: float = 0.3
-    losses: tuple[str, ...] = ("attention_vgg",)
+    losses: tuple[str, ...] = ("gram",)
     crop: float = 0.5  # of the side
-    min_snr: float = 1.0
-    target: str = "image"
-    start: float = 0.0  # of the steps
-    every: int = 1
+    min_snr: float = 0.0
     kind: type[Term] = Term
     snr_gamma: float | None = None
     high_noise: bool = False
@@ -112,56 +105,27 @@ class Arm:
 GRAM_TONE = ("gram", "tone=3")
 ARMS = {
     "plain": Arm(0),
-    "plain, min-SNR 5": Arm(0, snr_gamma=5),
+    TONE_CURVE: Arm(0),
+    "plain, min-SNR 1": Arm(0, snr_gamma=1),
     "plain, high noise": Arm(0, high_noise=True),
-    "0.1": Arm(0.1),
-    "0.3": Arm(),
-    "1": Arm(1),
+    "gram": Arm(losses=("gram",)),
+    "tone": Arm(losses=("tone",)),
     "pixel": Arm(losses=("pixel",)),
     "lpips": Arm(losses=("lpips",)),
     "vgg": Arm(losses=("vgg",)),
-    "gram": Arm(losses=("gram",)),
-    "both": Arm(losses=("attention_vgg", "gram")),
-    "whole": Arm(crop=1),
-    "SNR 0.18": Arm(min_snr=0.18),
-    "no gate": Arm(min_snr=0),
-    "gram, no gate": Arm(losses=("gram",), min_snr=0),
-    "gram, no gate, 1": Arm(1, losses=("gram",), min_snr=0),
-    "lpips, no gate": Arm(losses=("lpips",), min_snr=0),
-    "vgg, no gate": Arm(losses=("vgg",), min_snr=0),
-    "reconstruction": Arm(target="reconstruction"),
-    "late": Arm(start=0.6),
-    "every second": Arm(every=2),
-    "LPL": Arm(kind=LatentPerceptual),
-    "ink": Arm(losses=("ink",)),
-    "step back": Arm(kind=StepBack),
-    "plain, min-SNR 1": Arm(0, snr_gamma=1),
-    "plain, min-SNR 0.3": Arm(0, snr_gamma=0.3),
-    "plain, min-SNR 5, high noise": Arm(0, snr_gamma=5, high_noise=True),
-    "min-SNR 5, 0.3": Arm(snr_gamma=5),
-    "min-SNR 5, whole, SNR 0.18": Arm(snr_gamma=5, crop=1, min_snr=0.18),
-    "min-SNR 5, whole, no gate": Arm(snr_gamma=5, crop=1, min_snr=0),
-    "min-SNR 5, whole, no gate, 1": Arm(1, snr_gamma=5, crop=1, min_snr=0),
-    "min-SNR 5, gram, no gate": Arm(losses=("gram",), snr_gamma=5, min_snr=0),
-    "min-SNR 5, pixel, whole, no gate": Arm(losses=("pixel",), snr_gamma=5, crop=1, min_snr=0),
-    "min-SNR 1, no gate": Arm(snr_gamma=1, min_snr=0),
-    "min-SNR 1, gram, no gate": Arm(losses=("gram",), snr_gamma=1, min_snr=0),
-    "min-SNR 1, gram, no gate, 1": Arm(1, losses=("gram",), snr_gamma=1, min_snr=0),
-    "min-SNR 1, pixel, whole, no gate": Arm(losses=("pixel",), snr_gamma=1, crop=1, min_snr=0),
-    "min-SNR 1, lpips, no gate": Arm(losses=("lpips",), snr_gamma=1, min_snr=0),
-    "min-SNR 1, vgg, no gate": Arm(losses=("vgg",), snr_gamma=1, min_snr=0),
-    TONE_CURVE: Arm(0),
-    "tone, no gate": Arm(losses=("tone",), min_snr=0),
-    "pixel, no gate": Arm(losses=("pixel",), min_snr=0),
-    "gram + tone": Arm(losses=GRAM_TONE, min_snr=0),
-    "distance + tone": Arm(losses=("attention_vgg", "tone=3"), min_snr=0),
-    "lpips + tone": Arm(losses=("lpips", "tone=3"), min_snr=0),
-    "lpips + tone, 1": Arm(1, losses=("lpips", "tone=3"), min_snr=0),
-    "gram + tone, k 0.5": Arm(losses=GRAM_TONE, min_snr=0, kind=KnownNoise, options={"most": 0.5}),
-    "gram, k 0.25": Arm(losses=("gram",), min_snr=0, kind=KnownNoise, options={"most": 0.25}),
-    "gram + tone, quarter": Arm(losses=GRAM_TONE, min_snr=0, crop=0.25),
-    "gram + tone, on ink": Arm(losses=GRAM_TONE, min_snr=0, crop=0.25, kind=OnInk),
-    "encoder": Arm(kind=EncoderTerm, min_snr=0),
+    "distance": Arm(losses=("attention_vgg",)),
+    "gram + tone": Arm(losses=GRAM_TONE),
+    "gram + tone, 1": Arm(1, losses=GRAM_TONE),
+    "lpips + tone": Arm(losses=("lpips", "tone=3")),
+    "lpips + tone, 1": Arm(1, losses=("lpips", "tone=3")),
+    "vgg + tone": Arm(losses=("vgg", "tone=3")),
+    "distance + tone": Arm(losses=("attention_vgg", "tone=3")),
+    "gram + tone, gated": Arm(losses=GRAM_TONE, min_snr=1),
+    "gram + tone, quarter": Arm(losses=GRAM_TONE, crop=0.25),
+    "gram + tone, k 0.5": Arm(losses=GRAM_TONE, kind=KnownNoise, options={"most": 0.5}),
+    "gram + tone, k 0.25": Arm(losses=GRAM_TONE, kind=KnownNoise, options={"most": 0.25}),
+    "encoder": Arm(kind=EncoderTerm),
+    "min-SNR 1, gram + tone": Arm(losses=GRAM_TONE, snr_gamma=1),
 }
 ON_TRUNK = ("lpips", "vgg")
 OPENMOJI = {  # lines of the first things
@@ -334,8 +298,6 @@ def frechet(features: Tensor, true: Tensor) -> float:
 
 @functools.cache
 def build(losses: tuple[str, ...], backbone: str, trunk: str | None) -> Callable[[Tensor, Tensor], Tensor]:
-    if losses == ("ink",):
-        return InkLoss(backbone)
     sources = {"pixel": None, "tone": None, "lpips": trunk, "vgg": trunk}
     names, weights = zip(*(loss.partition("=")[::2] for loss in losses), strict=True)
     built = [build_loss(name, backbone=sources.get(name, backbone)) for name in names]
@@ -350,9 +312,6 @@ def make_recipe(arm: Arm, unet, vae, noise_scheduler, size: int, args: argparse.
             vae,
             noise_scheduler,
             min_snr=arm.min_snr,
-            start_step=int(arm.start * args.steps),
-            every=arm.every,
-            target=arm.target,
             crop=int(arm.crop * size),
             **arm.options,
         )

@@ -33,7 +33,7 @@ from sketch_perceptual.lora import files as lora_files
 from sketch_perceptual.lora import report, validation
 from sketch_perceptual.lora.adapter import Adapter
 from sketch_perceptual.lora.caches import PromptCache
-from sketch_perceptual.lora.samples import Sample
+from sketch_perceptual.lora.samples import Losses, Sample
 from sketch_perceptual.losses import PixelLoss
 from sketch_perceptual.networks.backbone import load_backbone
 from sketch_perceptual.networks.hub_model import fingerprint
@@ -392,7 +392,6 @@ def test_attention_vgg_scores_a_run(train, backbone):
     scorer = load_backbone(backbone).truncate("relu4_3")
     assert f"| backbone_weights | {fingerprint(scorer)} |" in card
     assert "| backbone_pool_after_attention | True |" in card
-    assert "| perceptual_resolution | 48 |" in card
 
 
 def test_held_out_images_are_not_trained_on_and_their_losses_are_logged(train, caplog, monkeypatch):
@@ -418,16 +417,20 @@ def test_held_out_images_are_not_trained_on_and_their_losses_are_logged(train, c
 
 
 def test_the_loss_is_logged_by_tenths_of_the_schedule():
-    tenths = report.by_decile(torch.tensor([1.0, 2, 3, 4]), torch.tensor([0, 99, 100, 999]), 1000)
+    denoising, perceptual, gated = torch.tensor([[1.0, 2, 3, 4], [5, 0, 6, 0], [1, 0, 1, 0]])
+    losses = Losses(denoising, denoising, torch.tensor([0, 99, 100, 999]), perceptual, gated)
+    tenths = report.by_decile(losses, 1000)
     sums = {
         name: (float(loss.sum()), float(tenths[f"{name} rows"].sum()))
         for name, loss in tenths.items()
         if name[-1] == "%"
     }
     assert {name: value for name, value in sums.items() if value[1]} == {
-        "t0-10%": (3, 2),
-        "t10-20%": (3, 1),
-        "t90-100%": (4, 1),
+        "denoising_loss/t0-10%": (3, 2),
+        "denoising_loss/t10-20%": (3, 1),
+        "denoising_loss/t90-100%": (4, 1),
+        "perceptual_loss/t0-10%": (5, 1),
+        "perceptual_loss/t10-20%": (6, 1),
     }
 
 
@@ -1023,7 +1026,7 @@ OFFICIAL = {
 def test_options_and_defaults_are_the_official_scripts():
     args = vars(script.parse_args(["--pretrained_model_name_or_path", "x", "--train_data_dir", "y"]))
     assert {name: args[name] for name in OFFICIAL} == OFFICIAL
-    assert args["perceptual_crop"] == 256
+    assert (args["perceptual_crop"], args["perceptual_resolution"]) == (64, None)
 
 
 def test_the_official_readmes_command_line_is_understood():
@@ -1114,7 +1117,7 @@ def test_two_processes_draw_apart_and_agree(tiny_sd, drawings, tmp_path):
 def test_the_weight_of_the_term_may_change_on_a_resume_with_held_out_images(train):
     options = ("--validation_share", 0.3, "--checkpointing_steps", 2)
     train(*options, "--perceptual_weight", 0, steps=2)
-    resume = ("--resume_from_checkpoint", "latest", "--resume_with", "perceptual_weight", "perceptual_resolution")
+    resume = ("--resume_from_checkpoint", "latest", "--resume_with", "perceptual_weight")
     run = train(*options, "--perceptual_weight", 0.3, *resume, "--validation_size", "64x32")
     assert "On held-out images: denoising loss" in (run.folder / "README.md").read_text()
 

@@ -19,6 +19,7 @@ Figure 2). generation: pictures for prompts, by a pipeline with adapters or from
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from ..extras import require
@@ -31,6 +32,7 @@ from accelerate.logging import get_logger
 from ..cli.arguments import Parser, at_least
 from ..cli.console import print_result
 from ..cli.entry import run
+from ..data.images import fit_image
 from ..data.options import (
     add_caption_options,
     add_class_options,
@@ -263,12 +265,14 @@ def generation(args: argparse.Namespace, accelerator: Accelerator) -> Report | N
     check_installed()
     with accelerator.main_process_first():
         data = load_captioned(args, args.seed)
-    drawings = read_pictures(accelerator, data, "the drawings", args.on_bad_image)
+    fit = partial(fit_image, resolution=args.resolution, fit=args.fit, background=args.background)
+    drawings = read_pictures(accelerator, data, "the drawings", args.on_bad_image, fit)
     prompts = read_prompts(args.prompts) if args.prompts else shuffled_captions(drawings, args.seed)
     names = ("backbone", "inception_weights", "clip_model", "classifier", "resolution", "fit", "background")
     extractors = load_extractors(**{name: getattr(args, name) for name in names})
     drawn = draw_pictures(args, accelerator, prompts)
-    report = score_models(accelerator, drawings, drawn, extractors, extractor(args, accelerator), args.on_bad_image)
+    extract = extractor(args, accelerator)
+    report = score_models(accelerator, drawings, drawn, extractors, extract, fit, args.on_bad_image)
     if report is not None:
         report.data["distinct_prompts"] = len(set(prompts))
     return report

@@ -7,7 +7,8 @@ from torch import nn
 
 from ..cli.arguments import Options, Parser, at_least
 from ..losses import LOSSES, all_weights, build_losses, named_networks
-from ..networks.backbone import BUNDLED, AttentionVGG16, tuned_resolution
+from ..losses.registry import WITHOUT_NETWORK
+from ..networks.backbone import AttentionVGG16
 from ..networks.hub_model import fingerprint
 from ..training import cards
 from ..training.identity import digest
@@ -43,14 +44,14 @@ def add_term_options(parser: Parser) -> None:
     add("--perceptual_layers", nargs="+", metavar="LAYER", help="layers to compare, e.g. relu1_2 relu3_3")
     add(
         "--perceptual_resolution",
-        shared=False,  # compared by `describe_term`
         type=count,
-        help="downscale larger images to this size for the loss; default: what the backbone was tuned at",
+        help="downscale larger squares to this size for the loss; default: compare them at their size",
     )
     add(
         "--perceptual_crop",
         type=count,
-        help="side of the random square that is decoded and scored, in pixels; default: half of --resolution",
+        default=64,
+        help="side of the square that is compared, in pixels; at least --resolution: the whole image",
     )
     add(
         "--perceptual_min_snr",
@@ -80,8 +81,8 @@ def add_term_options(parser: Parser) -> None:
     add("--perceptual_dtype", choices=("float32", "bfloat16"), default="float32")
 
 
-def make_term(args: Options, latents: Latents, process: Process, resolution: int | None) -> PerceptualTerm | None:
-    """Build the perceptual term; None at weight 0, for which nothing is loaded. `resolution`: of `term_resolution`."""
+def make_term(args: Options, latents: Latents, process: Process) -> PerceptualTerm | None:
+    """Build the perceptual term; None at weight 0, for which nothing is loaded."""
     if args.perceptual_weight == 0:
         return None
     dtype = getattr(torch, args.perceptual_dtype)
@@ -91,7 +92,7 @@ def make_term(args: Options, latents: Latents, process: Process, resolution: int
         dtype=dtype,
         backbone=args.backbone,
         layers=args.perceptual_layers,
-        resolution=resolution,
+        resolution=args.perceptual_resolution,
     )
     decoder = None
     if args.perceptual_decoder != "vae":
@@ -112,9 +113,9 @@ def make_term(args: Options, latents: Latents, process: Process, resolution: int
     )
 
 
-def describe_term(term: PerceptualTerm | None, resolution: int | None) -> dict:
-    """Return facts that a resumed run must share besides the options: resolution and fingerprints of the weights."""
-    facts: dict = {"perceptual_resolution": resolution}
+def describe_term(term: PerceptualTerm | None) -> dict:
+    """Return facts that a resumed run must share besides the options: weights and calibration of the backbone."""
+    facts: dict = {}
     loss = None if term is None else term.loss
     modules = [module for _, module in named_networks(loss)] if isinstance(loss, nn.Module) else []
     backbones = [module for module in modules if isinstance(module, AttentionVGG16)]
@@ -127,18 +128,10 @@ def describe_term(term: PerceptualTerm | None, resolution: int | None) -> dict:
     return facts
 
 
-def term_resolution(args: Options) -> int | None:
-    """Return the given resolution, or the one that the backbone was tuned at; None for other losses."""
-    names = _loss_names(args)
-    if args.perceptual_resolution is not None or args.perceptual_weight == 0 or not names <= set(LOSSES):
-        return args.perceptual_resolution
-    return tuned_resolution(args.backbone or (BUNDLED if names & ON_BUNDLED else "imagenet"))
-
-
 def describe_backbone(args: Options) -> dict[str, str]:
     """Return the name of the backbone for the model card; its fingerprint is in `describe_term`."""
     names = _loss_names(args)
-    if args.perceptual_weight == 0 or names == {"pixel"} or not (args.backbone or names <= set(LOSSES)):
+    if args.perceptual_weight == 0 or names <= WITHOUT_NETWORK or not (args.backbone or names <= set(LOSSES)):
         return {}
     bundled = "bundled" if names & ON_BUNDLED else "imagenet"
     return {"backbone": (cards.hub_id(args.backbone) or Path(args.backbone).name) if args.backbone else bundled}

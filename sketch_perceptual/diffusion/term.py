@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import InputError
@@ -22,6 +23,10 @@ from .process import Diffusion, Process, process_of
 
 # What counts of a square, at the least: a few pixels of it are not to count as much as a whole.
 MIN_SHARE = 1 / 64
+# Pixels around a square that are decoded and not scored: without them TAESD's square is off by more than TAESD itself.
+MARGIN = 16
+
+Square = tuple[Tensor, list[int]]  # first row and column of each square, (B, 2), and its height and width
 
 
 def predict_x0(model_pred: Tensor, noisy_latents: Tensor, timesteps: Tensor, noise_scheduler) -> Tensor:
@@ -57,8 +62,9 @@ class PerceptualTerm:
             detail is not held against the prediction.
         decoder: another decoder for the same latents, e.g. an `AutoencoderTiny`; None is the VAE's.
         dtype: torch.float32 or torch.bfloat16. VAE decoders overflow in float16.
-        crop: decode and compare a random square of this many pixels a side, another for each row, where the image is
-            larger. At the square's edges the decoder sees less than it would in the whole.
+        crop: compare a square of this many pixels a side, another for each row, where the image is larger: half of the
+            squares are drawn in proportion to their ink, half anywhere. 16 more pixels on each side are decoded, since
+            a decoder sees less at an edge.
         checkpoint: recompute the decoder's activations in the backward pass instead of keeping them.
     """
 
@@ -176,21 +182,27 @@ class PerceptualTerm:
 
     def _score(self, model_pred, noisy_latents, timesteps, images, masks, generator) -> Tensor:
         """The loss of each row, (B,) float32, whatever the gate."""
-        latents = self.process.predict_x0(model_pred, noisy_latents, timesteps)
+        latents = self._predict(model_pred, noisy_latents, timesteps)
         images = images if masks is None else torch.cat([images, masks.to(images)], 1)
         # a script may have cast its VAE since, a pipeline does after drawing
         if dtype_of(self.decoder.vae.decoder) != self.dtype:
             self.decoder.cast_decoder(self.dtype)
-        if self.crop is not None:
-            latents, images = self._random_squares(latents, images, self.crop // self.latents.pixels, generator)
+        scored: Square | None = None
+        if self.crop is not None and self.crop < max(images.shape[-2:]):
+            latents, images, scored = self._random_squares(latents, images, generator)
         with torch.autocast(model_pred.device.type, enabled=False):
             target = self._target(images[:, :3]).to(self.dtype)
             decoded = self.decoder.decode(latents)
+            if scored is not None:
+                decoded, target, images = (_cut(x, *scored) for x in (decoded, target, images))
             if masks is None:
                 return self._compare(decoded, target)
             counts = images[:, 3:].to(self.dtype)
             values = self._compare(target + counts * (decoded - target), target)
             return values / counts.float().mean((1, 2, 3)).clamp(min=MIN_SHARE)
+
+    def _predict(self, model_pred: Tensor, noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
+        return self.process.predict_x0(model_pred, noisy_latents, timesteps)
 
     def _compare(self, images: Tensor, target: Tensor) -> Tensor:
         return one_per_image(self.loss(images, target), images, name_of(self.loss)).float()
@@ -238,21 +250,17 @@ class PerceptualTerm:
             )
         return balance(loss, values, model_pred, weight)[0]
 
-    def _random_squares(self, latents: Tensor, images: Tensor, side: int, generator) -> tuple[Tensor, Tensor]:
-        sizes = [min(side, whole) for whole in latents.shape[-2:]]
-        starts = [
-            _randint(whole - size + 1, len(latents), generator).to(latents.device)
-            for whole, size in zip(latents.shape[-2:], sizes, strict=True)
-        ]
-
-        def cut(x: Tensor, pixels: int) -> Tensor:
-            lines, columns = (
-                pixels * start[:, None] + torch.arange(pixels * size, device=x.device)
-                for start, size in zip(starts, sizes, strict=True)
-            )
-            return x.take_along_dim(lines[:, None, :, None], 2).take_along_dim(columns[:, None, None], 3)
-
-        return cut(latents, 1), cut(images, self.latents.pixels)
+    def _random_squares(self, latents: Tensor, images: Tensor, generator) -> tuple[Tensor, Tensor, Square]:
+        """Cut a window of each row, and return where in it, in pixels, the square is that counts."""
+        pixels = self.latents.pixels
+        margin, whole = MARGIN // pixels, latents.shape[-2:]
+        side = [min(self.crop // pixels, length) for length in whole]
+        window = [min(length + 2 * margin, most) for length, most in zip(side, whole, strict=True)]
+        starts = draw_squares(images, side, pixels, generator)
+        last = torch.tensor([most - length for length, most in zip(window, whole, strict=True)])
+        firsts = (starts - margin).clamp(min=0).minimum(last)
+        cut = _cut(latents, firsts, window), _cut(images, pixels * firsts, [pixels * length for length in window])
+        return *cut, (pixels * (starts - firsts), [pixels * length for length in side])
 
     @torch.no_grad()
     def _target(self, images: Tensor) -> Tensor:
@@ -270,7 +278,35 @@ def _freeze(decoder: Latents, dtype: torch.dtype, checkpoint: bool) -> None:
         decoder.vae.encoder.gradient_checkpointing = False
 
 
-def _randint(high: int, count: int, generator: torch.Generator | None) -> Tensor:
+def draw_squares(images: Tensor, side: list[int], pixels: int, generator: torch.Generator | None = None) -> Tensor:
+    """Draw a square in each image: half of them in proportion to their ink, half anywhere.
+
+    Args:
+        images: (B, 3, H, W) in [-1, 1], or (B, 4, H, W) with a mask of what counts as ink.
+        side: height and width of a square in latents of `pixels` a side, on whose grid it lies.
+
+    Returns:
+        Its first row and column in latents, (B, 2) on the CPU.
+    """
+    ink = (1 - images[:, :3].mean(1, keepdim=True)).clamp(min=0)
+    if images.shape[1] > 3:
+        ink = ink * images[:, 3:]
+    squares = F.avg_pool2d(F.avg_pool2d(ink.float(), pixels), side, stride=1)
+    odds = squares.flatten(1).cpu()
+    odds = odds + odds.mean(1, keepdim=True) + torch.finfo(odds.dtype).tiny
+    chosen = _multinomial(odds, generator)
+    return torch.stack([chosen // squares.shape[-1], chosen % squares.shape[-1]], 1)
+
+
+def _cut(x: Tensor, starts: Tensor, size: list[int]) -> Tensor:
+    """Cut a rectangle of `size` from each image of (B, C, H, W), beginning at `starts`, (B, 2)."""
+    rows, columns = (
+        (start[:, None] + torch.arange(length)).to(x.device) for start, length in zip(starts.T, size, strict=True)
+    )
+    return x.take_along_dim(rows[:, None, :, None], 2).take_along_dim(columns[:, None, None], 3)
+
+
+def _multinomial(odds: Tensor, generator: torch.Generator | None) -> Tensor:
     if generator is None:  # no generator can be traced, not even None
-        return torch.randint(high, (count,))
-    return torch.randint(high, (count,), generator=generator)
+        return torch.multinomial(odds, 1)[:, 0]
+    return torch.multinomial(odds, 1, generator=generator)[:, 0]

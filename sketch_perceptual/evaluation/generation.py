@@ -4,7 +4,8 @@ import functools
 import math
 import statistics
 import textwrap
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -20,8 +21,18 @@ from ..data.scan import read_once
 from ..errors import InputError
 from ..figures import image_grid
 from ..measures.image_quality import ClipFeatures, InceptionFeatures
-from ..measures.ink import chroma, ink, is_black
+from ..measures.ink import chroma, is_black
 from ..measures.ranking import most_alike
+from ..measures.strokes import (
+    SHAPE,
+    Difference,
+    Strokes,
+    equal_ink_level,
+    mean_strokes,
+    measure_strokes,
+    stroke_differences,
+    stroke_distance,
+)
 from ..networks.backbone import load_backbone
 from ..networks.embedder import make_embedder
 from ..seeds import generator
@@ -35,18 +46,20 @@ from .tables import SHEET_ROWS, Report
 logger = get_logger(__name__, log_level="INFO")
 
 COLUMNS = {"images": "", "frechet": ".4g", "kernel": ".3g", "fid": ".4g", "kid": ".3g", "clip": ".2f"}
-COLUMNS |= {"accuracy": ".1%", "nearest_same": ".1%", "chroma": ".3f", "ink": ".3f"}
+COLUMNS |= {"accuracy": ".1%", "nearest_same": ".1%", "strokes": ".2f", "shape": ".2f"}
+COLUMNS |= {"width": ".2f", "ends": ".1f", "edge": ".2f", "paper": ".3f", "ink": ".3f", "chroma": ".3f"}
+Fit = Callable[[Image.Image], Image.Image]
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """Captioned pictures, without the black ones, and the keys of their contents."""
+    """Captioned pictures, without the black ones, the keys of their contents, and their strokes."""
 
     data: CaptionedImages
     keys: list[str]
     black: int
     chroma: float
-    ink: float
+    strokes: list[Strokes]
 
     @property
     def captions(self) -> list[list[str]]:
@@ -59,30 +72,57 @@ def shuffled_captions(pictures: Pictures, seed: int) -> list[str]:
     return [captions[index] for index in torch.randperm(len(captions), generator=generator(seed, "prompts"))]
 
 
-def read_pictures(accelerator: Accelerator, data: CaptionedImages, name: str, on_bad_image: str) -> Pictures:
-    """Read each picture once; count and leave out entirely black ones. InputError if fewer than two remain."""
-    positions, keys, tones = on_main(accelerator, _read_tones, data, on_bad_image)
-    kept = [index for index, (black, _, _) in enumerate(tones) if not black]
-    if black := len(tones) - len(kept):
-        logger.warning(f"{name}: {black} of {len(tones)} pictures are entirely black and are not scored")
+def read_pictures(accelerator: Accelerator, data: CaptionedImages, name: str, on_bad_image: str, fit: Fit) -> Pictures:
+    """Read each picture once; count and leave out entirely black ones. InputError if fewer than two remain.
+
+    Args:
+        fit: brings a picture to the size at which strokes are measured.
+    """
+    positions, keys, looks = on_main(accelerator, _read_looks, data, on_bad_image, fit)
+    kept = [index for index, (black, _, _) in enumerate(looks) if not black]
+    if black := len(looks) - len(kept):
+        logger.warning(f"{name}: {black} of {len(looks)} pictures are entirely black and are not scored")
     if len(kept) < 2:
         raise InputError(f"{name}: need at least two pictures, got {len(kept)}")
-    colour, dark = (statistics.fmean(tones[index][column] for index in kept) for column in (1, 2))
+    _, colours, strokes = zip(*(looks[index] for index in kept), strict=True)
     data = data.select(positions[index] for index in kept)
-    return Pictures(data, [keys[index] for index in kept], black, colour, dark)
+    return Pictures(data, [keys[index] for index in kept], black, statistics.fmean(colours), list(strokes))
 
 
-def _read_tones(
-    data: CaptionedImages, on_bad_image: str
-) -> tuple[list[int], list[str], list[tuple[bool, float, float]]]:
-    """Return positions, keys and, for each picture, whether it is black, its colour and its ink."""
-    tones = {}
+def _read_looks(
+    data: CaptionedImages, on_bad_image: str, fit: Fit
+) -> tuple[list[int], list[str], list[tuple[bool, float, Strokes]]]:
+    """Return positions, keys and, for each picture, whether it is black, its colour and its strokes."""
+    looks = {}
 
     def measure(index: int, image: Image.Image) -> None:
-        tones[index] = is_black(image), chroma(image), ink(image)
+        looks[index] = is_black(image), chroma(image), measure_strokes(fit(image))
 
     contents = read_once(data, on_bad_image, measure)
-    return contents.positions, contents.keys, [tones[index] for index in contents.positions]
+    return contents.positions, contents.keys, [looks[index] for index in contents.positions]
+
+
+def score_strokes(pictures: Pictures, drawings: Pictures, fit: Fit) -> dict[str, Any]:
+    """Compare strokes and paper with those of the drawings.
+
+    Returns:
+        "strokes", the `stroke_distance`, and "shape", that of the SHAPE measures where the pictures have as much ink
+        as the drawings, which no tone curve changes; and each measure's `Difference` in both cases.
+    """
+    data, ink = pictures.data, mean_strokes(drawings.strokes)["ink"]
+    as_drawn = stroke_differences(pictures.strokes, drawings.strokes)
+    scores: dict[str, Any] = {"strokes": stroke_distance(as_drawn), "as_drawn": _as_dicts(as_drawn)}
+    if 0 < ink < 1:
+        level = equal_ink_level((fit(data.image(index)) for index in range(len(data))), ink)
+        inked = [measure_strokes(fit(data.image(index)), level) for index in range(len(data))]
+        differences = stroke_differences(inked, drawings.strokes)
+        shape = {name: differences[name] for name in SHAPE}
+        scores |= {"shape": stroke_distance(shape), "equal_ink": {"level": level} | _as_dicts(shape)}
+    return scores
+
+
+def _as_dicts(differences: Mapping[str, Difference]) -> dict[str, dict[str, float]]:
+    return {name: asdict(difference) for name, difference in differences.items()}
 
 
 def load_extractors(
@@ -117,23 +157,26 @@ def score_models(
     drawn: list[Drawn],
     extractors: dict[str, Any],
     extract: Extract,
+    fit: Fit,
     on_bad_image: str = "error",
 ) -> Report | None:
-    """Score the pictures of each model as a set, against their prompts, and by colour; None off the main process.
+    """Score each model's pictures as a set, against their prompts, and by strokes; None off the main process.
 
     Args:
         drawings: reference for the pictures of the models, `drawn`.
         extractors: from `load_extractors`.
+        fit: see `read_pictures`.
     """
     about, reference = score(accelerator, extractors, extract, drawings)
     runs, nearest = [{"name": "the drawings"} | about], {}
     for name, model, data in drawn:
-        pictures = read_pictures(accelerator, data, name, on_bad_image)
+        pictures = read_pictures(accelerator, data, name, on_bad_image, fit)
         scores, features = score(accelerator, extractors, extract, pictures)
         if not accelerator.is_main_process:
             continue
         for kind in sorted(set(KERNELS) & set(extractors)):
             scores |= set_distances(kind, features[kind], reference[kind])
+        scores |= score_strokes(pictures, drawings, fit)
         similar = most_alike(features["frechet"], reference["frechet"])
         same = [texts[0] in drawings.captions[index] for texts, index in zip(pictures.captions, similar, strict=True)]
         runs.append({"name": name} | model | scores | {"nearest_same": statistics.fmean(same)})
@@ -155,7 +198,8 @@ def score(
     if not accelerator.is_main_process:
         return {}, {}
     features = {kind: cache.read(pictures.keys) for kind, cache in caches.items()}
-    scores = {"images": len(pictures.keys), "black": pictures.black, "chroma": pictures.chroma, "ink": pictures.ink}
+    scores = {"images": len(pictures.keys), "black": pictures.black, "chroma": pictures.chroma}
+    scores |= mean_strokes(pictures.strokes)
     prompts = [texts[0] for texts in pictures.captions]
     if "clip" in extractors:
         clip = extractors["clip"].to(accelerator.device)

@@ -16,6 +16,7 @@ from ..training.run import Run
 from ..training.startup import check_space
 from ..training.steps import Meter, Steps
 from .adapter import WEIGHTS
+from .samples import Losses
 from .validation import BEFORE_AFTER
 
 
@@ -36,12 +37,22 @@ def run_summary(args: Options, run: Run, steps: Steps, term: PerceptualTerm | No
     )
 
 
-def by_decile(losses: Tensor, timesteps: Tensor, total: int) -> dict[str, Tensor]:
-    """Split losses (B,) by tenths of the schedule: for each tenth the losses, 0 for other rows, and a row mask."""
-    rows = F.one_hot(timesteps.to(losses.device) * 10 // total, 10).to(losses)
-    names = [f"t{10 * tenth}-{10 * tenth + 10}%" for tenth in range(10)]
-    both = zip(names, (losses[:, None] * rows).T, rows.T, strict=True)
-    return {key: value for name, loss, row in both for key, value in ((name, loss), (f"{name} rows", row))}
+def by_decile(losses: Losses, num_train_timesteps: int) -> dict[str, Tensor]:
+    """Split the losses by tenths of the schedule: of each the values (B,), 0 for other rows, and a mask of its rows.
+
+    Both depend on the timestep far more than on the training: a single number of a step says little.
+    """
+    rows = F.one_hot(losses.timesteps * 10 // num_train_timesteps, 10).T.to(losses.denoising)
+    split = {}
+    kinds = (
+        ("denoising", losses.denoising, torch.ones_like(losses.gated)),
+        ("perceptual", losses.perceptual, losses.gated),
+    )
+    for kind, values, counted in kinds:
+        for tenth, row in enumerate(rows):
+            name = f"{kind}_loss/t{10 * tenth}-{10 * tenth + 10}%"
+            split |= {name: values * row, f"{name} rows": counted * row}
+    return split
 
 
 def step_logs(
@@ -57,8 +68,7 @@ def step_logs(
         if gated := totals["gated"]:
             logs["perceptual_loss"] = totals["perceptual"] / gated
             logs |= {name: totals[name] / gated for name in ("gradient_ratio", "gradient_cosine")}
-        tenths = [name for name in totals if totals.get(f"{name} rows")]
-        logs |= {f"denoising_loss/{name}": totals[name] / totals[f"{name} rows"] for name in tenths}
+        logs |= {name: totals[name] / totals[f"{name} rows"] for name in totals if totals.get(f"{name} rows")}
     return logs | ({"skipped_steps": meter.skipped} if meter.skipped else {})
 
 

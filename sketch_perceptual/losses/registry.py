@@ -20,6 +20,7 @@ from .style import StyleLoss
 from .tone import ToneLoss
 
 ENTRY_POINTS = "sketch_perceptual.losses"
+WITHOUT_NETWORK = {"pixel", "tone"}
 
 
 def attention_vgg(backbone: AttentionVGG16 | str | Path = BUNDLED, **options) -> PerceptualLoss:
@@ -131,9 +132,11 @@ def build_losses(names: Sequence[str], **options) -> Callable[[Tensor, Tensor], 
     """Build one loss from several: names as in `build_loss`, or NAME=WEIGHT with a positive weight; InputError.
 
     Args:
-        options: those of `build_loss`, for each of the losses.
+        options: those of `build_loss`, for each of the losses. Beside others, a loss without a network ignores
+            `backbone` and `layers`.
     """
     parts, weights = [], []
+    shared = {option: value for option, value in options.items() if option not in ("backbone", "layers")}
     for name in names:
         part, _, weight = name.partition("=")
         try:
@@ -142,7 +145,7 @@ def build_losses(names: Sequence[str], **options) -> Callable[[Tensor, Tensor], 
             weights.append(0.0)
         if not 0 < weights[-1] < math.inf:
             raise InputError(f"the weight of the perceptual loss {part} must be a positive number, got {weight!r}")
-        parts.append(build_loss(part, **options))
+        parts.append(build_loss(part, **(shared if part in WITHOUT_NETWORK and len(names) > 1 else options)))
     return parts[0] if len(parts) == 1 else MeanLoss(parts, weights)
 
 

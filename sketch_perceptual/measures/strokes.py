@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 
 import numpy as np
@@ -118,20 +118,18 @@ def grey_of(image: Image.Image) -> np.ndarray:
     return np.asarray(image.convert("L"), np.float32) / 255
 
 
-def equal_ink_level(images: Sequence[Image.Image], ink: float) -> float:
+def equal_ink_level(images: Iterable[Image.Image], ink: float) -> float:
     """Return the level at which a set of pictures has the share `ink` of ink in the mean, as `measure_strokes` has it.
 
     Two sets that are measured at their levels for one share differ in the shape of their strokes, and not in how black
     a tone curve would make them.
     """
-    if not images:
-        raise InputError("`images` must contain at least one picture")
     if not 0 < ink < 1:
         raise InputError(f"`ink` must be a share between 0 and 1, got {ink}")
-    histogram = np.sum(
-        [np.array(image.convert("L").histogram()) / (image.width * image.height) for image in images], 0
-    )
-    shares = np.concatenate([[0], np.cumsum(histogram)]) / len(images)  # of greys below 0, 1, ... 256
+    histograms = [np.array(image.convert("L").histogram()) / (image.width * image.height) for image in images]
+    if not histograms:
+        raise InputError("`images` must contain at least one picture")
+    shares = np.concatenate([[0], np.cumsum(np.mean(histograms, 0))])  # of greys below 0, 1, ... 256
     return float(np.abs(shares - ink).argmin() - 0.5) / 255
 
 

@@ -18,7 +18,7 @@ logger = get_logger(__name__, log_level="INFO")
 
 # Fits on a line of 80 columns.
 BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
-SHOWN = {"train_loss": "loss", "perceptual_loss": "term", "lr": "rate", "skipped_steps": "skipped"}
+SHOWN = {"train_loss": "loss", "lr": "rate", "skipped_steps": "skipped"}
 
 
 class Steps:

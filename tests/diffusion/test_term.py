@@ -18,6 +18,7 @@ from diffusers.training_utils import compute_snr
 
 from sketch_perceptual.diffusion import Latents, PerceptualTerm, balance, predict_x0, process_of
 from sketch_perceptual.diffusion.process import PREDICTION_TYPES
+from sketch_perceptual.diffusion.term import draw_squares
 from sketch_perceptual.errors import InputError
 from sketch_perceptual.losses import PixelLoss
 
@@ -222,7 +223,7 @@ def test_a_crop_scores_the_same_square_of_both(vae):
             return super().compare(images, target)
 
     timesteps = torch.tensor([0, 999, 0, 0])
-    latents, noise, images = batch(size=48)
+    latents, noise, images = batch(size=96)
     term = PerceptualTerm(Loss(), vae, scheduler(), min_snr=1, crop=16)
     decoded.clear()  # the trial when it was built
     value = term(noise, latents, timesteps, images, generator=torch.Generator().manual_seed(1))
@@ -236,10 +237,32 @@ def test_a_crop_scores_the_same_square_of_both(vae):
         windows = images[row].unfold(1, 16, 2).unfold(2, 16, 2)
         ((top, left),) = (windows == image[:, None, None]).flatten(3).all(3).all(0).nonzero().tolist()
         places.add((top, left))
-        torch.testing.assert_close(
-            square, Latents(vae).decode(x0[row : row + 1, :, top : top + 8, left : left + 8])[0]
-        )
+        first, second = (min(max(start - 8, 0), 24) for start in (top, left))  # in latents of 2 pixels
+        window = Latents(vae).decode(x0[row : row + 1, :, first : first + 24, second : second + 24])[0]
+        y, x = 2 * (top - first), 2 * (left - second)
+        torch.testing.assert_close(square, window[:, y : y + 16, x : x + 16])
     assert len(places) > 1
+
+
+@pytest.mark.parametrize("size", [(96, 48), (24, 96)])
+def test_squares_follow_the_ink_and_reach_every_corner(size):
+    height, width = size
+    images = torch.ones(400, 3, height, width)
+    images[..., :8, :8] = -1
+
+    def drawn(images):
+        return draw_squares(images, [8, 8], 2, torch.Generator().manual_seed(0))
+
+    starts = drawn(images)
+    assert 0.4 < (starts < 4).all(1).float().mean() < 0.6  # half in proportion to the ink, half anywhere
+    last = torch.tensor([height // 2 - 8, width // 2 - 8])
+    assert torch.equal(starts.amin(0), torch.zeros(2).long())
+    assert torch.equal(starts.amax(0), last)
+    torch.testing.assert_close(drawn(torch.ones_like(images)).float().mean(0), last / 2, atol=2, rtol=0)
+    masks = torch.zeros(400, 1, height, width)
+    masks[..., -8:, -8:] = 1
+    masked = drawn(torch.cat([-torch.ones_like(images), masks], 1))
+    assert (masked > last - 4).all(1).float().mean() > 0.4
 
 
 def test_a_crop_that_is_not_smaller_leaves_the_whole(vae):

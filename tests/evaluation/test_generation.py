@@ -22,6 +22,7 @@ from sketch_perceptual.evaluation import sampling
 from sketch_perceptual.evaluation.sampling import draw_prompts
 from sketch_perceptual.files import MARK
 from sketch_perceptual.measures.image_quality import frechet_distance
+from sketch_perceptual.measures.strokes import SHAPE
 from sketch_perceptual.networks.backbone import AttentionVGG16
 from sketch_perceptual.networks.embedder import load_embedder
 
@@ -87,7 +88,8 @@ def test_models_and_folders_are_scored_side_by_side(evaluate, adapters, clip, dr
         figure=tmp_path / "sheet.png",
         write_scores=True,
     )
-    assert printed[0].split() == ["images", "frechet", "kernel", "clip", "accuracy", "nearest_same", "chroma", "ink"]
+    scores = "images frechet kernel clip accuracy nearest_same strokes shape width ends edge paper ink chroma"
+    assert printed[0].split() == scores.split()
     assert [line.split()[0] for line in printed[1:5]] == ["the", "base", "lora", "copies"]
     assert printed[1].split()[2:4] == ["7", printed[1].split()[3]]  # the drawings have no distance to themselves
     card = (adapters / "seed-1" / "README.md").read_text()
@@ -104,7 +106,12 @@ def test_models_and_folders_are_scored_side_by_side(evaluate, adapters, clip, dr
     assert copies["mean"]["frechet"] == pytest.approx(0, abs=1e-4)
     assert copies["mean"]["nearest_same"] == 1
     of_the_drawings = record["models"]["the drawings"]["mean"]
-    for score in ("clip", "clip_cosine", "accuracy", "chroma", "ink"):
+    assert copies["mean"]["strokes"] == 0 < base["mean"]["strokes"]
+    assert copies["mean"]["shape"] == pytest.approx(0, abs=0.5)
+    paper = base["runs"][0]["as_drawn"]["paper"]
+    assert paper["difference"] == pytest.approx(base["mean"]["paper"] - of_the_drawings["paper"])
+    assert set(base["runs"][0]["equal_ink"]) == {"level", *SHAPE}
+    for score in ("clip", "clip_cosine", "accuracy", "chroma", "ink", "ends"):
         assert copies["mean"][score] == pytest.approx(of_the_drawings[score])
     assert of_the_drawings["chroma"] == 0 < base["mean"]["chroma"]
 

@@ -14,7 +14,7 @@ def make_sources(folder):
     plain.save_pretrained(folder / "plain")
     save_file(plain.state_dict(), folder / "trunk.safetensors")
     trunk, tuned = str(folder / "trunk.safetensors"), str(folder / "tuned")
-    sources = {"vgg": trunk, "lpips": trunk, "pixel": None, "folder": folder}
+    sources = {"vgg": trunk, "lpips": trunk, "pixel": None, "tone": None, "folder": folder}
     return dict.fromkeys(("attention_vgg", "gram", "paper_l1"), tuned) | sources
 
 

@@ -40,7 +40,7 @@ def make(tmp_path_factory):
             patch.setattr(backbone_module, "STAGES", NARROW)
             AttentionVGG16("none", num_classes=0).save_pretrained(folder / "plain")
             AttentionVGG16(num_classes=0, pool_after_attention=True, reduction=2).save_pretrained(folder / "tuned")
-    sources = {"vgg": "plain", "pixel": None}
+    sources = {"vgg": "plain", "pixel": None, "tone": None}
 
     @cache
     def build(name):
@@ -298,7 +298,8 @@ def test_two_devices_are_named(loss):
 
 
 @pytest.mark.parametrize(
-    ("name", "side"), [("attention_vgg", 8), ("paper_l1", 8), ("gram", 8), ("vgg", 8), ("lpips", 16), ("pixel", 2)]
+    ("name", "side"),
+    [("attention_vgg", 8), ("paper_l1", 8), ("gram", 8), ("vgg", 8), ("lpips", 16), ("pixel", 2), ("tone", 2)],
 )
 def test_the_smallest_side_is_what_the_pools_leave_something_of(make, name, side):
     smallest, x = make(name), torch.zeros(1, 3, side, side)

@@ -7,7 +7,16 @@ from loss_backbones import images, make_sources
 from torch import nn
 
 from sketch_perceptual.errors import InputError
-from sketch_perceptual.losses import LOSSES, ImageLoss, PerceptualLoss, PixelLoss, build_loss, build_losses, check_loss
+from sketch_perceptual.losses import (
+    LOSSES,
+    ImageLoss,
+    PerceptualLoss,
+    PixelLoss,
+    ToneLoss,
+    build_loss,
+    build_losses,
+    check_loss,
+)
 from sketch_perceptual.losses.registry import MeanLoss
 from sketch_perceptual.networks.backbone import AttentionVGG16
 
@@ -42,6 +51,9 @@ def test_several_losses_are_one_by_their_weights(sources):
     x, y = images(0), images(1)
     torch.testing.assert_close(loss(x, y), (one(x, y) + 0.5 * other(x, y)) / 1.5)
     assert isinstance(build_losses(["pixel=3"]), PixelLoss)
+    with_tone = build_losses(["gram", "tone=3"], backbone=sources["gram"], layers=["relu1_2"])
+    gram = build_loss("gram", backbone=sources["gram"], layers=["relu1_2"])
+    torch.testing.assert_close(with_tone(x, y), (gram(x, y) + 3 * ToneLoss()(x, y)) / 4)
 
 
 def maps(x, y):
@@ -129,7 +141,7 @@ def test_loss_names_options_and_plugins(tmp_path, monkeypatch, sources):
         ("my_losses:half",): "must return one number per image",
         ("my_losses:Nope",): "cannot be imported",
         ("nowhere:Mine",): "cannot be imported .*PYTHONPATH",
-        ("ssim",): "no perceptual loss 'ssim': choose attention_vgg, vgg, gram, pixel, lpips",
+        ("ssim",): "no perceptual loss 'ssim': choose attention_vgg, vgg, gram, tone, pixel, lpips",
         ("attention_vgg", plain): "the loss for it is vgg",
         ("vgg", sources["attention_vgg"]): "the loss for it is attention_vgg",
         ("pixel", plain): "does not take backbone: it takes only resolution",

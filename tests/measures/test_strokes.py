@@ -26,7 +26,9 @@ def drawn(*shapes, side=128):
     pen = ImageDraw.Draw(image)
     for kind, coordinates, width in shapes:
         scaled = [SCALE * value for value in coordinates]
-        getattr(pen, kind)(scaled, **({"width": SCALE * width} | ({"outline": 0} if kind == "ellipse" else {"fill": 0})))
+        getattr(pen, kind)(
+            scaled, **({"width": SCALE * width} | ({"outline": 0} if kind == "ellipse" else {"fill": 0}))
+        )
     return image.resize((side, side), Image.Resampling.BOX)
 
 

@@ -21,7 +21,7 @@ TRAINERS = {
         ["--pretrained_model_name_or_path", "x", "--train_data_dir", "y"],
         """checkpointing_steps max_train_steps gradient_checkpointing feature_dir validation_prompt
         num_validation_images validation_size validation_epochs caption_column pretrained_model_name_or_path revision
-        variant backbone perceptual_decoder perceptual_resolution""",
+        variant backbone perceptual_decoder""",
         "rank use_dora train_text_encoder use_8bit_adam",
     ),
     train_backbone: (
