@@ -55,7 +55,7 @@ from sketch_perceptual.lora.validation import (
     Validation,
     add_validation_options,
     check_validation_size,
-    compare_tones,
+    compare_looks,
     optional,
 )
 from sketch_perceptual.networks.hub_model import fingerprint
@@ -316,7 +316,7 @@ def finish(args: Options, run: Run, adapter: Adapter, validation: Validation, pi
         logger.info(f"adapter: {Path(args.output_dir, WEIGHTS)}, reloaded and checked")
         if drawn := validation.before_and_after():
             files.append(BEFORE_AFTER)
-        compare_tones(pictures.train, drawn)
+        compare_looks(pictures.train, drawn)
     write_card(args, run, pictures.train.caption_origins(), [BEFORE_AFTER] if drawn else [])
     if run.meter.skipped:
         logger.warning(f"{run.meter.skipped} steps were skipped: their loss or gradient was not finite")

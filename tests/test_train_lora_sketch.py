@@ -1163,7 +1163,7 @@ def test_pictures_unlike_the_drawings_are_warned_of(colour, says, drawings, capl
     pictures = [Image.open(path) if colour is None else Image.new("RGB", (32, 32), colour) for path in paths]
     caplog.set_level("INFO")
     Accelerator(cpu=True)  # which the log needs
-    validation.compare_tones(data, [picture.convert("RGB") for picture in pictures])
-    assert "ink: " in caplog.text
+    validation.compare_looks(data, [picture.convert("RGB") for picture in pictures])
+    assert "your drawings: " in caplog.text and "% ink, strokes " in caplog.text
     warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
     assert any(says in warning for warning in warnings) if says else warnings == []

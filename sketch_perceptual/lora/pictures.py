@@ -6,16 +6,18 @@ from dataclasses import dataclass
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
+from PIL import Image
 
 from ..cli.arguments import Options, Parser, at_least, fraction
 from ..data.datasets import CaptionedImages
-from ..data.images import INTERPOLATIONS
+from ..data.images import INTERPOLATIONS, to_pil
 from ..data.options import add_caption_options, check_caption_options, load_captioned
 from ..data.preview import sheet_rows, write_sheet
 from ..data.scan import Contents, check_masks, check_shapes, read_once
 from ..data.splits import Split, split
 from ..diffusion.pipelines import latent_pixels
 from ..errors import has_complained
+from ..measures.strokes import describe_strokes
 from ..training.distributed import on_main
 from ..training.feature_cache import scan_folder
 from ..training.identity import describe_images
@@ -27,6 +29,7 @@ logger = get_logger(__name__, log_level="INFO")
 NEW_CAPTIONS = "--shuffle_tags makes new captions all the time"
 NEW_ENCODER = "--train_text_encoder changes what captions mean"
 FEW_PROMPTS = 1000  # are cached
+FEW_DRAWINGS = 16  # whose strokes are measured
 
 
 def add_picture_options(parser: Parser, resolution: int) -> None:
@@ -125,6 +128,11 @@ def load_pictures(args: Options, accelerator: Accelerator, seed: int) -> Picture
     return Pictures(data, [keys[index] for index in indices], held_out, random_crops)
 
 
+def some_drawings(data: CaptionedImages) -> list[Image.Image]:
+    """Return up to FEW_DRAWINGS of the drawings, as the model sees them."""
+    return [to_pil(data.pixels(index)) for index in range(0, len(data), -(-len(data) // FEW_DRAWINGS))]
+
+
 def collate(examples: list[dict]) -> dict:
     batch = {key: [example[key] for example in examples] for key in examples[0]}
     return {key: torch.stack(x) if isinstance(x[0], torch.Tensor) else x for key, x in batch.items()}
@@ -156,6 +164,7 @@ def _read(args: Options, data: CaptionedImages) -> tuple[Contents, Split | None]
     pictures = _select(data, scanned)
     if args.fit == "bucket":
         check_shapes(pictures)
+    logger.info(f"at --resolution {args.resolution}: {describe_strokes(some_drawings(pictures))}")
     if args.alpha_mask:
         masks = check_masks(pictures)
         scanned = scanned._replace(keys=[f"{key}-{mask}" for key, mask in zip(scanned.keys, masks, strict=True)])

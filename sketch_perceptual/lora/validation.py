@@ -19,15 +19,16 @@ from ..errors import InputError, first_line
 from ..figures import image_grid
 from ..files import replacing
 from ..measures.ink import chroma, ink
+from ..measures.strokes import describe_strokes
 from ..training.run import Run
 from ..training.steps import Steps
 from ..training.trackers import track_images
+from .pictures import some_drawings
 
 logger = get_logger(__name__, log_level="INFO")
 
 BEFORE_AFTER = "before_after.png"
 SAMPLING_STEPS = 30
-FEW_DRAWINGS = 32  # whose ink is compared
 
 
 def add_validation_options(parser: Parser) -> None:
@@ -157,18 +158,15 @@ def optional(what: str):
         torch.cuda.empty_cache()
 
 
-def compare_tones(data: CaptionedImages, pictures: list[Image.Image]) -> None:
-    """Log ink and colour of the LoRA's pictures beside those of its drawings; warn where they differ widely."""
+def compare_looks(data: CaptionedImages, pictures: list[Image.Image]) -> None:
+    """Log strokes and paper of the LoRA's pictures beside those of its drawings; warn where they differ widely."""
     if not pictures:
         return
-    drawings = [data.image(index) for index in range(0, len(data), -(-len(data) // FEW_DRAWINGS))]
+    drawings = some_drawings(data)
     (drawn_ink, ink_now), (drawn_chroma, chroma_now) = (
         [sum(map(tone, images)) / len(images) for images in (drawings, pictures)] for tone in (ink, chroma)
     )
-    logger.info(
-        f"ink: {drawn_ink:.1%} of your drawings, {ink_now:.1%} of the LoRA's pictures; colour: {drawn_chroma:.3f},"
-        f" {chroma_now:.3f}"
-    )
+    logger.info(f"your drawings: {describe_strokes(drawings)}\nthe LoRA's pictures: {describe_strokes(pictures)}")
     if ink_now < drawn_ink / 3:
         logger.warning("the LoRA's pictures are nearly blank: train longer, or raise `learning_rate`")
     elif ink_now > 3 * drawn_ink:

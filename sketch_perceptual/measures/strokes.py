@@ -186,6 +186,17 @@ def mean_strokes(strokes: Sequence[Strokes]) -> dict[str, float]:
     return {name: float(x) if n else math.nan for name, x, n in zip(UNITS, means, counts, strict=True)}
 
 
+def describe_strokes(images: Iterable[Image.Image]) -> str:
+    """Return the means of the measures that a reader can picture, as a phrase."""
+    means = mean_strokes([measure_strokes(image) for image in images])
+    if math.isnan(means["width"]):
+        return "no strokes"
+    return (
+        f"{means['ink']:.1%} ink, strokes {means['width']:.1f} px wide with {means['ends']:.1f} ends per 100 px, paper"
+        f" {means['paper']:.2f} of white, tint {means['tint']:.2f}"
+    )
+
+
 def _crossing_number(skeleton: np.ndarray) -> np.ndarray:
     """Return the number of branches that leave each pixel of a skeleton, (H, W): 1 at an end, 3 or more at a junction.
 
