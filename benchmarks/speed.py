@@ -179,14 +179,12 @@ def step(args: argparse.Namespace) -> None:
     side, root = str(args.resolution), args.folder
     cache = ["--cache_latents"]  # as a run does by itself that sees its pictures more than once
     no_cache = ["--no-cache_latents", "--no-cache_prompts"]
-    whole, gated = ["--perceptual_crop", side], ["--perceptual_min_snr", "1"]
+    whole = ["--perceptual_crop", side]
     arms = {
         "plain": ["--perceptual_weight", "0", *no_cache],
         "plain, cached": ["--perceptual_weight", "0", *cache],
-        "naive": [*whole, "--perceptual_resolution", side, *no_cache],
-        "gated, whole": [*whole, *gated, *no_cache],
-        "gated, whole, cached": [*whole, *gated, *cache],
-        "gated": [*gated, *cache],
+        "naive": [*whole, *no_cache],
+        "whole, cached": [*whole, *cache],
         "defaults": cache,
         "AutoencoderTiny": [*cache, "--perceptual_decoder", str(root / "tiny-decoder")],
     }
