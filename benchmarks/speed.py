@@ -37,7 +37,6 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 import train_backbone
 import train_lora_sketch
 from sketch_perceptual import AttentionVGG16, PerceptualLoss
-from sketch_perceptual.cli.arguments import Parser
 from sketch_perceptual.data import scan as scans
 from sketch_perceptual.data.datasets import Images
 from sketch_perceptual.drawings import CLASSES, draw, write_folder
@@ -85,8 +84,8 @@ json.dump({"times": times, "operations": operations, "peak": peak}, open(out, "w
 
 
 def main() -> None:
-    parser = Parser(description=__doc__, usage=None)
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
     runs: dict[str, Callable] = {}
 
     def command(run: Callable, rounds: int = 3) -> Callable:
