@@ -206,8 +206,9 @@ def step(args: argparse.Namespace) -> None:
         return record(root, [*script, *common, *options, "--seed", str(turn)], any_version, counts)
 
     def seconds(name: str) -> float:
-        runs[name].append(train(name))
-        return runs[name][-1]["seconds"]
+        recorded = train(name)
+        runs[name].append(recorded)
+        return recorded["seconds"]
 
     names = ["official", *(args.arms or arms)]
     tflop = {name: f"{train(name, True)['operations'] / 1e12:.3f}" if args.count else "" for name in names}
