@@ -164,15 +164,16 @@ def _read(args: Options, data: CaptionedImages) -> tuple[Contents, Split | None]
     pictures = _select(data, scanned)
     if args.fit == "bucket":
         check_shapes(pictures)
-    logger.info(f"at --resolution {args.resolution}: {describe_strokes(some_drawings(pictures))}")
     if args.alpha_mask:
         masks = check_masks(pictures)
         scanned = scanned._replace(keys=[f"{key}-{mask}" for key, mask in zip(scanned.keys, masks, strict=True)])
     if args.validation_share:
         sides = split([0] * len(pictures), scanned.keys, scanned.copies, validation_share=args.validation_share)
         logger.info(sides.summary)
-    if args.figure_data and not has_complained():
-        write_sheet(args.figure_data, sheet_rows(pictures))
+    if not has_complained():
+        logger.info(f"at --resolution {args.resolution}: {describe_strokes(some_drawings(pictures))}")
+        if args.figure_data:
+            write_sheet(args.figure_data, sheet_rows(pictures))
     return scanned, sides
 
 
