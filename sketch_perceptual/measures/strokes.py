@@ -51,7 +51,7 @@ class Strokes:
     tint: float
 
 
-# One unit of `stroke_distance`: about the smallest difference between two sets that a viewer points out.
+# One unit of `stroke_distance`: a difference between two sets that is plain to see, chosen by eye.
 UNITS = {
     "ink": 0.02,
     "width": 0.5,
@@ -70,16 +70,16 @@ SHAPE = ("width", "width_spread", "ends", "junctions", "pieces", "specks")  # de
 
 
 def measure_strokes(image: Image.Image, level: float = LEVEL) -> Strokes:
-    """Measure a drawing of dark strokes on light paper, in any mode.
+    """Measure a drawing of dark strokes on light paper, RGB or grey; see `load_image` for transparent ones.
 
     Args:
         level: pixels whose grey is below this are ink, from 0 to 1; see `equal_ink_level`.
     """
     ndimage = optional("scipy.ndimage", "train")
     rgb = np.asarray(image.convert("RGB"), np.float32) / 255
-    grey = grey_of(image)
+    grey = np.asarray(image.convert("L"), np.float32) / 255
     ink = grey < level
-    distance = ndimage.distance_transform_edt(np.pad(ink, 1))[1:-1, 1:-1] if not ink.all() else np.ones_like(grey)
+    distance = ndimage.distance_transform_edt(np.pad(ink, 1))[1:-1, 1:-1]
     skeleton = optional("skimage.morphology", "train").skeletonize(ink)
     length = int(skeleton.sum())
     strokes = dict.fromkeys((field.name for field in fields(Strokes)), math.nan)
@@ -111,11 +111,6 @@ def measure_strokes(image: Image.Image, level: float = LEVEL) -> Strokes:
         if length:
             strokes["edge"] = _edge_width(grey, ink, ~far, strokes["stroke"], paper)
     return Strokes(**strokes)
-
-
-def grey_of(image: Image.Image) -> np.ndarray:
-    """Return the grey values, (H, W) float32 in [0, 1]."""
-    return np.asarray(image.convert("L"), np.float32) / 255
 
 
 def equal_ink_level(images: Iterable[Image.Image], ink: float) -> float:
