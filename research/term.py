@@ -102,7 +102,7 @@ class Arm:
     options: Mapping[str, Any] = field(default_factory=dict)  # of the kind of term
 
 
-GRAM_TONE, LPIPS_TONE = ("gram", "tone=0.5"), ("lpips", "tone=0.5")
+GRAM_TONE, LPIPS_TONE = ("gram", "tone=3"), ("lpips", "tone=3")
 ARMS = {
     "plain": Arm(0),
     TONE_CURVE: Arm(0),
@@ -118,8 +118,8 @@ ARMS = {
     "gram + tone, 1": Arm(1, losses=GRAM_TONE),
     "lpips + tone": Arm(losses=LPIPS_TONE),
     "lpips + tone, 1": Arm(1, losses=LPIPS_TONE),
-    "vgg + tone": Arm(losses=("vgg", "tone=0.5")),
-    "distance + tone": Arm(losses=("attention_vgg", "tone=0.5")),
+    "vgg + tone": Arm(losses=("vgg", "tone=3")),
+    "distance + tone": Arm(losses=("attention_vgg", "tone=3")),
     "gram + tone, gated": Arm(losses=GRAM_TONE, min_snr=1),
     "gram + tone, quarter": Arm(losses=GRAM_TONE, crop=0.25),
     "gram + tone, k 0.5": Arm(losses=GRAM_TONE, kind=KnownNoise, options={"most": 0.5}),
