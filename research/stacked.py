@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import train_lora_sketch
 from sketch_perceptual.diffusion import Latents, PerceptualTerm, balance, process_of
+from sketch_perceptual.diffusion.process import Diffusion
 from sketch_perceptual.lora.adapter import Adapter
 from sketch_perceptual.seeds import generator
 
@@ -71,17 +72,25 @@ class Term(PerceptualTerm):
         return torch.cat(windows), torch.cat(targets), (torch.cat([start for start, _ in squares]), squares[0][1])
 
 
-class KnownNoise(Term):
+class NearTruth(Diffusion):
     """x0 = truth + k (prediction - target), with k, which is sigma / alpha for epsilon, at most `most`."""
 
-    def __init__(self, *args, most: float, **options):
-        super().__init__(*args, **options)
-        self.most = most
+    def __init__(self, noise_scheduler, most: float, term: Term):
+        super().__init__(noise_scheduler)
+        self.most, self.term = most, term
 
-    def _predict(self, model_pred: Tensor, noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
-        alpha, sigma = (factor.view(-1, 1, 1, 1) for factor in self.process.factors(timesteps))
-        predicted = super()._predict(model_pred, noisy_latents, timesteps)
-        return self.true_latents + (self.most * alpha / sigma).clamp(max=1) * (predicted - self.true_latents)
+    def predict_x0(self, model_pred: Tensor, noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
+        alpha, sigma = (factor.view(-1, 1, 1, 1) for factor in self.factors(timesteps))
+        predicted, true = super().predict_x0(model_pred, noisy_latents, timesteps), self.term.true_latents
+        return true + (self.most * alpha / sigma).clamp(max=1) * (predicted - true)
+
+
+class KnownNoise(Term):
+    """The term on x0 of `NearTruth`."""
+
+    def __init__(self, loss, vae, noise_scheduler, *, most: float, **options):
+        super().__init__(loss, vae, noise_scheduler, **options)
+        self.process = NearTruth(noise_scheduler, most, self)
 
 
 class EncoderTerm(Term):
@@ -91,7 +100,7 @@ class EncoderTerm(Term):
 
     def __call__(self, model_pred, noisy_latents, timesteps, images, step=None, generator=None, masks=None) -> Tensor:
         alpha, sigma = (factor.view(-1, 1, 1, 1) for factor in self.process.factors(timesteps))
-        predicted = self._predict(model_pred, noisy_latents, timesteps)
+        predicted = self.process.predict_x0(model_pred, noisy_latents, timesteps)
 
         def features(latents: Tensor) -> list[Tensor]:
             noise = (noisy_latents - alpha * latents) / sigma

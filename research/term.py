@@ -63,8 +63,8 @@ from sketch_perceptual.diffusion import Latents
 from sketch_perceptual.drawings import CLASSES, STYLES, draw
 from sketch_perceptual.errors import InputError
 from sketch_perceptual.figures import image_grid
-from sketch_perceptual.losses import build_loss
-from sketch_perceptual.losses.registry import MeanLoss
+from sketch_perceptual.losses import build_losses
+from sketch_perceptual.losses.registry import WITHOUT_NETWORK
 from sketch_perceptual.measures.image_quality import frechet_distance
 from sketch_perceptual.measures.ink import ink as ink_of
 from sketch_perceptual.measures.strokes import (
@@ -302,10 +302,9 @@ def frechet(features: Tensor, true: Tensor) -> float:
 
 @functools.cache
 def build(losses: tuple[str, ...], backbone: str, trunk: str | None) -> Callable[[Tensor, Tensor], Tensor]:
-    sources = {"pixel": None, "tone": None, "lpips": trunk, "vgg": trunk}
-    names, weights = zip(*(loss.partition("=")[::2] for loss in losses), strict=True)
-    built = [build_loss(name, backbone=sources.get(name, backbone)) for name in names]
-    return built[0] if len(built) == 1 else MeanLoss(built, [float(weight or 1) for weight in weights])
+    if any(loss.startswith(ON_TRUNK) for loss in losses):
+        return build_losses(losses, backbone=trunk)
+    return build_losses(losses, backbone=None if WITHOUT_NETWORK.issuperset(losses) else backbone)
 
 
 def make_recipe(arm: Arm, unet, vae, noise_scheduler, size: int, args: argparse.Namespace) -> Recipe:

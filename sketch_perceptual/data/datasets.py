@@ -58,6 +58,10 @@ class Images(torch.utils.data.Dataset):
         """Return the image's name in messages, on one line."""
         return shown(self.names[self.rows[index]])
 
+    def spread(self, most: int) -> range:
+        """Return the indices of at most `most` items, evenly spaced."""
+        return range(0, len(self), -(-len(self) // most))
+
     def select(self: Kind, indices: Iterable[int]) -> Kind:
         """Return the items at `indices`; each keeps its identity and so its random draws."""
         subset = copy.copy(self)

@@ -182,7 +182,7 @@ class PerceptualTerm:
 
     def _score(self, model_pred, noisy_latents, timesteps, images, masks, generator) -> Tensor:
         """The loss of each row, (B,) float32, whatever the gate."""
-        latents = self._predict(model_pred, noisy_latents, timesteps)
+        latents = self.process.predict_x0(model_pred, noisy_latents, timesteps)
         images = images if masks is None else torch.cat([images, masks.to(images)], 1)
         # a script may have cast its VAE since, a pipeline does after drawing
         if dtype_of(self.decoder.vae.decoder) != self.dtype:
@@ -200,9 +200,6 @@ class PerceptualTerm:
             counts = images[:, 3:].to(self.dtype)
             values = self._compare(target + counts * (decoded - target), target)
             return values / counts.float().mean((1, 2, 3)).clamp(min=MIN_SHARE)
-
-    def _predict(self, model_pred: Tensor, noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
-        return self.process.predict_x0(model_pred, noisy_latents, timesteps)
 
     def _compare(self, images: Tensor, target: Tensor) -> Tensor:
         return one_per_image(self.loss(images, target), images, name_of(self.loss)).float()

@@ -96,10 +96,10 @@ def _read_looks(
 ) -> tuple[list[int], list[str], list[tuple[bool, float, Strokes | None]]]:
     """Return positions, keys and, for each picture, whether it is black, its colour and, for some, its strokes."""
     looks = {}
-    every = -(-len(data) // MEASURED)
+    measured = data.spread(MEASURED)
 
     def measure(index: int, image: Image.Image) -> None:
-        looks[index] = is_black(image), chroma(image), None if index % every else measure_strokes(fit(image))
+        looks[index] = is_black(image), chroma(image), measure_strokes(fit(image)) if index in measured else None
 
     contents = read_once(data, on_bad_image, measure)
     return contents.positions, contents.keys, [looks[index] for index in contents.positions]
@@ -116,7 +116,7 @@ def score_strokes(pictures: Pictures, drawings: Pictures, fit: Fit) -> dict[str,
     as_drawn = stroke_differences(pictures.strokes, drawings.strokes)
     scores: dict[str, Any] = {"strokes": stroke_distance(as_drawn), "as_drawn": _as_dicts(as_drawn)}
     if 0 < ink < 1:
-        some = range(0, len(data), -(-len(data) // MEASURED))
+        some = data.spread(MEASURED)
         level = equal_ink_level((fit(data.image(index)) for index in some), ink)
         inked = [measure_strokes(fit(data.image(index)), level) for index in some]
         differences = stroke_differences(inked, drawings.strokes)

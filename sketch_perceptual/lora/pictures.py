@@ -130,7 +130,7 @@ def load_pictures(args: Options, accelerator: Accelerator, seed: int) -> Picture
 
 def some_drawings(data: CaptionedImages) -> list[Image.Image]:
     """Return up to FEW_DRAWINGS of the drawings, as the model sees them."""
-    return [to_pil(data.pixels(index)) for index in range(0, len(data), -(-len(data) // FEW_DRAWINGS))]
+    return [to_pil(data.pixels(index)) for index in data.spread(FEW_DRAWINGS)]
 
 
 def collate(examples: list[dict]) -> dict:

@@ -49,9 +49,9 @@ def by_decile(losses: Losses, num_train_timesteps: int) -> dict[str, Tensor]:
         ("perceptual", losses.perceptual, losses.gated),
     )
     for kind, values, counted in kinds:
-        for tenth, row in enumerate(rows):
+        for tenth, (loss, row) in enumerate(zip(values * rows, counted * rows, strict=True)):
             name = f"{kind}_loss/t{10 * tenth}-{10 * tenth + 10}%"
-            split |= {name: values * row, f"{name} rows": counted * row}
+            split |= {name: loss, f"{name} rows": row}
     return split
 
 

@@ -3,7 +3,7 @@
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 
 import numpy as np
 from PIL import Image
@@ -82,7 +82,7 @@ def measure_strokes(image: Image.Image, level: float = LEVEL) -> Strokes:
     distance = ndimage.distance_transform_edt(np.pad(ink, 1))[1:-1, 1:-1]
     skeleton = optional("skimage.morphology", "train").skeletonize(ink)
     length = int(skeleton.sum())
-    strokes = dict.fromkeys((field.name for field in fields(Strokes)), math.nan)
+    strokes = dict.fromkeys(UNITS, math.nan)
     strokes |= {"ink": float(ink.mean()), "pieces": 0.0, "specks": 0.0}
     if length:
         widths = 2 * distance[skeleton] - 0.5  # an odd width is measured half a pixel too wide, an even one too narrow

@@ -103,8 +103,8 @@ def test_an_empty_page_has_no_strokes(grey):
         assert math.isnan(strokes.paper)
 
 
-def drawings(seed, **options):
-    return [draw(name, 0, seed, "pen", 96, **options) for name in CLASSES]
+def drawings(seed):
+    return [draw(name, 0, seed, "pen", 96) for name in CLASSES]
 
 
 def test_equal_ink_undoes_a_tone_curve():
