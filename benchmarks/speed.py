@@ -39,6 +39,7 @@ import train_lora_sketch
 from sketch_perceptual import AttentionVGG16, PerceptualLoss
 from sketch_perceptual.data import scan as scans
 from sketch_perceptual.data.datasets import Images
+from sketch_perceptual.diffusion.term import MARGIN
 from sketch_perceptual.drawings import CLASSES, draw, write_folder
 from sketch_perceptual.losses import DEFAULT_LAYERS, named_networks
 from sketch_perceptual.measures.ranking import rank, search
@@ -438,7 +439,7 @@ def memory(args: argparse.Namespace) -> None:
     """the least memory of a step at SD-1.5's size at 512 px, counted from shapes: weights, and what is kept"""
     from peft import LoraConfig
 
-    # The U-Net is in bfloat16, decoder and backbone in float32 for the scored square of one row, both caches on.
+    # The U-Net is in bfloat16, decoder and backbone in float32 for the square of one row, both caches on.
     side = 512
     torch.set_default_device("meta")
     F.scaled_dot_product_attention = lambda query, key, value, **_: FusedAttention.apply(query, key, value)
@@ -458,14 +459,15 @@ def memory(args: argparse.Namespace) -> None:
             latents, text = torch.randn(batch_size, 4, side // 8, side // 8), torch.randn(batch_size, 77, 768)
             line(f"U-Net, batch {batch_size}{ending}", unet, partial(unet, latents, torch.zeros(batch_size), text))
     torch.set_default_dtype(torch.float32)
-    for pixels in (side, side // 2):
+    scored = 64
+    for pixels in (side, scored + 2 * MARGIN):
         latents = torch.randn(1, 4, pixels // 8, pixels // 8, requires_grad=True)
         vae, tiny = AutoencoderKL(**VAE).requires_grad_(False), AutoencoderTiny().requires_grad_(False)
         line(f"decoder, {pixels} px", vae.decoder, partial(vae.decode, latents), vae)
         vae.enable_gradient_checkpointing()
         line(f"decoder, {pixels} px, gradient checkpointing", vae.decoder, partial(vae.decode, latents), vae)
         line(f"AutoencoderTiny, {pixels} px", tiny.decoder, partial(tiny.decode, latents), tiny)
-    images = torch.randn(1, 3, 224, 224, requires_grad=True)
+    images = torch.randn(1, 3, scored, scored, requires_grad=True)
     for name, pools in {"pools kept": True, "the paper's": False}.items():
         network = AttentionVGG16(
             pool_after_attention=pools,
@@ -474,7 +476,7 @@ def memory(args: argparse.Namespace) -> None:
             calibration={layer: dict.fromkeys(("softening", "distance", "gram"), 1.0) for layer in DEFAULT_LAYERS},
         )
         loss = PerceptualLoss(network)
-        line(f"attention-VGG, {name}, 224 px", loss, partial(loss.compare, images, images, False))
+        line(f"attention-VGG, {name}, {scored} px", loss, partial(loss.compare, images, images, False))
 
 
 if __name__ == "__main__":

