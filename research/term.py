@@ -65,7 +65,6 @@ from sketch_perceptual.figures import image_grid
 from sketch_perceptual.losses import build_losses
 from sketch_perceptual.losses.registry import WITHOUT_NETWORK
 from sketch_perceptual.measures.image_quality import frechet_distance
-from sketch_perceptual.measures.ink import ink as ink_of
 from sketch_perceptual.measures.strokes import (
     LEVEL,
     SHAPE,
@@ -226,8 +225,8 @@ class Judges:
         self.true = self.features(world.true.to(device))
         same = torch.isin(self.labels, labels)
         self.true_on_cpu = {name: features[same].cpu() for name, features in self.true.items()}
-        self.true_ink = statistics.fmean(ink_of(image) for image in map(to_pil, world.true[same.cpu()]))
-        self.true_strokes = strokes_of(list(map(to_pil, world.true[same.cpu()])), self.true_ink)
+        self.true_strokes = [measure_strokes(to_pil(image)) for image in world.true[same.cpu()]]
+        self.true_ink = mean_strokes(self.true_strokes)["ink"]
 
     @torch.no_grad()
     def features(self, images: Tensor) -> dict[str, Tensor]:

@@ -151,7 +151,7 @@ add(
         "--perceptual_loss attention_vgg --backbone shallow --perceptual_layers relu5_1",
         "ends at relu4_3 .*relu5_1",
     ),
-    ("--perceptual_loss attention_vgg --perceptual_layers relu9", "`layers` must be distinct names .* got relu9"),
+    ("--perceptual_loss gram --perceptual_layers relu9", "--perceptual_layers must be distinct names .* got relu9"),
     ("--perceptual_loss attention_vgg --backbone nowhere/vgg", "no backbone at nowhere/vgg"),
     ("--perceptual_loss vgg --backbone nowhere.safetensors", r"no weights file nowhere\.safetensors"),
     (
@@ -160,9 +160,9 @@ add(
     ),
     ("--perceptual_loss vgg --backbone damaged.safetensors", r"damaged\.safetensors cannot be read as safetensors"),
     ("--perceptual_loss vgg --backbone net", "the loss for it is attention_vgg"),
-    ("--perceptual_layers relu1_2", "pixel does not take layers"),
-    ("--perceptual_resolution 8", "at least 16 pixels"),
-    ("--perceptual_crop 17", "`crop` must be an integer of 16 pixels or more and a multiple of 4, got 17"),
+    ("--perceptual_layers relu1_2", "pixel does not take --perceptual_layers"),
+    ("--perceptual_resolution 8", "--perceptual_resolution must be an integer of at least 16 pixels"),
+    ("--perceptual_crop 17", "--perceptual_crop must be an integer of 16 pixels or more and a multiple of 4, got 17"),
     ("--cache_latents", "--cache_latents cannot be used: images that are not square are cropped at random"),
     (
         "--cache_latents --center_crop --feature_dir /proc/nothing",

@@ -34,7 +34,8 @@ def data_report(data: Images, infos: Mapping[int, ImageInfo], bad: Sequence[int]
         lines += _captions(data)
     if infos:
         lines.append(("sizes", _sizes(list(infos.values()))))
-    if kind == "drawings" and (strokes := [info.stroke for info in infos.values() if info.stroke]):
+    strokes = [info.stroke for info in infos.values() if info.stroke]
+    if kind == "drawings" and strokes and not isinstance(data, CaptionedImages):  # which are measured at `resolution`
         lines.append(("strokes", f"about {statistics.median(strokes):.1f} px wide"))
     if bad:
         lines.append(("left out", f"{len(bad)} cannot be read ({_first([names[index] for index in bad])})"))

@@ -1,11 +1,13 @@
 """Options of the perceptual term, and the term built from them."""
 
+import re
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from ..cli.arguments import Options, Parser, at_least
+from ..errors import InputError
 from ..losses import LOSSES, all_weights, build_losses, named_networks
 from ..losses.registry import WITHOUT_NETWORK
 from ..networks.backbone import AttentionVGG16
@@ -86,31 +88,35 @@ def make_term(args: Options, latents: Latents, process: Process) -> PerceptualTe
     if args.perceptual_weight == 0:
         return None
     dtype = getattr(torch, args.perceptual_dtype)
-    loss = build_losses(
-        args.perceptual_loss,
-        size=min(args.perceptual_crop, args.resolution),
-        dtype=dtype,
-        backbone=args.backbone,
-        layers=args.perceptual_layers,
-        resolution=args.perceptual_resolution,
-    )
+    crop = args.perceptual_crop if args.perceptual_crop < args.resolution else None
     decoder = None
     if args.perceptual_decoder != "vae":
         decoder = load_decoder(args.perceptual_decoder, args.cache_dir).to(latents.vae.device)
-    return PerceptualTerm(
-        loss,
-        latents.vae,
-        process,
-        min_snr=args.perceptual_min_snr,
-        max_timestep=args.perceptual_max_timestep,
-        start_step=args.perceptual_start_step,
-        every=args.perceptual_every,
-        target=args.perceptual_target,
-        decoder=decoder,
-        dtype=dtype,
-        crop=args.perceptual_crop,
-        checkpoint=args.gradient_checkpointing,
-    )
+    try:
+        loss = build_losses(
+            args.perceptual_loss,
+            size=crop or args.resolution,
+            dtype=dtype,
+            backbone=args.backbone,
+            layers=args.perceptual_layers,
+            resolution=args.perceptual_resolution,
+        )
+        return PerceptualTerm(
+            loss,
+            latents.vae,
+            process,
+            min_snr=args.perceptual_min_snr,
+            max_timestep=args.perceptual_max_timestep,
+            start_step=args.perceptual_start_step,
+            every=args.perceptual_every,
+            target=args.perceptual_target,
+            decoder=decoder,
+            dtype=dtype,
+            crop=crop,
+            checkpoint=args.gradient_checkpointing,
+        )
+    except InputError as error:  # the options of these arguments have longer names
+        raise InputError(re.sub(r"`(crop|layers|resolution)`", r"`perceptual_\1`", str(error))) from error
 
 
 def describe_term(term: PerceptualTerm | None) -> dict:

@@ -278,21 +278,28 @@ def _freeze(decoder: Latents, dtype: torch.dtype, checkpoint: bool) -> None:
 def draw_squares(images: Tensor, side: list[int], pixels: int, generator: torch.Generator | None = None) -> Tensor:
     """Draw a square in each image: half of them in proportion to their ink, half anywhere.
 
+    Ink is the difference from the median, which is paper of any tone.
+
     Args:
-        images: (B, 3, H, W) in [-1, 1], or (B, 4, H, W) with a mask of what counts as ink.
+        images: (B, 3, H, W) in [-1, 1], or (B, 4, H, W) with a mask of what counts, to which both halves keep.
         side: height and width of a square in latents of `pixels` a side, on whose grid it lies.
 
     Returns:
         Its first row and column in latents, (B, 2) on the CPU.
     """
-    ink = (1 - images[:, :3].mean(1, keepdim=True)).clamp(min=0)
-    if images.shape[1] > 3:
-        ink = ink * images[:, 3:]
-    squares = F.avg_pool2d(F.avg_pool2d(ink.float(), pixels), side, stride=1)
-    odds = squares.flatten(1).cpu()
-    odds = odds + odds.mean(1, keepdim=True) + torch.finfo(odds.dtype).tiny
+    grey = images[:, :3].float().mean(1, keepdim=True)
+    ink = (grey - grey.flatten(1).median(1).values.view(-1, 1, 1, 1)).abs()
+    counts = images[:, 3:].float() if images.shape[1] > 3 else torch.ones_like(ink)
+    tiny = torch.finfo(torch.float32).tiny
+
+    def shares(x: Tensor) -> Tensor:
+        squares = F.avg_pool2d(F.avg_pool2d(x, pixels), side, stride=1).flatten(1).cpu()
+        return squares / squares.sum(1, keepdim=True).clamp(min=tiny)
+
+    odds = shares(ink * counts) + shares(counts) + tiny
     chosen = _multinomial(odds, generator)
-    return torch.stack([chosen // squares.shape[-1], chosen % squares.shape[-1]], 1)
+    columns = grey.shape[-1] // pixels - side[1] + 1
+    return torch.stack([chosen // columns, chosen % columns], 1)
 
 
 def _cut(x: Tensor, starts: Tensor, size: list[int]) -> Tensor:

@@ -105,12 +105,13 @@ def _read_looks(
     return contents.positions, contents.keys, [looks[index] for index in contents.positions]
 
 
-def score_strokes(pictures: Pictures, drawings: Pictures, fit: Fit) -> dict[str, Any]:
+def score_strokes(name: str, pictures: Pictures, drawings: Pictures, fit: Fit) -> dict[str, Any]:
     """Compare strokes and paper with those of the drawings.
 
     Returns:
         "strokes", the `stroke_distance`, and "shape", that of the SHAPE measures where the pictures have as much ink
-        as the drawings, which no tone curve changes; and each measure's `Difference` in both cases.
+        as the drawings, which no tone curve changes that keeps greys apart; and each measure's `Difference` in both
+        cases.
     """
     data, ink = pictures.data, mean_strokes(drawings.strokes)["ink"]
     as_drawn = stroke_differences(pictures.strokes, drawings.strokes)
@@ -121,7 +122,13 @@ def score_strokes(pictures: Pictures, drawings: Pictures, fit: Fit) -> dict[str,
         inked = [measure_strokes(fit(data.image(index)), level) for index in some]
         differences = stroke_differences(inked, drawings.strokes)
         shape = {name: differences[name] for name in SHAPE}
-        scores |= {"shape": stroke_distance(shape), "equal_ink": {"level": level} | _as_dicts(shape)}
+        reached = mean_strokes(inked)["ink"]
+        if abs(reached / ink - 1) > 0.2:
+            logger.warning(
+                f"{name}: the pictures have too few greys for the ink of the drawings ({ink:.1%}); their shape is"
+                f" measured at {reached:.1%}"
+            )
+        scores |= {"shape": stroke_distance(shape), "equal_ink": {"level": level, "ink": reached} | _as_dicts(shape)}
     return scores
 
 
@@ -180,7 +187,7 @@ def score_models(
             continue
         for kind in sorted(set(KERNELS) & set(extractors)):
             scores |= set_distances(kind, features[kind], reference[kind])
-        scores |= score_strokes(pictures, drawings, fit)
+        scores |= score_strokes(name, pictures, drawings, fit)
         similar = most_alike(features["frechet"], reference["frechet"])
         same = [texts[0] in drawings.captions[index] for texts, index in zip(pictures.captions, similar, strict=True)]
         runs.append({"name": name} | model | scores | {"nearest_same": statistics.fmean(same)})

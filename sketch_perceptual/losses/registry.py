@@ -103,8 +103,9 @@ def _check_options(name: str, builder: Callable, options: dict) -> None:
     parameters = inspect.signature(builder).parameters
     unknown = [option for option in options if option not in parameters]
     if unknown and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-        takes = f"only {', '.join(parameters)}" if parameters else "no options"
-        raise InputError(f"the loss {name} does not take {', '.join(unknown)}: it takes {takes}")
+        takes = f"only {', '.join(f'`{option}`' for option in parameters)}" if parameters else "no options"
+        refused = ", ".join(f"`{option}`" for option in unknown)
+        raise InputError(f"the loss {name} does not take {refused}: it takes {takes}")
 
 
 class MeanLoss(FrozenParts):

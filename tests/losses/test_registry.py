@@ -144,7 +144,7 @@ def test_loss_names_options_and_plugins(tmp_path, monkeypatch, sources):
         ("ssim",): "no perceptual loss 'ssim': choose attention_vgg, vgg, gram, tone, pixel, lpips",
         ("attention_vgg", plain): "the loss for it is vgg",
         ("vgg", sources["attention_vgg"]): "the loss for it is attention_vgg",
-        ("pixel", plain): "does not take backbone: it takes only resolution",
+        ("pixel", plain): "does not take `backbone`: it takes only `resolution`",
     }
     for (name, *backbone), message in cases.items():
         with pytest.raises(InputError, match=message):

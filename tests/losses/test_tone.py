@@ -12,6 +12,13 @@ def test_grey_paper_costs_its_difference(size):
     torch.testing.assert_close(ToneLoss()(grey, white), torch.tensor([0.1, 0.2]) / ToneLoss.TYPICAL)
 
 
+def test_each_pixel_of_flat_paper_counts_alike_at_any_size():
+    white = torch.ones(1, 3, 9, 9)
+    corner, inside = white.clone(), white.clone()
+    corner[..., 8, 8] = inside[..., 3, 3] = 0.5
+    torch.testing.assert_close(ToneLoss()(corner, white), ToneLoss()(inside, white))
+
+
 def test_tint_counts_and_the_pattern_within_a_square_does_not():
     white = torch.ones(1, 3, 32, 32)
     yellow = white.clone()
