@@ -91,6 +91,7 @@ IDENTITY = ("arm", "seed", "style", "steps", "size", "pictures", "drawings")  # 
 class Arm:
     ratio: float = 0.3
     losses: tuple[str, ...] = ("gram",)
+    layers: tuple[str, ...] | None = None  # None: the loss's own
     crop: float = 0.5  # of the side
     min_snr: float = 0.0
     kind: type[Term] = Term
@@ -129,6 +130,9 @@ ARMS = {
     "min-SNR 1, gram + 1 tone, 1": Arm(1, losses=("gram", "tone"), snr_gamma=1),
     "min-SNR 1, lpips + tone, 1": Arm(1, losses=LPIPS_TONE, snr_gamma=1),
     "min-SNR 1, distance + tone, 1": Arm(1, losses=("attention_vgg", "tone=3"), snr_gamma=1),
+    "min-SNR 1, shallow distance + tone, 1": Arm(
+        1, losses=("attention_vgg", "tone=3"), layers=("relu1_2", "relu2_2", "relu3_3"), snr_gamma=1
+    ),
     "min-SNR 1, tone, 1": Arm(1, losses=("tone",), snr_gamma=1),
     "min-SNR 1, lpips + tone, 4, gated": Arm(4, losses=LPIPS_TONE, snr_gamma=1, min_snr=1),
 }
@@ -300,17 +304,19 @@ def frechet(features: Tensor, true: Tensor) -> float:
 
 
 @functools.cache
-def build(losses: tuple[str, ...], backbone: str, trunk: str | None) -> Callable[[Tensor, Tensor], Tensor]:
+def build(
+    losses: tuple[str, ...], layers: tuple[str, ...] | None, backbone: str, trunk: str | None
+) -> Callable[[Tensor, Tensor], Tensor]:
     if any(loss.startswith(ON_TRUNK) for loss in losses):
-        return build_losses(losses, backbone=trunk)
-    return build_losses(losses, backbone=None if WITHOUT_NETWORK.issuperset(losses) else backbone)
+        return build_losses(losses, backbone=trunk, layers=layers)
+    return build_losses(losses, backbone=None if WITHOUT_NETWORK.issuperset(losses) else backbone, layers=layers)
 
 
 def make_recipe(arm: Arm, unet, vae, noise_scheduler, size: int, args: argparse.Namespace) -> Recipe:
     term = None
     if arm.ratio:
         term = arm.kind(
-            build(arm.losses, args.backbone, args.trunk),
+            build(arm.losses, arm.layers, args.backbone, args.trunk),
             vae,
             noise_scheduler,
             min_snr=arm.min_snr,
