@@ -247,7 +247,10 @@ print(loss(cat, boat))  # about 1: unrelated drawings"""
         """
         config = self.settings | {"num_classes": 0, "classes": None, "last_layer": last_layer}
         copy = type(self)(**config)
-        copy.calibration = {name: values for name, values in self.calibration.items() if name in copy.tap_index}
+        kept = {name: values for name, values in self.calibration.items() if name in copy.tap_index}
+        if any("weight" in values for name, values in self.calibration.items() if name not in kept):
+            kept = {name: {unit: values[unit] for unit in UNITS} for name, values in kept.items()}  # learned together
+        copy.calibration = kept
         copy.load_state_dict({name: weight for name, weight in self.state_dict().items() if name in copy.state_dict()})
         return copy.train(self.training)
 

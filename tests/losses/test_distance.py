@@ -50,6 +50,12 @@ def test_the_distance_has_a_known_answer(sources):
     torch.testing.assert_close(PerceptualLoss(backbone, ["relu1_2"])(x, y), first)  # learned for two layers
 
 
+def test_weights_learned_for_more_layers_are_not_used():
+    shallow = PerceptualLoss(layers=["relu1_2", "relu2_2", "relu3_3"])
+    assert set(shallow.layer_weights.values()) == {1 / 3}
+    assert len(set(PerceptualLoss().layer_weights.values())) == 4
+
+
 def test_a_map_says_where_two_drawings_differ(sources):
     loss = PerceptualLoss(sources["attention_vgg"])
     x = torch.ones(2, 3, 64, 48)
