@@ -113,6 +113,7 @@ ARMS = {
     "vgg": Arm(losses=("vgg",)),
     "distance": Arm(losses=("attention_vgg",)),
     "gram + tone": Arm(losses=GRAM_TONE),
+    "gram + 1 tone": Arm(losses=("gram", "tone")),
     "gram + tone, 1": Arm(1, losses=GRAM_TONE),
     "lpips + tone": Arm(losses=LPIPS_TONE),
     "lpips + tone, 1": Arm(1, losses=LPIPS_TONE),
