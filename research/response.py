@@ -23,7 +23,7 @@ from torch import Tensor
 from sketch_perceptual import to_tensor
 from sketch_perceptual.diffusion.term import draw_squares
 from sketch_perceptual.drawings import CLASSES, draw
-from sketch_perceptual.losses import build_loss
+from sketch_perceptual.losses import build_losses
 from sketch_perceptual.seeds import generator
 
 PIXELS = 8  # of a latent
@@ -76,7 +76,7 @@ DAMAGES: dict[str, tuple[Damage, str, tuple[float, ...]]] = {
     "gaps": (broken, "%", (5, 10, 20, 40)),
     "pale ink": (pale, "%", (10, 20, 40, 60)),
 }
-LOSSES = ("gram", "tone", "attention_vgg", "lpips", "vgg", "pixel")
+LOSSES = ("gram tone", "gram", "tone", "attention_vgg", "lpips", "vgg", "pixel")
 ON_TRUNK = ("lpips", "vgg")
 
 
@@ -109,7 +109,9 @@ def main() -> None:
     names = [name for name in LOSSES if args.trunk or name not in ON_TRUNK]
     curves: dict[tuple[str, str, str, str], list[float]] = {}
     losses = {
-        (name, resolution): build_loss(name, resolution=resolution, backbone=args.trunk if name in ON_TRUNK else None)
+        (name, resolution): build_losses(
+            name.split(), resolution=resolution, backbone=args.trunk if name in ON_TRUNK else None
+        )
         for name in names
         for resolution in (None, 64)
     }

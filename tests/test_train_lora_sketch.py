@@ -280,6 +280,15 @@ def test_drawings_keep_their_shapes(train, pages, caplog, encoded):
     assert len(encoded) == 1  # where the pipeline is tried
 
 
+@pytest.mark.parametrize(("crop", "expected"), [(16, 16), (32, None), (100, None)])
+def test_a_crop_of_the_resolution_or_more_is_the_whole_picture_of_any_shape(tiny_sd, crop, expected):
+    options = f"--pretrained_model_name_or_path {tiny_sd} --train_data_dir x --resolution 32 --fit bucket"
+    args = script.parse_args([*options.split(), "--perceptual_loss", "pixel", "--perceptual_crop", str(crop)])
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd, safety_checker=None)
+    term = script.make_term(args, Latents(pipeline.vae), process_of(pipeline.scheduler))
+    assert term.crop == expected
+
+
 def test_a_run_with_shapes_is_resumed_bit_for_bit(train, pages):
     options = (*BUCKET, "--gradient_accumulation_steps", 2, "--checkpointing_steps", 2, "--dataloader_num_workers", 1)
     data = ("--train_data_dir", str(pages))

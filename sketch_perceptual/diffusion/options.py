@@ -35,7 +35,7 @@ def add_term_options(parser: Parser) -> None:
         "--perceptual_loss",
         nargs="+",
         metavar="LOSS",
-        default=["gram"],
+        default=["gram", "tone"],
         help=f"{', '.join(LOSSES)}, an entry point, or module:Class; several, NAME=WEIGHT, are averaged",
     )
     add(
