@@ -105,8 +105,9 @@ def main() -> None:
     add = parser.add_argument
     add("--trunk", help="a .safetensors with VGG-16 weights for lpips and vgg; without it they are left out")
     add("--figure", type=Path, help="the curves")
+    add("--losses", nargs="+", default=LOSSES, help='names, or several averaged, as in "gram tone"')
     args = parser.parse_args()
-    names = [name for name in LOSSES if args.trunk or name not in ON_TRUNK]
+    names = [name for name in args.losses if args.trunk or name not in ON_TRUNK]
     curves: dict[tuple[str, str, str, str], list[float]] = {}
     losses = {
         (name, resolution): build_losses(

@@ -19,7 +19,7 @@ from tools.make_tiny_sd import TINY_SD
 
 CUT = slice(32, 96)  # pixels of a side of 128
 ENLARGED = 192
-ARMS = ["plain", TONE_CURVE, "gram", "gram + tone"]
+ARMS = ["plain", TONE_CURVE, "plain, min-SNR 1", "min-SNR 1, gram + 1 tone, 1", "min-SNR 1, lpips + tone, 1"]
 
 
 def main() -> None:
