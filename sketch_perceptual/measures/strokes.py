@@ -151,10 +151,11 @@ def stroke_differences(strokes: Sequence[Strokes], reference: Sequence[Strokes])
     """Compare each measure of a set of pictures with that of a reference set, by name. InputError for empty sets."""
     if not (strokes and reference):
         raise InputError("`strokes` and `reference` must contain at least one picture")
-    return {
-        name: _difference(*(np.array([getattr(item, name) for item in group]) for group in (strokes, reference)), unit)
-        for name, unit in UNITS.items()
-    }
+    differences = {}
+    for name, unit in UNITS.items():
+        values, true = (np.array([getattr(item, name) for item in group]) for group in (strokes, reference))
+        differences[name] = _difference(values, true, unit)
+    return differences
 
 
 def _difference(values: np.ndarray, true: np.ndarray, unit: float) -> Difference:
