@@ -29,8 +29,8 @@ class Strokes:
         junctions: crossings and branches per 100 pixels of skeleton.
         pieces: number of connected pieces of ink.
         specks: number of pieces that are at most as long as two stroke widths.
-        edge: width of an edge in pixels, from 10 to 90 % of the step from stroke to paper; at most 3 pixels a side of
-            it are looked at.
+        edge: width of an edge in pixels, from 10 to 90 % of the step from stroke to paper; only pixels within 3 pixels
+            of ink count.
         stroke: mean grey of the skeleton.
         paper: median grey of the paper, which is everything farther than 3 pixels from ink.
         paper_spread: standard deviation of the paper's grey.
@@ -67,7 +67,14 @@ UNITS = {
     "paper_spread": 0.02,
     "tint": 0.02,
 }
-SHAPE = ("width", "width_spread", "ends", "junctions", "pieces", "specks")  # depend on `level` by the ink it takes
+SHAPE = (
+    "width",
+    "width_spread",
+    "ends",
+    "junctions",
+    "pieces",
+    "specks",
+)  # change with `level` only through what it counts as ink
 
 
 def measure_strokes(image: Image.Image, level: float = LEVEL) -> Strokes:
@@ -115,7 +122,7 @@ def measure_strokes(image: Image.Image, level: float = LEVEL) -> Strokes:
 
 
 def equal_ink_level(images: Iterable[Image.Image], ink: float) -> float:
-    """Return the level at which a set of pictures has the share `ink` of ink in the mean, as `measure_strokes` has it.
+    """Return the level of `measure_strokes` at which the mean share of ink in the pictures is closest to `ink`.
 
     Two sets that are measured at their levels for one share differ in the shape of their strokes, and not in how black
     a tone curve would make them. Pictures of few greys can miss the share: look at the `ink` that they have there.
