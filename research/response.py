@@ -21,7 +21,7 @@ from skimage.morphology import skeletonize
 from torch import Tensor
 
 from sketch_perceptual import to_tensor
-from sketch_perceptual.diffusion.term import draw_squares
+from sketch_perceptual.diffusion.term import cut_squares, draw_squares
 from sketch_perceptual.drawings import CLASSES, draw
 from sketch_perceptual.losses import build_losses
 from sketch_perceptual.seeds import generator
@@ -89,10 +89,7 @@ def squares(images: Tensor, side: int) -> Tensor:
 
 
 def cut(images: Tensor, corners: Tensor, side: int) -> Tensor:
-    parts = [
-        images[row, :, y : y + side, x : x + side] for each in corners for row, (y, x) in enumerate(each.tolist())
-    ]
-    return torch.stack(parts)
+    return torch.cat([cut_squares(images, each, [side, side]) for each in corners])
 
 
 def mean_of(loss: Callable[[Tensor, Tensor], Tensor], images: Tensor, true: Tensor) -> float:

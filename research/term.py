@@ -100,7 +100,7 @@ class Arm:
     options: Mapping[str, Any] = field(default_factory=dict)  # of the kind of term
 
 
-GRAM_TONE, LPIPS_TONE = ("gram", "tone=3"), ("lpips", "tone=3")
+GRAM_TONE, LPIPS_TONE, DISTANCE_TONE = ((name, "tone=3") for name in ("gram", "lpips", "attention_vgg"))
 ARMS = {
     "plain": Arm(0),
     TONE_CURVE: Arm(0),
@@ -118,7 +118,7 @@ ARMS = {
     "lpips + tone": Arm(losses=LPIPS_TONE),
     "lpips + tone, 1": Arm(1, losses=LPIPS_TONE),
     "vgg + tone": Arm(losses=("vgg", "tone=3")),
-    "distance + tone": Arm(losses=("attention_vgg", "tone=3")),
+    "distance + tone": Arm(losses=DISTANCE_TONE),
     "gram + tone, gated": Arm(losses=GRAM_TONE, min_snr=1),
     "gram + tone, quarter": Arm(losses=GRAM_TONE, crop=0.25),
     "gram + tone, k 0.5": Arm(losses=GRAM_TONE, kind=KnownNoise, options={"most": 0.5}),
@@ -130,9 +130,9 @@ ARMS = {
     "min-SNR 1, gram + tone, 1": Arm(1, losses=GRAM_TONE, snr_gamma=1),
     "min-SNR 1, gram + 1 tone, 1": Arm(1, losses=("gram", "tone"), snr_gamma=1),
     "min-SNR 1, lpips + tone, 1": Arm(1, losses=LPIPS_TONE, snr_gamma=1),
-    "min-SNR 1, distance + tone, 1": Arm(1, losses=("attention_vgg", "tone=3"), snr_gamma=1),
+    "min-SNR 1, distance + tone, 1": Arm(1, losses=DISTANCE_TONE, snr_gamma=1),
     "min-SNR 1, shallow distance + tone, 1": Arm(
-        1, losses=("attention_vgg", "tone=3"), layers=("relu1_2", "relu2_2", "relu3_3"), snr_gamma=1
+        1, losses=DISTANCE_TONE, layers=("relu1_2", "relu2_2", "relu3_3"), snr_gamma=1
     ),
     "min-SNR 1, tone, 1": Arm(1, losses=("tone",), snr_gamma=1),
     "min-SNR 1, lpips + tone, 4, gated": Arm(4, losses=LPIPS_TONE, snr_gamma=1, min_snr=1),
@@ -229,7 +229,7 @@ class Judges:
         self.true = self.features(world.true.to(device))
         same = torch.isin(self.labels, labels)
         self.true_on_cpu = {name: features[same].cpu() for name, features in self.true.items()}
-        self.true_strokes = [measure_strokes(to_pil(image)) for image in world.true[same.cpu()]]
+        self.true_strokes = strokes_of(list(map(to_pil, world.true[same.cpu()])), None)
         self.true_ink = mean_strokes(self.true_strokes)["ink"]
 
     @torch.no_grad()
@@ -279,7 +279,7 @@ class Judges:
 
 
 def strokes_of(pictures: Sequence[Image.Image], ink: float | None) -> list[Strokes]:
-    """Strokes of pictures, at the level where they have this share of ink; None at mid-grey."""
+    """Strokes of pictures, at the level where they have this share of ink; None at LEVEL."""
     level = LEVEL if ink is None else equal_ink_level(pictures, ink)
     return [measure_strokes(picture, level) for picture in pictures]
 
@@ -308,9 +308,8 @@ def frechet(features: Tensor, true: Tensor) -> float:
 def build(
     losses: tuple[str, ...], layers: tuple[str, ...] | None, backbone: str, trunk: str | None
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    if any(loss.startswith(ON_TRUNK) for loss in losses):
-        return build_losses(losses, backbone=trunk, layers=layers)
-    return build_losses(losses, backbone=None if WITHOUT_NETWORK.issuperset(losses) else backbone, layers=layers)
+    source = trunk if any(loss.startswith(ON_TRUNK) for loss in losses) else backbone
+    return build_losses(losses, backbone=None if WITHOUT_NETWORK.issuperset(losses) else source, layers=layers)
 
 
 def make_recipe(arm: Arm, unet, vae, noise_scheduler, size: int, args: argparse.Namespace) -> Recipe:

@@ -34,8 +34,8 @@ def data_report(data: Images, infos: Mapping[int, ImageInfo], bad: Sequence[int]
         lines += _captions(data)
     if infos:
         lines.append(("sizes", _sizes(list(infos.values()))))
-    strokes = [info.stroke for info in infos.values() if info.stroke]
-    if kind == "drawings" and strokes and not isinstance(data, CaptionedImages):  # which are measured at `resolution`
+    measured = isinstance(data, CaptionedImages)  # at `resolution`, see `describe_strokes`
+    if kind == "drawings" and not measured and (strokes := [info.stroke for info in infos.values() if info.stroke]):
         lines.append(("strokes", f"about {statistics.median(strokes):.1f} px wide"))
     if bad:
         lines.append(("left out", f"{len(bad)} cannot be read ({_first([names[index] for index in bad])})"))

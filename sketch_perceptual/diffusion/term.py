@@ -194,7 +194,7 @@ class PerceptualTerm:
             target = self._target(images[:, :3]).to(self.dtype)
             decoded = self.decoder.decode(latents)
             if scored is not None:
-                decoded, target, images = (_cut(x, *scored) for x in (decoded, target, images))
+                decoded, target, images = (cut_squares(x, *scored) for x in (decoded, target, images))
             if masks is None:
                 return self._compare(decoded, target)
             counts = images[:, 3:].to(self.dtype)
@@ -256,7 +256,10 @@ class PerceptualTerm:
         starts = draw_squares(images, side, pixels, generator)
         last = torch.tensor([most - length for length, most in zip(window, whole, strict=True)])
         firsts = (starts - margin).clamp(min=0).minimum(last)
-        cut = _cut(latents, firsts, window), _cut(images, pixels * firsts, [pixels * length for length in window])
+        cut = (
+            cut_squares(latents, firsts, window),
+            cut_squares(images, pixels * firsts, [pixels * length for length in window]),
+        )
         return *cut, (pixels * (starts - firsts), [pixels * length for length in side])
 
     @torch.no_grad()
@@ -302,7 +305,7 @@ def draw_squares(images: Tensor, side: list[int], pixels: int, generator: torch.
     return torch.stack([chosen // columns, chosen % columns], 1)
 
 
-def _cut(x: Tensor, starts: Tensor, size: list[int]) -> Tensor:
+def cut_squares(x: Tensor, starts: Tensor, size: list[int]) -> Tensor:
     """Cut a rectangle of `size` from each image of (B, C, H, W), beginning at `starts`, (B, 2)."""
     rows, columns = (
         (start[:, None] + torch.arange(length)).to(x.device) for start, length in zip(starts.T, size, strict=True)

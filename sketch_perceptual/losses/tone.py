@@ -19,7 +19,5 @@ class ToneLoss(ImageLoss):
 
     def compare(self, images: Tensor, target: Tensor) -> Tensor:
         difference = images.float() - target.float()
-        height, width = difference.shape[-2:]
-        whole = F.pad(difference, (0, -width % self.SIDE, 0, -height % self.SIDE))
-        sums = F.avg_pool2d(whole, self.SIDE).abs().flatten(1).sum(1) * self.SIDE**2
-        return sums / (difference.shape[1] * height * width * self.TYPICAL)
+        sums = F.avg_pool2d(difference, self.SIDE, ceil_mode=True, divisor_override=1)
+        return sums.abs().flatten(1).sum(1) / (difference.shape[1:].numel() * self.TYPICAL)

@@ -67,14 +67,8 @@ UNITS = {
     "paper_spread": 0.02,
     "tint": 0.02,
 }
-SHAPE = (
-    "width",
-    "width_spread",
-    "ends",
-    "junctions",
-    "pieces",
-    "specks",
-)  # change with `level` only through what it counts as ink
+# These change with `level` only through what it counts as ink.
+SHAPE = ("width", "width_spread", "ends", "junctions", "pieces", "specks")
 
 
 def measure_strokes(image: Image.Image, level: float = LEVEL) -> Strokes:

@@ -97,10 +97,10 @@ def test_a_cross_has_a_junction_at_any_angle(width, angle):
 
 
 def test_dots_have_two_ends():
-    strokes = [measure_strokes(drawn(*(("line", (x, 64, x + dash, 64), 4) for x in range(12, 108, 12))))
-               for dash in (8, 4)]  # fmt: skip
-    assert [s.pieces for s in strokes] == [8, 8]
-    assert strokes[1].ends > 1.5 * strokes[0].ends
+    lines = (drawn(*(("line", (x, 64, x + dash, 64), 4) for x in range(12, 108, 12))) for dash in (8, 4))
+    dashes, dots = map(measure_strokes, lines)
+    assert (dashes.pieces, dots.pieces) == (8, 8)
+    assert dots.ends > 1.5 * dashes.ends
 
 
 def test_paper_is_measured_apart_from_ink():
