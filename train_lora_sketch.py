@@ -22,20 +22,22 @@ import torch
 import torch.nn.functional as F
 from accelerate.logging import get_logger
 from diffusers import StableDiffusionPipeline
-from torch import Tensor, nn
+from torch import nn
 
 from sketch_perceptual.cli import entry
 from sketch_perceptual.cli.arguments import Options, Parser, above, at_least
 from sketch_perceptual.cli.interruption import ignore_in_worker
 from sketch_perceptual.data.loaders import make_loader
+from sketch_perceptual.data.tags import with_trigger
 from sketch_perceptual.diffusion import Latents, PerceptualTerm, Process, balance, process_of
 from sketch_perceptual.diffusion.options import add_term_options, describe_term, make_term
 from sketch_perceptual.diffusion.pipelines import add_pipeline_options, load_noise_scheduler, load_pipeline
 from sketch_perceptual.diffusion.process import PREDICTION_TYPES
 from sketch_perceptual.errors import InputError
-from sketch_perceptual.lora import files as lora_files
 from sketch_perceptual.lora.adapter import WEIGHTS, Adapter
 from sketch_perceptual.lora.caches import PromptCache, cache_latents, should_cache_latents
+from sketch_perceptual.lora.encoding import encode_prompts, warn_of_long_captions
+from sketch_perceptual.lora.export import export, predict
 from sketch_perceptual.lora.held_out import HeldOut
 from sketch_perceptual.lora.options import add_lora_options, check_lora_options, optimizer_class
 from sketch_perceptual.lora.pictures import (
@@ -48,7 +50,14 @@ from sketch_perceptual.lora.pictures import (
     load_pictures,
     preview_pictures,
 )
-from sketch_perceptual.lora.report import by_decile, kohya_file, list_files, run_summary, step_logs, write_card
+from sketch_perceptual.lora.report import (
+    describe_training,
+    list_files,
+    logged,
+    run_summary,
+    step_logs,
+    write_card,
+)
 from sketch_perceptual.lora.samples import Losses, Sample
 from sketch_perceptual.lora.validation import (
     BEFORE_AFTER,
@@ -165,7 +174,7 @@ def main(args: Options) -> None:
                     losses.denoising.mean(), losses.perceptual, losses.model_pred, args.perceptual_weight
                 )
                 accelerator.backward(loss)
-                meter.add(batch["name"], logged(losses, pull, process), losses.timesteps)
+                meter.add(batch["name"], logged(losses, pull, process.num_train_timesteps), losses.timesteps)
                 if not accelerator.sync_gradients:
                     continue
                 totals = run.optimize(parameters, args.max_grad_norm)
@@ -238,13 +247,6 @@ def score(
     return Losses(denoising, model_pred, sample.timesteps, perceptual, gated)
 
 
-def logged(losses: Losses, pull: dict[str, Tensor], process: Process) -> dict[str, Tensor]:
-    """The quantities of a batch that are summed up for the log, (B,)."""
-    values = {"denoising": losses.denoising, "perceptual": losses.perceptual, "gated": losses.gated}
-    values |= {"train": losses.denoising + pull["factor"] * losses.perceptual} | pull
-    return values | by_decile(losses, process.num_train_timesteps)
-
-
 def load_models(args: Options, run: Run) -> tuple[StableDiffusionPipeline, Process]:
     """Load the frozen pipeline, on its device and in the precision of the run, and its noise process."""
     source, where = args.pretrained_model_name_or_path, {"revision": args.revision, "cache_dir": args.cache_dir}
@@ -266,31 +268,6 @@ def load_models(args: Options, run: Run) -> tuple[StableDiffusionPipeline, Proce
     return pipeline, process_of(noise_scheduler)
 
 
-def tokenize(tokenizer, captions: list[str]) -> Tensor:
-    return tokenizer(
-        captions, max_length=tokenizer.model_max_length, padding="max_length", truncation=True, return_tensors="pt"
-    ).input_ids
-
-
-def encode_prompts(tokenizer, text_encoder, captions: list[str], trained: nn.Module | None = None) -> Tensor:
-    """Captions -> (B, 77, C), with a gradient where the text encoder, as accelerate prepared it, is `trained`."""
-    ids = tokenize(tokenizer, captions).to(text_encoder.device)
-    if trained is not None and torch.is_grad_enabled():
-        return trained(ids)[0]
-    with torch.no_grad():
-        return text_encoder(ids)[0]
-
-
-def warn_of_long_captions(tokenizer, captions: list[str]) -> None:
-    lengths = [len(ids) for ids in tokenizer(captions, verbose=False).input_ids]
-    long = [text for text, n in zip(captions, lengths, strict=True) if n > tokenizer.model_max_length]
-    if long:
-        logger.warning(
-            f"{len(long)} captions have more than {tokenizer.model_max_length} tokens; what is over is not read. The"
-            f" longest: {max(long, key=len)!r}"
-        )
-
-
 def keep_prompts(args: Options, prompts: PromptCache, pictures: Pictures) -> bool:
     """Embed the prompts that stay the same; True if these are all, so that the text encoder may be unloaded."""
     captions = {*pictures.captions(), *([""] if args.caption_dropout else [])}
@@ -309,45 +286,25 @@ def keep_prompts(args: Options, prompts: PromptCache, pictures: Pictures) -> boo
 
 def finish(args: Options, run: Run, adapter: Adapter, validation: Validation, pictures: Pictures) -> list[str]:
     """Export the adapter, reload and check it, draw before and after, write the card; the names of these files."""
-    pipeline = adapter.pipeline
-    for model in adapter.models.values():
-        model.to(torch.float32)
-    kohya_weights = kohya_file(run.hub_model_id, args.output_dir)
-    adapter.export(args.output_dir, kohya_weights, metadata_of(args, run, pipeline, Path(kohya_weights).stem))
-    files, drawn = [WEIGHTS, kohya_weights, "README.md"], []
+    kohya_weights, drawn = export(args, run, adapter), []
     with optional("check of the adapter and pictures"):
-        adapter.verify(args.output_dir, partial(predict, pipeline, args.resolution, "text_encoder" in adapter.models))
+        adapter.verify(args.output_dir, partial(predict, adapter, args.resolution))
         logger.info(f"adapter: {Path(args.output_dir, WEIGHTS)}, reloaded and checked")
-        if drawn := validation.before_and_after():
-            files.append(BEFORE_AFTER)
+        drawn = validation.before_and_after()
         compare_looks(pictures.train, drawn)
-    write_card(args, run, pictures.train.caption_origins(), [BEFORE_AFTER] if drawn else [])
+    shown = [BEFORE_AFTER] if drawn else []
+    template = with_trigger(args.caption_template, args.trigger_word)
+    write_card(
+        args,
+        run,
+        description=describe_training(args, run, pictures.train.caption_origins()),
+        prompts=args.validation_prompt or [template.replace("{class}", "house")],
+        pictures=shown,
+    )
     if run.meter.skipped:
         logger.warning(f"{run.meter.skipped} steps were skipped: their loss or gradient was not finite")
     print(list_files(args.output_dir, kohya_weights, has_pictures=bool(drawn)))
-    return files
-
-
-def metadata_of(args: Options, run: Run, pipeline: StableDiffusionPipeline, name: str) -> dict[str, str]:
-    base_model = args.pretrained_model_name_or_path
-    return lora_files.run_metadata(
-        name,
-        Path(base_model).resolve().name if Path(base_model).exists() else base_model,
-        run.record() | {"steps": run.steps.total, "epochs": run.steps.epochs, "license": args.license},
-        is_v2=pipeline.unet.config.cross_attention_dim == 1024,
-        is_v=pipeline.scheduler.config.prediction_type == "v_prediction",
-    )
-
-
-def predict(pipeline: StableDiffusionPipeline, resolution: int, trains_text_encoder: bool) -> list[Tensor]:
-    """Predictions of the models for a fixed noise and prompt."""
-    unet, rng = pipeline.unet.eval(), torch.Generator().manual_seed(0)
-    side = resolution // pipeline.vae_scale_factor
-    latents = torch.randn(1, unet.config.in_channels, side, side, generator=rng).to(unet.device)
-    embeds = torch.randn(1, 77, unet.config.cross_attention_dim, generator=rng).to(unet.device)
-    if trains_text_encoder:
-        embeds = pipeline.text_encoder(tokenize(pipeline.tokenizer, ["a sketch"]).to(unet.device))[0]
-    return [embeds, unet(latents, torch.tensor(200, device=unet.device), embeds, return_dict=False)[0]]
+    return [WEIGHTS, kohya_weights, "README.md", *shown]
 
 
 if __name__ == "__main__":

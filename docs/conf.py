@@ -26,6 +26,7 @@ CONTENTS = """
 
 docs/use-the-loss
 docs/train-a-lora
+docs/draw-in-four-steps
 docs/tune-a-backbone
 docs/find-drawings
 docs/photos-to-sketches

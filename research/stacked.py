@@ -6,6 +6,7 @@ gradients, clipping and AdamW, whose arithmetic is element by element.
 """
 
 import copy
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -18,11 +19,12 @@ from torch import Tensor, nn
 
 import train_lora_sketch
 from sketch_perceptual.diffusion import Latents, PerceptualTerm, balance, process_of
-from sketch_perceptual.diffusion.process import Diffusion
+from sketch_perceptual.diffusion.process import Diffusion, Process
 from sketch_perceptual.lora.adapter import Adapter
 from sketch_perceptual.seeds import generator
 
 DRAWN_AT_ONCE = 8192  # rows
+ROLLOUT = (500, 333, 167)  # timesteps
 Squares = Sequence[tuple[torch.Generator, int]]  # of each LoRA, what draws its squares and how many
 
 
@@ -132,6 +134,7 @@ class Recipe:
     ratio: float = 0.0
     snr_gamma: float | None = None
     high_noise: bool = False  # three timesteps of four from the noisier half of the schedule
+    rollout: bool = False  # the term sees the last step of `roll_out` instead
 
 
 @dataclass
@@ -163,8 +166,24 @@ def raise_noise(timesteps: Tensor, seed: int, step: int) -> Tensor:
     return torch.where(torch.rand(timesteps.shape, generator=draw) < 0.75, high, timesteps)
 
 
+@torch.no_grad()
+def roll_out(unet, process: Process, noisy: Tensor, embeds: Tensor) -> Tensor:
+    """Take latents at the first of ROLLOUT to the last by the LoRAs' predictions (DDIM)."""
+    for now, then in itertools.pairwise(ROLLOUT):
+        now, then = (torch.full((len(noisy),), t, device=noisy.device) for t in (now, then))
+        clean = process.predict_x0(unet(noisy, now, embeds, return_dict=False)[0], noisy, now)
+        alpha, sigma = (factor.view(-1, 1, 1, 1) for factor in process.factors(now))
+        noisy = process.add_noise(clean, (noisy - alpha * clean) / sigma, then)
+    return noisy
+
+
 def train(options, unet, vae, noise_scheduler, recipes: list[Recipe], seeds: Sequence[int], data: Data) -> None:
-    """Train the LoRAs of `add_loras` for all recipes and seeds: `options` are the trainer's."""
+    """Train the LoRAs of `add_loras` for all recipes and seeds: `options` are the trainer's.
+
+    Recipes with `rollout` cannot be trained together with others.
+    """
+    process, rolls_out = process_of(noise_scheduler), recipes[0].rollout
+    assert all(recipe.rollout == rolls_out for recipe in recipes)
     parameters = [parameter for parameter in unet.parameters() if parameter.requires_grad]
     optimizer = train_lora_sketch.make_optimizer(options, parameters)
     arms, device = len(recipes), parameters[0].device
@@ -175,25 +194,46 @@ def train(options, unet, vae, noise_scheduler, recipes: list[Recipe], seeds: Seq
         drawn_at = [raised if recipe.high_noise else timesteps for recipe in recipes]  # (arms) of (seeds x batch)
         rows, latents, noise, timesteps = (x.to(device) for x in (rows, latents, noise, torch.cat(drawn_at)))
         noisy = noise_scheduler.add_noise(latents.repeat(arms, 1, 1, 1), noise.repeat(arms, 1, 1, 1), timesteps)
-        prediction = unet(noisy, timesteps, data.embeds[rows].repeat(arms, 1, 1), return_dict=False)[0]
+        embeds = data.embeds[rows].repeat(arms, 1, 1)
+        prediction = unet(noisy, timesteps, embeds, return_dict=False)[0]
         parts = (x.chunk(arms) for x in (prediction.detach(), noisy, timesteps))
-        pulls = []
-        for recipe, drawn_timesteps, part, part_noisy, part_timesteps in zip(recipes, drawn_at, *parts, strict=True):
+        if rolls_out:
+            first, last = (torch.full_like(timesteps, t) for t in (ROLLOUT[0], ROLLOUT[-1]))
+            start = process.add_noise(latents.repeat(arms, 1, 1, 1), noise.repeat(arms, 1, 1, 1), first)
+            rolled = roll_out(unet, process, start, embeds)
+            rolled_prediction = unet(rolled, last, embeds, return_dict=False)[0]
+            seen = [x.chunk(arms) for x in (rolled_prediction.detach(), rolled, last)]
+        pulls, rolled_pulls = [], []
+        for arm, (recipe, drawn_timesteps, part, part_noisy, part_timesteps) in enumerate(
+            zip(recipes, drawn_at, *parts, strict=True)
+        ):
             part = part.requires_grad_()
-            target = process_of(noise_scheduler).target(latents, noise, part_timesteps)
+            target = process.target(latents, noise, part_timesteps)
             losses = F.mse_loss(part, target, reduction="none").flatten(1).mean(1)
             if recipe.snr_gamma is not None:
-                losses = losses * process_of(noise_scheduler).min_snr_weights(part_timesteps, recipe.snr_gamma)
+                losses = losses * process.min_snr_weights(part_timesteps, recipe.snr_gamma)
             loss = losses.sum() / options.train_batch_size  # the sum of what each LoRA has as its mean
             if recipe.term is not None:
                 counts = recipe.term.gate(drawn_timesteps, step).view(len(seeds), -1).sum(1).tolist()
                 squares = [(made[4].clone_state(), count) for made, count in zip(drawn, counts, strict=True)]
                 recipe.term.true_latents, recipe.term.embeds = latents, data.embeds[rows]
+                if rolls_out:
+                    last_part, last_noisy, last_timesteps = (x[arm] for x in seen)
+                    values = recipe.term(
+                        last_part.requires_grad_(), last_noisy, last_timesteps, data.images[rows], step, squares
+                    )
+                    (pull,), (base,) = torch.autograd.grad(values.sum(), last_part), torch.autograd.grad(loss, part)
+                    norms = (x.flatten(1).norm(dim=1).view(-1, 1, 1, 1) for x in (base, pull))
+                    rolled_pulls.append(pull * (recipe.ratio * next(norms) / next(norms).clamp(min=1e-12)))
+                    pulls.append(base)
+                    continue
                 values = recipe.term(part, part_noisy, part_timesteps, data.images[rows], step, squares)
                 # `balance` takes the mean over all rows, here those of len(seeds) LoRAs
                 loss, _ = balance(loss, len(seeds) * values, part, recipe.ratio)
             pulls += torch.autograd.grad(loss, part)
         prediction.backward(torch.cat(pulls))
+        if rolls_out:
+            rolled_prediction.backward(torch.cat(rolled_pulls))
         clip(parameters, options.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()

@@ -61,6 +61,7 @@ from sketch_perceptual.diffusion import Latents
 from sketch_perceptual.drawings import CLASSES, STYLES, draw
 from sketch_perceptual.errors import InputError
 from sketch_perceptual.figures import image_grid
+from sketch_perceptual.lora.encoding import tokenize
 from sketch_perceptual.losses import build_losses
 from sketch_perceptual.losses.registry import WITHOUT_NETWORK
 from sketch_perceptual.measures.image_quality import frechet_distance
@@ -97,6 +98,7 @@ class Arm:
     kind: type[Term] = Term
     snr_gamma: float | None = None
     high_noise: bool = False
+    rollout: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)  # of the kind of term
 
 
@@ -125,6 +127,9 @@ ARMS = {
     "gram + tone, k 0.25": Arm(losses=GRAM_TONE, kind=KnownNoise, options={"most": 0.25}),
     "encoder": Arm(kind=EncoderTerm),
     "min-SNR 1, gram": Arm(snr_gamma=1),
+    "min-SNR 1, gram + 1 tone": Arm(losses=("gram", "tone"), snr_gamma=1),
+    "min-SNR 1, encoder, 1": Arm(1, kind=EncoderTerm, snr_gamma=1),
+    "min-SNR 1, lpips + tone, 1, rollout": Arm(1, losses=LPIPS_TONE, snr_gamma=1, rollout=True),
     "min-SNR 1, gram + tone": Arm(losses=GRAM_TONE, snr_gamma=1),
     "min-SNR 1, gram + tone, 4, gated": Arm(4, losses=GRAM_TONE, snr_gamma=1, min_snr=1),
     "min-SNR 1, gram + tone, 1": Arm(1, losses=GRAM_TONE, snr_gamma=1),
@@ -325,7 +330,7 @@ def make_recipe(arm: Arm, unet, vae, noise_scheduler, size: int, args: argparse.
         )
     if isinstance(term, EncoderTerm):
         term.frozen = unet
-    return Recipe(term, arm.ratio, arm.snr_gamma, arm.high_noise)
+    return Recipe(term, arm.ratio, arm.snr_gamma, arm.high_noise, arm.rollout)
 
 
 class Bench:
@@ -349,7 +354,7 @@ class Bench:
             f"--pretrained_model_name_or_path {args.pipeline} {COMMON} --max_train_steps {args.steps}".split()
         )
         with torch.no_grad():
-            tokens = train_lora_sketch.tokenize(pipeline.tokenizer, ["", *map(prompt, world.names)])
+            tokens = tokenize(pipeline.tokenizer, ["", *map(prompt, world.names)])
             empty, *embeds = pipeline.text_encoder(tokens)[0].to(self.device).split(1)
             self.empty, self.embeds = empty, torch.cat(embeds)
             images, labels = world.learned.to(self.device), labels_of(world.learned, world.taught)

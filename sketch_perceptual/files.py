@@ -78,6 +78,11 @@ def write_whole(path: str | Path, write: Callable[[Path], Any]) -> None:
         partial.unlink(missing_ok=True)
 
 
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file atomically, in UTF-8. InputError."""
+    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
 def checksum(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:

@@ -16,7 +16,7 @@ from sketch_perceptual.networks.style_net import JohnsonNet
 
 SEARCH = {"accelerate", "datasets", "faiss", "psutil"}
 NOT_IN_BASE = {*SCRIPTS, *SEARCH, "tensorboard", "lpips", "torch_fidelity", "torchmetrics", "scipy"}
-TRAINERS = ("train_lora_sketch", "train_backbone", "train_johnson", "train_retrieval")
+TRAINERS = ("train_lora_sketch", "distill_lora_sketch", "train_backbone", "train_johnson", "train_retrieval")
 
 
 def run_without(modules, arguments, folder):

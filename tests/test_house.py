@@ -16,6 +16,7 @@ import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from PIL import Image
 
+import distill_lora_sketch
 import train_backbone
 import train_johnson
 import train_lora_sketch
@@ -139,6 +140,7 @@ def options_of(parse_args, *arguments):
 
 TRAINERS = {
     "train_lora_sketch.py": train_lora_sketch,
+    "distill_lora_sketch.py": distill_lora_sketch,
     "train_backbone.py": train_backbone,
     "train_johnson.py": train_johnson,
     "train_retrieval.py": train_retrieval,
@@ -155,7 +157,7 @@ OPTIONS |= {
     "sketch-perceptual convert": options_of(convert.main),
     "sketch_perceptual.drawings": options_of(drawings.main),
 }
-SCRIPT = re.compile(r"train_\w+\.py|(?<=-m )sketch_perceptual\.\w+|sketch-perceptual (?:evaluate )?[a-z]+")
+SCRIPT = re.compile(r"(?:train|distill)_\w+\.py|(?<=-m )sketch_perceptual\.\w+|sketch-perceptual (?:evaluate )?[a-z]+")
 NOT_OURS = {"--mixed_precision"}  # of `accelerate launch`, where it stands before the script
 
 

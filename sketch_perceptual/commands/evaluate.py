@@ -47,13 +47,13 @@ from ..errors import InputError, shown
 from ..evaluation.distance import measure_distances
 from ..evaluation.generation import load_extractors, read_pictures, score_models, shuffled_captions
 from ..evaluation.options import add_embedder_options, add_precision, add_workers, begin, embedder, extractor
-from ..evaluation.prompts import cycle_prompts, read_prompts
 from ..evaluation.retrieval import rank_models
 from ..evaluation.sampling import draw_models, is_pictures
 from ..evaluation.set_distances import load_features
 from ..evaluation.tables import Report, expand_models, write_json
 from ..evaluation.transfer import compare_styles
 from ..figures import write_figure
+from ..lora.prompts import cycle_prompts, read_prompts
 from ..measures.image_quality import check_installed
 from ..networks.backbone import BUNDLED, AttentionVGG16
 from ..training.cards import hub_id, set_section

@@ -1,8 +1,9 @@
 """Readable class names, and the 1000 classes of ImageNet."""
 
 import functools
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 
@@ -37,3 +38,18 @@ def are_imagenets(classes: Sequence[str]) -> bool:
         name in (id, ids[id], readable_class(id)) or (name not in exact and readable_class(name) == readable_class(id))
         for name, id in zip(classes, ids, strict=True)
     )
+
+
+def find_classes(prompts: Sequence[str], classes: Sequence[str]) -> Iterator[set[int]]:
+    """Yield the class that each prompt names (the longest of several) in readable form: "hot dog" for "hot_dog".
+
+    A set, since two classes may have the same readable name; empty if no class is named.
+    """
+    readings: dict[str, set[int]] = {}
+    for index, name in enumerate(classes):
+        readings.setdefault(readable_class(name).casefold(), set()).add(index)
+    names = sorted(readings, key=len, reverse=True)
+    pattern = re.compile(r"(?<!\w)(?:" + "|".join(map(re.escape, names)) + r")(?!\w)")
+    for prompt in prompts:
+        named = pattern.findall(prompt.casefold())
+        yield readings[max(named, key=len)] if named else set()

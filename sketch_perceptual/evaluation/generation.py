@@ -15,6 +15,7 @@ from accelerate.logging import get_logger
 from PIL import Image
 from torch import Tensor
 
+from ..data.class_names import find_classes
 from ..data.datasets import CaptionedImages
 from ..data.preview import pad
 from ..data.scan import read_once
@@ -38,7 +39,6 @@ from ..networks.embedder import make_embedder
 from ..seeds import generator
 from ..training.distributed import on_main
 from .embedding import Extract
-from .prompts import find_classes
 from .sampling import Drawn
 from .set_distances import KERNELS, set_distances, warn_of_small_sets
 from .tables import SHEET_ROWS, Report

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError, shown
-from ..files import write_whole
+from ..files import write_text
 
 SHEET_ROWS, SHEET_COLUMNS = 12, 6
 
@@ -71,10 +71,6 @@ def _cell(result: dict, column: str, form: str) -> str:
 def write_json(path: str | Path, record: dict) -> None:
     """Write a record, with null for numbers that are not finite."""
     write_text(path, json.dumps(without_nan(record), indent=1, allow_nan=False))
-
-
-def write_text(path: str | Path, text: str) -> None:
-    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def without_nan(value):

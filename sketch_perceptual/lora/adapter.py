@@ -1,6 +1,6 @@
 """LoRAs of a pipeline: add, save and load them bit for bit, export and verify them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,22 +26,37 @@ class Adapter:
 
     Args:
         pipeline: diffusers pipeline with frozen models.
-        targets: name of a model in the pipeline -> names of its layers that get a LoRA.
+        targets: name of a model in the pipeline -> names of its layers that get a LoRA, or keywords of `LoraConfig`.
         seed: of the initial weights.
-        options: keywords of `LoraConfig`, such as r and lora_alpha.
+        options: keywords of `LoraConfig` for all models, such as r and lora_alpha.
     """
 
-    def __init__(self, pipeline, targets: dict[str, list[str]], seed: int, **options):
+    def __init__(self, pipeline, targets: Mapping[str, list[str] | dict[str, Any]], seed: int, **options):
         self.pipeline, self.targets = pipeline, targets
         set_seed(seed)  # the initial weights must not depend on what was loaded before
-        for name, target_modules in targets.items():
+        for name, target in targets.items():
             model = getattr(pipeline, name)
-            config = LoraConfig(init_lora_weights="gaussian", target_modules=target_modules, **options)
+            target = target if isinstance(target, dict) else {"target_modules": target}
+            config = LoraConfig(init_lora_weights="gaussian", **options, **target)
             if isinstance(model, ModelMixin):
                 model.add_adapter(config, adapter_name=NAME)
             else:  # of transformers, whose add_adapter requires a PEFT that is not released
                 inject_adapter_in_model(config, model, NAME)
             cast_training_params(model, dtype=torch.float32)
+
+    @classmethod
+    def of_layers(cls, pipeline, layers: Mapping[str, Layer]) -> "Adapter":
+        """Add the LoRAs of a file, with its ranks and alphas; `InputError` if they are not of this pipeline."""
+        config = files.peft_config(layers)
+        names = sorted({module.split(".")[0] for module in layers})
+        files.check_model(layers, {name: getattr(pipeline, name) for name in names})
+        targets = {
+            name: {key.removeprefix(f"{name}."): x for key, x in config.items() if key.startswith(f"{name}.")}
+            for name in names
+        }
+        adapter = cls(pipeline, targets, seed=0)
+        adapter.set_layers(layers)
+        return adapter
 
     @property
     def models(self) -> dict[str, Any]:
@@ -59,7 +74,8 @@ class Adapter:
         layers = {}
         for name, model in self.models.items():
             weights = get_peft_model_state_dict(model, adapter_name=NAME)
-            config = {f"{name}.{key}": getattr(model.peft_config[NAME], key) for key in ("lora_alpha", "use_rslora")}
+            keys = ("lora_alpha", "alpha_pattern", "use_rslora")
+            config = {f"{name}.{key}": getattr(model.peft_config[NAME], key) for key in keys}
             trained = files.to_layers({f"{name}.{key}": weight for key, weight in weights.items()})
             layers |= files.with_alphas(trained, config)
         return layers
@@ -70,7 +86,10 @@ class Adapter:
 
     def load(self, folder: str | Path) -> None:
         """Load an adapter written by `save`."""
-        layers = files.read(Path(folder, WEIGHTS)).layers
+        self.set_layers(files.read(Path(folder, WEIGHTS)).layers)
+
+    def set_layers(self, layers: Mapping[str, Layer]) -> None:
+        """Set the weights to those of `layers`, whose alphas must be those of the adapter."""
         for name, model in self.models.items():
             weights = {}
             for key in get_peft_model_state_dict(model, adapter_name=NAME):

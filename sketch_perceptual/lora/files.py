@@ -441,12 +441,21 @@ def write_kohya(path: str | Path, layers: Mapping[str, Layer], metadata: Mapping
     write(path, tensors, known | hashes(tensors, known))
 
 
-def run_metadata(name: str, base_model: str, options: Mapping, *, is_v2: bool = False, is_v: bool = False) -> dict:
+def run_metadata(
+    name: str,
+    base_model: str,
+    options: Mapping,
+    *,
+    is_v2: bool = False,
+    is_v: bool = False,
+    usage_hint: str | None = None,
+) -> dict[str, str]:
     """Return sd-scripts' metadata for a run, and those of our term; without dates, so that files are reproducible.
 
     Args:
         options: options of the run, with its `steps` and `epochs`.
         is_v: the model predicts v.
+        usage_hint: how to draw with it, where it is not as usual.
     """
     record = {key: options[key] for key in options if key in SAME.split() or key.startswith("perceptual_")}
     renamed = {"snr_gamma": "min_snr_gamma", "caption_dropout": "caption_dropout_rate", "epochs": "epoch"}
@@ -473,6 +482,7 @@ def run_metadata(name: str, base_model: str, options: Mapping, *, is_v2: bool = 
         "prediction_type": "v" if is_v else "epsilon",
         "license": options.get("license"),
         "trigger_phrase": options.get("trigger_word"),
+        "usage_hint": usage_hint,
     }
     texts = {f"ss_{key}": value for key, value in record.items()} | {f"modelspec.{k}": v for k, v in spec.items() if v}
     return {key: " ".join(map(str, v)) if isinstance(v, list) else str(v) for key, v in texts.items()}

@@ -8,7 +8,6 @@ from huggingface_hub import ModelCardData
 from torch import Tensor
 
 from ..cli.arguments import Options
-from ..data.tags import with_trigger
 from ..diffusion import PerceptualTerm
 from ..diffusion.options import describe_backbone
 from ..training import cards
@@ -35,6 +34,13 @@ def run_summary(args: Options, run: Run, steps: Steps, term: PerceptualTerm | No
         f"{training}perceptual term: {args.perceptual_weight:g} x {' + '.join(args.perceptual_loss)}; open at"
         f" {term.open.float().mean():.0%} of the timesteps, up to {int(term.open.nonzero().max())}"
     )
+
+
+def logged(losses: Losses, pull: dict[str, Tensor], num_train_timesteps: int) -> dict[str, Tensor]:
+    """Return the quantities of a batch that are summed up for the log, (B,); `pull` is that of `balance`."""
+    values = {"denoising": losses.denoising, "perceptual": losses.perceptual, "gated": losses.gated}
+    values |= {"train": losses.denoising + pull["factor"] * losses.perceptual} | pull
+    return values | by_decile(losses, num_train_timesteps)
 
 
 def by_decile(losses: Losses, num_train_timesteps: int) -> dict[str, Tensor]:
@@ -89,21 +95,37 @@ def list_files(output_dir: str, kohya_weights: str, *, has_pictures: bool) -> st
     return cards.listing(output_dir, pictures | weights)
 
 
-def write_card(args: Options, run: Run, caption_origins: str, pictures: list[str]) -> None:
-    """Write the model card of a LoRA of Stable Diffusion 1.x."""
+def write_card(
+    args: Options,
+    run: Run,
+    *,
+    description: str,
+    prompts: list[str],
+    pictures: list[str],
+    scheduler: str = "",
+    settings: str = "",
+) -> None:
+    """Write the model card of a LoRA of Stable Diffusion 1.x.
+
+    Args:
+        description: what follows "LoRA weights for Stable Diffusion 1.5, ".
+        prompts: to try it with.
+        pictures: files to show.
+        scheduler: class of diffusers' scheduler and its keywords, as code, if it is not the pipeline's.
+        settings: keywords of the call of the pipeline, as code.
+    """
     base_model = cards.hub_id(args.pretrained_model_name_or_path)
-    name = cards.model_name(run.hub_model_id, args.output_dir)
-    template = with_trigger(args.caption_template, args.trigger_word)
-    prompts = args.validation_prompt or [template.replace("{class}", "house")]
-    term = "with the perceptual term" if args.perceptual_weight else "by the script"
-    trigger = f" Every caption has the trigger word {args.trigger_word!r}." if args.trigger_word else ""
-    readers = "LyCORIS; others compute DoRA otherwise" if args.use_dora else "AUTOMATIC1111, Forge and ComfyUI"
     tags = "stable-diffusion stable-diffusion-diffusers text-to-image diffusers diffusers-training lora sketch"
-    snippet = f"""from diffusers import StableDiffusionPipeline
+    kind, _, options = scheduler.partition(", ")
+    imports = ", ".join(filter(None, [kind, "StableDiffusionPipeline"]))
+    lines = [f'pipeline.load_lora_weights("{run.hub_model_id or "path/to/this/folder"}", weight_name="{WEIGHTS}")']
+    if scheduler:
+        lines.append(f"pipeline.scheduler = {kind}.from_config(pipeline.scheduler.config, {options})")
+    lines.append(f'pipeline({", ".join(filter(None, [repr(prompts[0]), settings]))}).images[0].save("sketch.png")')
+    snippet = f"""from diffusers import {imports}
 
 pipeline = StableDiffusionPipeline.from_pretrained("{base_model or "path/to/stable-diffusion-v1-5"}")
-pipeline.load_lora_weights("{run.hub_model_id or "path/to/this/folder"}", weight_name="{WEIGHTS}")
-pipeline({prompts[0]!r}).images[0].save("sketch.png")"""
+""" + "\n".join(lines)
     cards.write_card(
         args.output_dir,
         data=ModelCardData(
@@ -115,14 +137,24 @@ pipeline({prompts[0]!r}).images[0].save("sketch.png")"""
             instance_prompt=args.trigger_word,
             widget=[{"text": prompt} for prompt in prompts],
         ),
-        title=f"Sketch LoRA - {name}",
-        description=f"LoRA weights for Stable Diffusion 1.5, fine-tuned on drawings {term} of sketch-perceptual."
-        f" `{WEIGHTS}` is for diffusers, `{kohya_file(run.hub_model_id, args.output_dir)}` for {readers}."
-        f" Captions come from {caption_origins}.{trigger}{_held_out_losses(run.state['held_out'])}",
+        title=f"Sketch LoRA - {cards.model_name(run.hub_model_id, args.output_dir)}",
+        description=f"LoRA weights for Stable Diffusion 1.5, {description}",
         install="`pip install diffusers transformers accelerate peft`",
         snippet=snippet,
         options={"steps": run.steps.total} | describe_backbone(args) | run.record(),
         pictures=pictures,
+    )
+
+
+def describe_training(args: Options, run: Run, caption_origins: str) -> str:
+    """Describe a LoRA trained on drawings, for its card."""
+    term = "with the perceptual term" if args.perceptual_weight else "by the script"
+    trigger = f" Every caption has the trigger word {args.trigger_word!r}." if args.trigger_word else ""
+    readers = "LyCORIS; others compute DoRA otherwise" if args.use_dora else "AUTOMATIC1111, Forge and ComfyUI"
+    return (
+        f"fine-tuned on drawings {term} of sketch-perceptual. `{WEIGHTS}` is for diffusers,"
+        f" `{kohya_file(run.hub_model_id, args.output_dir)}` for {readers}. Captions come from {caption_origins}."
+        f"{trigger}{_held_out_losses(run.state['held_out'])}"
     )
 
 

@@ -28,7 +28,6 @@ from .pictures import some_drawings
 logger = get_logger(__name__, log_level="INFO")
 
 BEFORE_AFTER = "before_after.png"
-SAMPLING_STEPS = 30
 
 
 def add_validation_options(parser: Parser) -> None:
@@ -69,12 +68,23 @@ class Validation:
     """Generates pictures of the validation prompts.
 
     Args:
-        pipeline: of diffusers, with the adapter.
+        pipeline: of diffusers, with the adapter; its scheduler draws them.
         embed: prompts -> their embeddings.
+        num_inference_steps, guidance_scale: of the pipeline; no guidance up to 1.
     """
 
-    def __init__(self, args: Options, run: Run, pipeline, embed: Callable[[list[str]], Tensor]):
+    def __init__(
+        self,
+        args: Options,
+        run: Run,
+        pipeline,
+        embed: Callable[[list[str]], Tensor],
+        *,
+        num_inference_steps: int = 30,
+        guidance_scale: float = 7.5,
+    ):
         self.run, self.pipeline, self.embed = run, pipeline, embed
+        self.num_inference_steps, self.guidance_scale = num_inference_steps, guidance_scale
         self.folder, self.every = Path(args.output_dir), args.validation_epochs
         self.count = args.num_validation_images
         self.prompts: list[str] = (args.validation_prompt or []) if self.count else []
@@ -86,7 +96,7 @@ class Validation:
             return None
         pictures = len(self.prompts) * self.count
         during, at_end = pictures * (steps.epochs // self.every), 2 * pictures
-        sampling = (during + at_end) * SAMPLING_STEPS * 2  # with guidance
+        sampling = (during + at_end) * self.num_inference_steps * (2 if self.guidance_scale > 1 else 1)
         training = 3 * steps.total * images_per_step  # backward counts twice
         advice = "; a larger --validation_epochs makes it less" if sampling > training and during else ""
         share = sampling / (sampling + training)
@@ -112,13 +122,17 @@ class Validation:
         self.pipeline.disable_lora()
         before = self.generate()
         self.pipeline.enable_lora()
-        columns = ["before"] * self.count + ["after"] * self.count
+        return self.write({"before": before, "after": after})
+
+    def write(self, columns: dict[str, dict[str, list[Image.Image]]]) -> list[Image.Image]:
+        """Write BEFORE_AFTER, pictures by column and prompt; track and return those of the last column."""
+        heads = [head for head in columns for _ in range(self.count)]
+        rows = {prompt: [x for pictures in columns.values() for x in pictures[prompt]] for prompt in self.prompts}
         with replacing(self.folder) as folder:
-            image_grid({prompt: before[prompt] + after[prompt] for prompt in after}, columns).save(
-                folder / BEFORE_AFTER
-            )
-        track_images(self.run.accelerator, "test", after, self.run.steps.done)
-        return [picture for row in after.values() for picture in row]
+            image_grid(rows, heads).save(folder / BEFORE_AFTER)
+        last = list(columns.values())[-1]
+        track_images(self.run.accelerator, "test", last, self.run.steps.done)
+        return [picture for row in last.values() for picture in row]
 
     @torch.no_grad()
     def generate(self) -> dict[str, list[Image.Image]]:
@@ -136,7 +150,12 @@ class Validation:
                     for number in range(self.count):
                         rng = torch.Generator().manual_seed(self.run.seed + number)
                         latents = self.pipeline(
-                            **embeds, num_inference_steps=SAMPLING_STEPS, generator=rng, output_type="latent", **size
+                            **embeds,
+                            num_inference_steps=self.num_inference_steps,
+                            guidance_scale=self.guidance_scale,
+                            generator=rng,
+                            output_type="latent",
+                            **size,
                         ).images
                         images[prompt].append(to_pil(latents_of.decode(latents)[0]))
                         bar.update()

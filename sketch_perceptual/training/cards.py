@@ -7,7 +7,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from ..errors import shown
 from ..files import CARD as README
-from ..files import MARK, card_path, write_whole
+from ..files import MARK, card_path, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ def set_section(folder: str | Path, title: str, lines: list[list[str]], about: s
     start, _, rest = text.partition(TRAINING)
     start = start.partition(f"\n## {title}\n")[0]
     text = f"{start}\n## {title}\n\n{markdown_table(lines)}\n\n{about}\n{TRAINING}{rest}"
-    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+    write_text(path, text)
     return path
 
 

@@ -33,7 +33,7 @@ logger = get_logger(__name__, log_level="INFO")
 
 # Options of trainers that name a file or folder to read.
 READ = """train_data_dir dataset_name paired_data_dir style backbone init_weights pretrained_model_name_or_path
-    perceptual_decoder""".split()
+    perceptual_decoder teacher_lora prompts""".split()
 RESULTS = ("best", "last", "model.safetensors", "pytorch_lora_weights.safetensors")  # in `output_dir`
 PATIENCE = timedelta(hours=2)  # the other processes wait while the main one samples or exports
 
@@ -81,7 +81,7 @@ def start(args: Options) -> Run:
         fixed=args.fixed,
         total_limit=args.checkpoints_total_limit,
     )
-    dataset = hub_id(args.dataset_name)
+    dataset = hub_id(vars(args).get("dataset_name"))
     run.card_data = {"license": args.license, "datasets": [dataset] if dataset else None}
     set_seed(run.seed)
     if args.allow_tf32:

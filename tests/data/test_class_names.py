@@ -2,7 +2,13 @@ import re
 
 import pytest
 
-from sketch_perceptual.data.class_names import are_imagenets, class_names, imagenet_classes, readable_class
+from sketch_perceptual.data.class_names import (
+    are_imagenets,
+    class_names,
+    find_classes,
+    imagenet_classes,
+    readable_class,
+)
 
 CRANES = ["n02012849", "n03126707"]
 
@@ -62,3 +68,9 @@ IMAGENETS = {
 def test_the_classes_of_imagenet_are_known_in_their_order_only(case):
     classes, expected = IMAGENETS[case]
     assert are_imagenets(classes) == expected
+
+
+def test_the_class_in_a_prompt_is_the_longest_that_is_named():
+    classes = ["dog", "hot_dog", "n02012849", "n03126707", "tee-shirt"]  # the third and fourth are both cranes
+    prompts = ["A sketch of a Hot Dog", "a doge", "a dog and a hot dog", "two cranes", "a crane", "a tee-shirt."]
+    assert list(find_classes(prompts, classes)) == [{1}, set(), {1}, set(), {2, 3}, {4}]

@@ -19,9 +19,9 @@ from tiny_clip import save_clip
 from sketch_perceptual.commands import evaluate as script
 from sketch_perceptual.data.images import fit_image, to_tensor
 from sketch_perceptual.errors import InputError
-from sketch_perceptual.evaluation import sampling
-from sketch_perceptual.evaluation.sampling import draw_prompts
 from sketch_perceptual.files import MARK
+from sketch_perceptual.lora import sampling
+from sketch_perceptual.lora.sampling import draw_prompts
 from sketch_perceptual.measures.image_quality import frechet_distance
 from sketch_perceptual.measures.strokes import SHAPE
 from sketch_perceptual.networks.backbone import AttentionVGG16

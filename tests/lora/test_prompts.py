@@ -8,13 +8,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from sketch_perceptual.errors import InputError
-from sketch_perceptual.evaluation.prompts import (
-    cycle_prompts,
-    find_classes,
-    missing_pictures,
-    open_folder,
-    read_prompts,
-)
+from sketch_perceptual.lora.prompts import cycle_prompts, missing_pictures, open_folder, read_prompts
 
 
 def test_prompts_come_again_with_a_number():
@@ -44,12 +38,6 @@ def test_prompts_of_a_file(tmp_path):
             read_prompts(path)
     with pytest.raises(InputError, match=r"`prompts` nowhere\.txt cannot be read"):
         read_prompts("nowhere.txt")
-
-
-def test_the_class_in_a_prompt_is_the_longest_that_is_named():
-    classes = ["dog", "hot_dog", "n02012849", "n03126707", "tee-shirt"]  # the third and fourth are both cranes
-    prompts = ["A sketch of a Hot Dog", "a doge", "a dog and a hot dog", "two cranes", "a crane", "a tee-shirt."]
-    assert list(find_classes(prompts, classes)) == [{1}, set(), {1}, set(), {2, 3}, {4}]
 
 
 def test_a_folder_says_what_it_holds_and_refuses_what_it_does_not(tmp_path):

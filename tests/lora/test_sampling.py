@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 
 from sketch_perceptual.diffusion import Latents
 from sketch_perceptual.errors import InputError
-from sketch_perceptual.evaluation.prompts import cycle_prompts
-from sketch_perceptual.evaluation.sampling import draw_prompts, load_adapter
+from sketch_perceptual.lora.prompts import cycle_prompts
+from sketch_perceptual.lora.sampling import draw_prompts, load_adapter
 from sketch_perceptual.measures.ink import is_black
 
 SETTINGS = {"seed": 3, "resolution": 32, "num_inference_steps": 2, "guidance_scale": 2.0}

@@ -2,17 +2,15 @@
 
 import json
 import os
-import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import cycle, islice
 from pathlib import Path
 
 from PIL import Image
 
-from ..data.class_names import readable_class
 from ..errors import InputError
-from .tables import write_text
+from ..files import write_text
 
 METADATA, SETTINGS = "metadata.jsonl", ".settings.json"
 ADVICE = "delete the folder or choose another `output_dir`"
@@ -65,8 +63,13 @@ def open_folder(folder: Path, prompts: Sequence[tuple[str, int]], settings: dict
     return [folder / _name(index) for index in range(len(prompts))]
 
 
-def missing_pictures(paths: Sequence[Path], resolution: int) -> list[int]:
-    """Return the positions of pictures that are absent, damaged or of another size."""
+def latents_path(picture: Path) -> Path:
+    """Return the path of a picture's noise and latents."""
+    return picture.with_suffix(".safetensors")
+
+
+def missing_pictures(paths: Sequence[Path], resolution: int, with_latents: bool = False) -> list[int]:
+    """Return the positions of pictures that are absent, damaged, of another size, or without the latents wanted."""
     missing = []
     for index, path in enumerate(paths):
         if os.path.isdir(path):
@@ -74,26 +77,11 @@ def missing_pictures(paths: Sequence[Path], resolution: int) -> list[int]:
         try:
             with Image.open(path) as image:
                 image.load()
-                if image.size != (resolution, resolution):
+                if image.size != (resolution, resolution) or (with_latents and not latents_path(path).is_file()):
                     missing.append(index)
         except (OSError, ValueError, SyntaxError):  # Pillow's errors for damaged files
             missing.append(index)
     return missing
-
-
-def find_classes(prompts: Sequence[str], classes: Sequence[str]) -> Iterator[set[int]]:
-    """Yield the class that each prompt names (the longest of several) in readable form: "hot dog" for "hot_dog".
-
-    A set, since two classes may have the same readable name; empty if no class is named.
-    """
-    readings: dict[str, set[int]] = {}
-    for index, name in enumerate(classes):
-        readings.setdefault(readable_class(name).casefold(), set()).add(index)
-    names = sorted(readings, key=len, reverse=True)
-    pattern = re.compile(r"(?<!\w)(?:" + "|".join(map(re.escape, names)) + r")(?!\w)")
-    for prompt in prompts:
-        named = pattern.findall(prompt.casefold())
-        yield readings[max(named, key=len)] if named else set()
 
 
 def _name(index: int) -> str:
