@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, LCMScheduler, StableDiffusionPipeline
 from torch import Tensor
 
 import distill_lora_sketch
@@ -61,11 +61,12 @@ ARMS = {  # options of distill_lora_sketch.py
     },
 }
 LONGER = "more steps of the plain LoRA"  # as many images as a student sees
+CONSISTENCY = "consistency distillation"
 
 
-def call(script: str, *options) -> None:
-    command = [sys.executable, str(ROOT / script), *map(str, options), "--report_to", "none"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def call(*arguments) -> None:
+    command = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"{' '.join(command)}\n{done.stderr[-3000:]}")
 
@@ -97,7 +98,8 @@ class Bench:
                 to_pil(image).save(folder / f"{count}.png")
 
     def common(self, seed: int) -> list:
-        return ["--pretrained_model_name_or_path", self.args.pipeline, "--resolution", self.size, "--seed", seed]
+        options = f"--resolution {self.size} --seed {seed} --report_to none".split()
+        return ["--pretrained_model_name_or_path", self.args.pipeline, *options]
 
     def teacher(self, seed: int, *more: str) -> Path:
         folder = self.args.work / f"{self.args.style}-{seed}" / "-".join(["teacher", *more]).replace("--", "")
@@ -125,7 +127,8 @@ class Bench:
         pipeline.unet.to(memory_format=torch.channels_last)
         pipeline.vae.to(memory_format=torch.channels_last)
         pipeline.load_lora_weights(lora, weight_name=WEIGHTS)
-        pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config, timestep_spacing="trailing", **options)
+        options = {"timestep_spacing": "trailing"} | options
+        pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config, **options)
         images = []
         for start in range(0, len(self.prompts), 16):
             part = slice(start, start + 16)
@@ -157,6 +160,19 @@ class Bench:
         print(f"{time.monotonic() - self.began:.0f} s: {arm}, seed {seed}", flush=True)
         return about
 
+    def baseline(self, seed: int, arm: str) -> dict[str, Tensor]:
+        """Pictures by setting of what is trained otherwise for as long as a student."""
+        teacher = self.teacher(seed)
+        if arm == LONGER:
+            folder, sampler = self.teacher(seed, "--max_train_steps", "1100"), DPMSolverMultistepScheduler
+        else:
+            folder, sampler = teacher.parent / "consistency", LCMScheduler
+            if not (folder / WEIGHTS).exists():
+                where = ["--pairs_dir", teacher.parent / "pairs", "--output_dir", folder, "--seed", seed]
+                where += ["--pretrained_model_name_or_path", self.args.pipeline, "--teacher_lora", teacher]
+                call("-m", "research.consistency", "--guidance_scale", TEACHER_GUIDANCE, *where)
+        return {str(steps): self.draw(folder, sampler, steps, 1.0) for steps in STEPS}
+
     def references(self, seed: int, teachers: Tensor) -> dict[str, dict[str, Tensor]]:
         """Pictures without a student, by arm and setting."""
         plain, sampler = self.teacher(seed), DPMSolverMultistepScheduler
@@ -186,7 +202,7 @@ def main() -> None:
     add("--judge", required=True, help="of research.judge")
     add("--results", type=Path, required=True, help="a file with a line for each cell")
     add("--work", type=Path, required=True, help="folder of the drawings, LoRAs and pairs, which are reused")
-    add("--arms", nargs="+", choices=[*ARMS, LONGER], default=["no term", "lpips, 4", "gram + tone, 4"])
+    add("--arms", nargs="+", choices=[*ARMS, LONGER, CONSISTENCY], default=["no term", "lpips, 4", "gram + tone, 4"])
     add("--seeds", nargs="+", type=int, default=[301])
     add("--style", choices=STYLES, default="pen", help="of embedded drawings")
     add("--per_class", type=int, default=8, help="pictures of each thing")
@@ -194,6 +210,8 @@ def main() -> None:
     add("--trunk", help="a .safetensors with VGG-16 weights for lpips and vgg")
     add("--pictures", type=Path, help="keep one picture of each thing in this folder")
     args, options = parser.parse_known_args()
+    args.work, args.pipeline = args.work.resolve(), str(Path(args.pipeline).resolve())
+    args.trunk = args.trunk and str(Path(args.trunk).resolve())
     args.options = options
     bench = Bench(args)
     lines = args.results.read_text().splitlines() if args.results.exists() else []
