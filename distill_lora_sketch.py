@@ -1,14 +1,14 @@
 #!/usr/bin/env python
 """Distil a LoRA of Stable Diffusion 1.5 into one that draws in four steps without guidance.
 
-    python distill_lora_sketch.py \
-      --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \
-      --teacher_lora sketch-lora --prompts drawings \
+    python distill_lora_sketch.py \\
+      --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \\
+      --teacher_lora sketch-lora --prompts prompts.txt \\
       --validation_prompt "a sketch of a fox" --output_dir sketch-lora-4-steps --seed 42
 
 The LoRA, the teacher, draws pictures for the prompts. The student starts as the teacher and learns to predict each
-picture from the noise that it was drawn from (Liu et al. 2023, rectified flow, section 3), with a pseudo-Huber loss
-of the latents and the perceptual term. It is drawn with by DDIM, whose timesteps it was trained at.
+picture from the noise that it was drawn from (as rectified flows do, Liu et al. 2023), with a pseudo-Huber loss of
+the latents and the perceptual term, at the timesteps at which DDIM draws.
 """
 
 from functools import partial
@@ -208,7 +208,7 @@ def draw_with_teacher(
         "guidance_scale": args.teacher_guidance_scale,
     }
     folder = Path(args.pairs_dir or Path(args.output_dir, "pairs"))
-    settings = {"seed": run.seed, "resolution": args.resolution} | sampling
+    settings = {"seed": 0, "resolution": args.resolution} | sampling  # so that a run without --seed can go on drawing
     batch_size = args.generation_batch_size
     pairs = draw_pairs(run.accelerator, pipeline, folder, texts, args.num_pairs, batch_size, **settings)
     if args.figure_data:

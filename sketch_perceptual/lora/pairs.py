@@ -3,10 +3,10 @@
 import re
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 
 from ..data.captions import captioned_folder
 from ..data.datasets import CaptionedImages
@@ -30,10 +30,14 @@ class Pairs(CaptionedImages):
         self.paths = paths
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
-        path = latents_path(self.paths[self.rows[key[1]]])
+        return super().__getitem__(key) | self.tensors(key[1])
+
+    def tensors(self, index: int) -> dict[str, Tensor]:
+        """Return the noise and the latents of a pair; InputError."""
+        path = latents_path(self.paths[self.rows[index]])
         try:
             tensors = load_file(path)
-            return super().__getitem__(key) | {name: tensors[name] for name in ("noise", "latents")}
+            return {name: tensors[name] for name in ("noise", "latents")}
         except (OSError, SafetensorError, KeyError) as error:
             raise InputError(f"{path} cannot be read ({first_line(error)}): delete it to draw it again") from error
 
@@ -69,6 +73,6 @@ def draw_pairs(
     except InputError as error:
         raise InputError(re.sub("`output_dir`", "`pairs_dir`", str(error))) from error
     pairs = Pairs(paths, [prompt for prompt, _ in numbered], settings["resolution"])
-    if not torch.stack([pairs[0, index]["latents"].isfinite().all() for index in range(count)]).all():
+    if not all(pairs.tensors(index)["latents"].isfinite().all() for index in range(count)):
         raise InputError(f"{folder}: pictures of the teacher are not finite: use `mixed_precision` bf16")
     return pairs
