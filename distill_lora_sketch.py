@@ -40,7 +40,7 @@ from sketch_perceptual.lora.encoding import encode_prompts, warn_of_long_caption
 from sketch_perceptual.lora.export import export, predict
 from sketch_perceptual.lora.pairs import Pairs, draw_pairs, load_prompts
 from sketch_perceptual.lora.pictures import collate
-from sketch_perceptual.lora.report import list_files, logged, run_summary, step_logs, write_card
+from sketch_perceptual.lora.report import describe_files, list_files, logged, run_summary, step_logs, write_card
 from sketch_perceptual.lora.samples import Losses, Sample
 from sketch_perceptual.lora.validation import (
     BEFORE_AFTER,
@@ -252,6 +252,7 @@ def score(
 def finish(args: Options, run: Run, adapter: Adapter, validation: Validation, before: dict) -> list[str]:
     """Export the student, reload and check it, draw it beside the teacher, write the card; the files' names."""
     steps = args.num_inference_steps
+    is_dora = any(layer.magnitude is not None for layer in adapter.layers().values())
     in_comfyui = f"sampler ddim, scheduler sgm_uniform, {steps} steps, CFG 1"
     kohya_weights, drawn = export(args, run, adapter, usage_hint=in_comfyui), []
     with optional("check of the adapter and pictures"):
@@ -267,7 +268,7 @@ def finish(args: Options, run: Run, adapter: Adapter, validation: Validation, be
         args,
         run,
         description=f"which draw in {steps} steps without guidance, distilled from another LoRA by sketch-perceptual."
-        f" In ComfyUI: {in_comfyui}.",
+        f" {describe_files(args, run, is_dora)} In ComfyUI: {in_comfyui}.",
         prompts=args.validation_prompt or ["a sketch of a house"],
         pictures=shown,
         scheduler=scheduler,
@@ -275,7 +276,8 @@ def finish(args: Options, run: Run, adapter: Adapter, validation: Validation, be
     )
     if run.meter.skipped:
         logger.warning(f"{run.meter.skipped} steps were skipped: their loss or gradient was not finite")
-    print(list_files(args.output_dir, kohya_weights, has_pictures=bool(drawn)))
+    seen = "the validation prompts by the teacher and by the student" if drawn else None
+    print(list_files(args.output_dir, kohya_weights, seen))
     print(f"Draw with diffusers: {scheduler.replace(', ', '.from_config(pipeline.scheduler.config, ', 1)}),")
     print(f"pipeline(prompt, {settings}); with ComfyUI: {in_comfyui}")
     return [WEIGHTS, kohya_weights, "README.md", *shown]

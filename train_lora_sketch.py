@@ -303,7 +303,8 @@ def finish(args: Options, run: Run, adapter: Adapter, validation: Validation, pi
     )
     if run.meter.skipped:
         logger.warning(f"{run.meter.skipped} steps were skipped: their loss or gradient was not finite")
-    print(list_files(args.output_dir, kohya_weights, has_pictures=bool(drawn)))
+    seen = "the validation prompts without and with the LoRA" if drawn else None
+    print(list_files(args.output_dir, kohya_weights, seen))
     return [WEIGHTS, kohya_weights, "README.md", *shown]
 
 

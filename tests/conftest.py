@@ -110,13 +110,6 @@ def torchrun(driver, *options):
     )
 
 
-def run_killed(driver, *options):
-    """Run a script that kills itself."""
-    command, environment = [sys.executable, driver, *options], os.environ | {"PYTHONPATH": str(ROOT)}
-    killed = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, check=False)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-
-
 @pytest.fixture
 def signals():
     """Puts back what a trainer does to signal handlers."""

@@ -2,16 +2,15 @@
 
 import argparse
 import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate.utils import DistributedType
-from conftest import ROOT, reset_accelerate, torchrun
+from conftest import ROOT, reset_accelerate
 from hypothesis import given
 from hypothesis import strategies as st
+from processes import one_process, two_processes
 from safetensors.torch import load_file
 
 from sketch_perceptual.cli import arguments
@@ -22,11 +21,6 @@ OPTIONS = """--pretrained_model_name_or_path {sd} --train_data_dir {drawings} --
     --train_batch_size 1 --gradient_accumulation_steps 2 --seed 0 --report_to none --mixed_precision no --random_flip
     --lr_scheduler cosine --lr_warmup_steps 0 --learning_rate 1e-2 --perceptual_min_snr 0 --max_train_steps 4"""
 WEIGHTS = "pytorch_lora_weights.safetensors"
-
-
-def run(driver, *options):
-    command, environment = [sys.executable, driver, *options], os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, check=False)
 
 
 def weights(folder):
@@ -61,13 +55,13 @@ def test_a_disk_that_fills_up_costs_no_checkpoint(tiny_sd, drawings, tmp_path):
     options = OPTIONS.format(sd=tiny_sd, drawings=drawings).split()
     options += ["--checkpointing_steps", "1", "--output_dir", tmp_path / "out", "--resume_from_checkpoint", "latest"]
     options += ["--feature_dir", tmp_path / "features"]
-    done = run(tmp_path / "driver.py", "3", *options)
+    done = one_process(tmp_path / "driver.py", "3", *options)
     assert done.returncode == 2, done.stderr
     assert "checkpoint-3 could not be written: " in done.stderr
     assert "--resume_from_checkpoint latest" in done.stderr
     assert "Traceback" not in done.stderr
     assert [path.name for path in checkpoints.find_checkpoints(tmp_path / "out")] == ["checkpoint-1", "checkpoint-2"]
-    done = run(tmp_path / "driver.py", "export", *options)
+    done = one_process(tmp_path / "driver.py", "export", *options)
     assert done.returncode == 2, done.stderr
     assert os.strerror(27) in done.stderr
     assert "Traceback" not in done.stderr
@@ -80,7 +74,7 @@ def test_two_processes_resume_bit_for_bit(tiny_sd, drawings, tmp_path):
     options = [*OPTIONS.format(sd=tiny_sd, drawings=drawings).split(), "--checkpointing_steps", "3"]
     options += ["--feature_dir", str(tmp_path / "features")]
     for more in ([], ["--resume_from_checkpoint", "latest"]):
-        done = torchrun(ROOT / "train_lora_sketch.py", *options, *more, "--output_dir", str(tmp_path / "out"))
+        done = two_processes(ROOT / "train_lora_sketch.py", *options, *more, "--output_dir", str(tmp_path / "out"))
         assert done.returncode == 0, done.stderr[-3000:]
         if not more:
             straight = weights(tmp_path / "out")

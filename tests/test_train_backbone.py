@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import NARROW, draw_class, reset_accelerate, run_killed, torchrun
+from conftest import NARROW, draw_class, reset_accelerate
 from PIL import Image
+from processes import run_killed, two_processes
 from safetensors.torch import load_file, save_file
 
 import train_backbone as script
@@ -543,7 +544,7 @@ def test_two_processes_agree_and_evaluate_as_one(driver, pictures, tmp_path):
     options = f"""{SMALL} --train_data_dir {pictures} --init_weights none --train_batch_size 2 --learning_rate 1e-2
         --seed 0 --num_train_epochs 2 --validation_share 0.5 --output_dir {tmp_path / "out"}"""
     options = options.replace("batch_size 2", "batch_size 3")  # 8 drawings in batches of 6 and 2
-    done = torchrun(driver, str(tmp_path), "0", *options.split())
+    done = two_processes(driver, str(tmp_path), "0", *options.split())
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (torch.load(tmp_path / f"network-{rank}.pt", weights_only=True) for rank in (0, 1))
     assert all(torch.equal(first[name], second[name]) for name in first)

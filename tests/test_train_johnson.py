@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import NARROW, draw_class, reset_accelerate, run_killed, torchrun
+from conftest import NARROW, draw_class, reset_accelerate, torchrun
 from PIL import Image
+from processes import run_killed
 
 import train_johnson as script
 from sketch_perceptual.data.images import to_tensor

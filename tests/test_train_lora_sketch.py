@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import reset_accelerate, torchrun
+from conftest import reset_accelerate
 from diffusers import AutoencoderTiny, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.loaders import lora_base
 from hub_server import Repo
@@ -20,6 +20,7 @@ from huggingface_hub import ModelCard
 from peft import get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from PIL import Image, ImageDraw
+from processes import two_processes
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -1092,7 +1093,7 @@ def test_two_processes_share_batches_of_one_shape(tiny_sd, pages, tmp_path):
     options = f"""--pretrained_model_name_or_path {tiny_sd} --output_dir {tmp_path / "out"} --resolution 32
         --train_data_dir {pages} --perceptual_loss pixel --train_batch_size 2 --num_train_epochs 2 --seed 0
         --learning_rate 1e-2 --lr_warmup_steps 0 --report_to none --fit bucket --feature_dir {tmp_path / "features"}"""
-    done = torchrun(tmp_path / "driver.py", str(tmp_path), *options.split())
+    done = two_processes(tmp_path / "driver.py", str(tmp_path), *options.split())
     assert done.returncode == 0, done.stderr[-3000:]
     adapters = [torch.load(tmp_path / f"adapter-{rank}.pt", weights_only=True) for rank in (0, 1)]
     assert all(torch.equal(adapters[0][name], adapters[1][name]) for name in adapters[0])
@@ -1108,7 +1109,7 @@ def test_two_processes_draw_apart_and_agree(tiny_sd, drawings, tmp_path):
         --train_data_dir {drawings} --perceptual_loss pixel --train_batch_size 1 --num_train_epochs 3 --seed 0
         --learning_rate 1e-2 --lr_warmup_steps 2 --lr_scheduler linear --checkpointing_steps 6 --report_to none
         --center_crop --feature_dir {tmp_path / "features"} --perceptual_min_snr 1"""
-    done = torchrun(tmp_path / "driver.py", str(tmp_path), *options.split())
+    done = two_processes(tmp_path / "driver.py", str(tmp_path), *options.split())
     assert done.returncode == 0, done.stderr[-3000:]
     adapters = [torch.load(tmp_path / f"adapter-{rank}.pt", weights_only=True) for rank in (0, 1)]
     assert all(torch.equal(adapters[0][name], adapters[1][name]) for name in adapters[0])

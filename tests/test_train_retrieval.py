@@ -7,8 +7,9 @@ import statistics
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import NARROW, draw_class, reset_accelerate, run_killed, torchrun
+from conftest import NARROW, draw_class, reset_accelerate
 from PIL import Image
+from processes import run_killed, two_processes
 
 import train_retrieval as script
 from sketch_perceptual.data.near_duplicates import content_key
@@ -351,7 +352,7 @@ def test_a_killed_run_resumes_to_the_same_embedders(train, driver, options, tmp_
 
 @pytest.mark.slow
 def test_two_processes_agree_and_share_the_features(driver, options, train, tmp_path):
-    done = torchrun(driver, str(tmp_path), "0", *options, "--output_dir", str(tmp_path / "out"))
+    done = two_processes(driver, str(tmp_path), "0", *options, "--output_dir", str(tmp_path / "out"))
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (torch.load(tmp_path / f"head-{rank}.pt", weights_only=True) for rank in (0, 1))
     assert all(torch.equal(first[name], second[name]) for name in first)

@@ -84,9 +84,9 @@ def kohya_file(hub_model_id: str | None, output_dir: str) -> str:
     return f"{name}_kohya.safetensors" if f"{name}.safetensors".endswith(WEIGHTS) else f"{name}.safetensors"
 
 
-def list_files(output_dir: str, kohya_weights: str, *, has_pictures: bool) -> str:
-    """List the files of the result with their uses."""
-    pictures = {BEFORE_AFTER: "the validation prompts without and with the LoRA"} if has_pictures else {}
+def list_files(output_dir: str, kohya_weights: str, shown: str | None) -> str:
+    """List the files of the result with their uses; `shown` describes the pictures, if there are any."""
+    pictures = {BEFORE_AFTER: shown} if shown else {}
     weights = {
         WEIGHTS: f"for diffusers: pipeline.load_lora_weights({output_dir!r}, weight_name={WEIGHTS!r})",
         kohya_weights: "for ComfyUI (models/loras), AUTOMATIC1111 and Forge (models/Lora):"
@@ -150,12 +150,16 @@ def describe_training(args: Options, run: Run, caption_origins: str) -> str:
     """Describe a LoRA trained on drawings, for its card."""
     term = "with the perceptual term" if args.perceptual_weight else "by the script"
     trigger = f" Every caption has the trigger word {args.trigger_word!r}." if args.trigger_word else ""
-    readers = "LyCORIS; others compute DoRA otherwise" if args.use_dora else "AUTOMATIC1111, Forge and ComfyUI"
     return (
-        f"fine-tuned on drawings {term} of sketch-perceptual. `{WEIGHTS}` is for diffusers,"
-        f" `{kohya_file(run.hub_model_id, args.output_dir)}` for {readers}. Captions come from {caption_origins}."
-        f"{trigger}{_held_out_losses(run.state['held_out'])}"
+        f"fine-tuned on drawings {term} of sketch-perceptual. {describe_files(args, run, args.use_dora)} Captions come"
+        f" from {caption_origins}.{trigger}{_held_out_losses(run.state['held_out'])}"
     )
+
+
+def describe_files(args: Options, run: Run, is_dora: bool) -> str:
+    """Describe which file is for which program, for the card."""
+    readers = "LyCORIS; others compute DoRA otherwise" if is_dora else "AUTOMATIC1111, Forge and ComfyUI"
+    return f"`{WEIGHTS}` is for diffusers, `{kohya_file(run.hub_model_id, args.output_dir)}` for {readers}."
 
 
 def _held_out_losses(history: list[dict]) -> str:

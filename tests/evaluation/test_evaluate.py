@@ -4,8 +4,9 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import NARROW, draw_class, reset_accelerate, torchrun
+from conftest import NARROW, draw_class, reset_accelerate
 from PIL import Image, ImageOps
+from processes import two_processes
 
 from sketch_perceptual.commands import evaluate as script
 from sketch_perceptual.commands import search
@@ -340,7 +341,7 @@ def test_two_processes_say_what_one_says(evaluate, models, pictures, tmp_path, t
     _, alone = evaluate(task, *options)
     fixed = ["--train_data_dir", pictures, "--resolution", 32, "--feature_dir", tmp_path / "features-of-two"]
     fixed += ["--extraction_batch_size", 3, "--output", tmp_path / "two.json"]
-    done = torchrun(tmp_path / "driver.py", task, *map(str, [*fixed, *options]))
+    done = two_processes(tmp_path / "driver.py", task, *map(str, [*fixed, *options]))
     assert done.returncode == 0, done.stderr[-3000:]
     two = json.loads((tmp_path / "two.json").read_text())
     assert two["data"] == alone["data"] | {"mixed_precision": None}
@@ -424,7 +425,7 @@ def test_two_processes_score_as_one(models, pairs, styles):
     alone = transfer(pairs, styles)
     fixed = ["--paired_data_dir", pairs, "--resolution", 32, "--output", styles / "two.json"]
     fixed += ["--models", styles / "a", f"second={styles / 'b'}", "--backbone", styles / "one"]
-    done = torchrun(styles / "driver.py", "transfer", *map(str, fixed))
+    done = two_processes(styles / "driver.py", "transfer", *map(str, fixed))
     assert done.returncode == 0, done.stderr[-3000:]
     two = json.loads((styles / "two.json").read_text())
     for name, result in alone["models"].items():

@@ -9,11 +9,12 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import NARROW, ROOT, reset_accelerate, torchrun
+from conftest import NARROW, ROOT, reset_accelerate
 from diffusers import StableDiffusionPipeline
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
+from processes import two_processes
 from tiny_clip import save_clip
 
 from sketch_perceptual.commands import evaluate as script
@@ -242,7 +243,7 @@ def test_two_processes_score_as_one(evaluate, tiny_sd, drawings, adapters, clip,
     _, alone = evaluate(*models, **options)
     (tmp_path / "driver.py").write_text(DRIVER)
     options |= {"output_dir": tmp_path / "two", "feature_dir": tmp_path / "two-features"}
-    done = torchrun(tmp_path / "driver.py", *command(tiny_sd, drawings, tmp_path, *models, **options))
+    done = two_processes(tmp_path / "driver.py", *command(tiny_sd, drawings, tmp_path, *models, **options))
     assert done.returncode == 0, done.stderr[-3000:]
     two = json.loads((tmp_path / "generation.json").read_text())
     for name, result in alone["models"].items():
