@@ -15,6 +15,7 @@ from sketch_perceptual.networks.backbone import BUNDLED
 
 FOLDERS = ("benchmarks", "docs", "research", "sketch_perceptual", "tests", "tools")
 TRAINERS = {f"train_{name}.py" for name in ("lora_sketch", "backbone", "johnson", "retrieval")}
+TRAINERS |= {"distill_lora_sketch.py"}
 
 
 def test_all_parts_name_one_version():
