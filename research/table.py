@@ -70,6 +70,8 @@ def main() -> None:
     parser.add_argument("--columns", nargs="+", default=[], help="measures; default: all")
     args = parser.parse_args()
     cells = [json.loads(line) for path in args.results for line in path.read_text().splitlines()]
+    if not cells:
+        parser.error(f"no cells in {' '.join(map(str, args.results))}")
     print(table(cells, args.reference, args.columns))
 
 

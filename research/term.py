@@ -411,7 +411,8 @@ class Bench:
 
     def cell(self, arm: str, seed: int) -> dict:
         args = self.args
-        about = {"style": "openmoji" if args.openmoji else args.style, "steps": args.steps, "size": self.size}
+        style = "openmoji" if args.openmoji else "concepts" if Path(args.pipeline, DRAWINGS).exists() else args.style
+        about = {"style": style, "steps": args.steps, "size": self.size}
         about |= {"pictures": len(self.labels), "drawings": len(self.data.moments)}
         return {"arm": arm, "seed": seed} | about
 

@@ -12,9 +12,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 FORKED = multiprocessing.get_context("forkserver")
-FORKED.set_forkserver_preload(
-    ["train_lora_sketch", "train_backbone", "train_johnson", "train_retrieval", "sketch_perceptual.commands.evaluate"]
-)
+TRAINERS = ["train_lora_sketch", "distill_lora_sketch", "train_backbone", "train_johnson", "train_retrieval"]
+FORKED.set_forkserver_preload([*TRAINERS, "sketch_perceptual.commands.evaluate"])
 
 
 def run(script: str, options: list[str], environment: dict[str, str], folder: str) -> None:

@@ -7,10 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import reset_accelerate
+from conftest import ROOT, reset_accelerate
 from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionPipeline
 from huggingface_hub import ModelCard
 from PIL import Image
+from processes import two_processes
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -192,6 +193,24 @@ def test_teachers_that_do_not_fit_or_overflow_are_refused(distill, tmp_path):
     lora_files.write_kohya(tmp_path / "loud.safetensors", loud, {})
     with pytest.raises(InputError, match="pictures of the teacher are not finite"):
         distill(lora=tmp_path / "loud.safetensors", output="loud")
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_pairs(distill, tiny_sd, teacher, tmp_path):
+    alone, _ = distill()
+    options = f"""--pretrained_model_name_or_path {tiny_sd} --teacher_lora {teacher} --prompts {tmp_path / "prompts.txt"}
+        --output_dir {tmp_path / "two"} --num_pairs 6 --teacher_num_inference_steps 2 --resolution 32
+        --num_train_epochs 1 --train_batch_size 2 --perceptual_loss pixel --report_to none --seed 0
+        --generation_batch_size 2"""
+    done = two_processes(ROOT / "distill_lora_sketch.py", *options.split())
+    assert done.returncode == 0, done.stderr[-3000:]
+    for path in sorted((alone / "pairs").glob("*.safetensors")):
+        expected, found = load_file(path), load_file(tmp_path / "two" / "pairs" / path.name)
+        assert torch.equal(found["noise"], expected["noise"])
+        torch.testing.assert_close(found["latents"], expected["latents"], rtol=1e-3, atol=1e-3)
+    weights = student_of(tmp_path / "two")
+    assert weights.keys() == student_of(alone).keys()
+    assert all(weight.isfinite().all() for weight in weights.values())
 
 
 class Perfect(torch.nn.Module):
