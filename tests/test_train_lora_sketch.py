@@ -30,8 +30,8 @@ from sketch_perceptual.data.images import to_pil
 from sketch_perceptual.diffusion import Latents, process_of
 from sketch_perceptual.errors import InputError, TrainingError
 from sketch_perceptual.files import files_in
+from sketch_perceptual.lora import encoding, report, validation
 from sketch_perceptual.lora import files as lora_files
-from sketch_perceptual.lora import report, validation
 from sketch_perceptual.lora.adapter import Adapter
 from sketch_perceptual.lora.caches import PromptCache
 from sketch_perceptual.lora.samples import Losses, Sample
@@ -962,8 +962,8 @@ def test_a_dataset_folder_with_labels_and_captions(train, tmp_path, monkeypatch)
     data.to_parquet(tmp_path / "parquet" / "train.parquet")
     data.save_to_disk(tmp_path / "arrow")
     read = []
-    tokenize = script.tokenize
-    monkeypatch.setattr(script, "tokenize", lambda *args: read.extend(args[1]) or tokenize(*args))
+    tokenize = encoding.tokenize
+    monkeypatch.setattr(encoding, "tokenize", lambda *args: read.extend(args[1]) or tokenize(*args))
     options = ("--image_column", "line", "--max_train_steps", 2)
     train(*options, data=("--dataset_name", str(tmp_path / "parquet")))
     assert set(read) == {"poodle", "owl", "cat"}
