@@ -31,13 +31,18 @@ from sketch_perceptual.data.loaders import make_loader
 from sketch_perceptual.data.preview import sheet_rows, write_sheet
 from sketch_perceptual.diffusion import Latents, PerceptualTerm, Process, balance, process_of
 from sketch_perceptual.diffusion.options import add_term_options, describe_term, make_term
-from sketch_perceptual.diffusion.pipelines import add_pipeline_options, load_noise_scheduler, load_pipeline
+from sketch_perceptual.diffusion.pipelines import (
+    add_pipeline_options,
+    fingerprints,
+    load_noise_scheduler,
+    load_pipeline,
+)
 from sketch_perceptual.errors import InputError
 from sketch_perceptual.lora import files as lora_files
 from sketch_perceptual.lora.adapter import WEIGHTS, Adapter
 from sketch_perceptual.lora.caches import PromptCache
 from sketch_perceptual.lora.encoding import encode_prompts, warn_of_long_captions
-from sketch_perceptual.lora.export import export, predict
+from sketch_perceptual.lora.export import check, export
 from sketch_perceptual.lora.pairs import Pairs, draw_pairs, load_prompts
 from sketch_perceptual.lora.pictures import collate
 from sketch_perceptual.lora.report import describe_files, list_files, logged, run_summary, step_logs, write_card
@@ -49,7 +54,6 @@ from sketch_perceptual.lora.validation import (
     check_validation_size,
     optional,
 )
-from sketch_perceptual.networks.hub_model import fingerprint
 from sketch_perceptual.training import hub
 from sketch_perceptual.training.identity import digest
 from sketch_perceptual.training.optimizer import make_lr_scheduler, make_optimizer, make_steps
@@ -61,9 +65,8 @@ from sketch_perceptual.training.trackers import start_trackers
 
 logger = get_logger(__name__, log_level="INFO")
 
-MODELS = ("unet", "vae", "text_encoder")  # a resumed run must share their weights
-DDIM = {"timestep_spacing": "trailing", "clip_sample": False}  # the scheduler that the student is drawn with
-HUBER = 0.03  # error of a latent, in units of the noise, below which the loss becomes quadratic
+DDIM = {"timestep_spacing": "trailing", "clip_sample": False}  # settings of the scheduler that the student needs
+HUBER = 0.03  # error of a latent below which the loss is quadratic
 
 
 def parse_args(argv: list[str] | None = None) -> Options:
@@ -96,7 +99,7 @@ def parse_args(argv: list[str] | None = None) -> Options:
     add_term_options(parser)
     add_training_options(parser, output_dir="sd-model-distilled-lora")
     add_validation_options(parser)
-    parser.set_defaults(license="creativeml-openrail-m", perceptual_weight=4.0, perceptual_loss=["gram", "tone"])
+    parser.set_defaults(license="creativeml-openrail-m", perceptual_weight=4.0)
     parser.set_defaults(learning_rate=1e-3, lr_scheduler="cosine", lr_warmup_steps=0)
     parser.set_defaults(train_batch_size=8, num_train_epochs=10)
     return parser.parse_args(argv)
@@ -113,13 +116,13 @@ def main(args: Options) -> None:
     latents = Latents(pipeline.vae)
     term = make_term(args, latents, process)
     warn_of_long_captions(pipeline.tokenizer, texts)
-    models = {name: fingerprint(getattr(pipeline, name)) for name in MODELS}
-    run.settle(prompts=digest(texts), **models, **describe_term(term))
+    weights = fingerprints(pipeline)
+    run.settle(prompts=digest(texts), **weights, **describe_term(term))
     hub.create_repo(args, run)
     start_trackers(accelerator, "distill-lora", args)
 
     prompts = PromptCache(partial(encode_prompts, pipeline.tokenizer, pipeline.text_encoder), pipeline.unet.device)
-    pairs, before = draw_with_teacher(args, run, pipeline, prompts, texts)
+    pairs, before = draw_with_teacher(args, run, pipeline, prompts, texts, weights)
     pairs.with_pixels = term is not None
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, **DDIM)
     pipeline.scheduler.set_timesteps(args.num_inference_steps)
@@ -197,7 +200,12 @@ def load_models(args: Options, run: Run) -> tuple[StableDiffusionPipeline, Proce
 
 
 def draw_with_teacher(
-    args: Options, run: Run, pipeline: StableDiffusionPipeline, prompts: PromptCache, texts: list[str]
+    args: Options,
+    run: Run,
+    pipeline: StableDiffusionPipeline,
+    prompts: PromptCache,
+    texts: list[str],
+    weights: dict[str, str],
 ) -> tuple[Pairs, dict]:
     """Return the pairs, drawn where they are missing, and the teacher's pictures of the validation prompts."""
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(
@@ -210,7 +218,7 @@ def draw_with_teacher(
     folder = Path(args.pairs_dir or Path(args.output_dir, "pairs"))
     settings = {"seed": 0, "resolution": args.resolution} | sampling  # so that a run without --seed can go on drawing
     batch_size = args.generation_batch_size
-    pairs = draw_pairs(run.accelerator, pipeline, folder, texts, args.num_pairs, batch_size, **settings)
+    pairs = draw_pairs(run.accelerator, pipeline, folder, texts, args.num_pairs, batch_size, weights, **settings)
     if args.figure_data:
         write_sheet(args.figure_data, sheet_rows(pairs))
     validation = Validation(args, run, pipeline, prompts, **sampling)
@@ -256,14 +264,14 @@ def finish(args: Options, run: Run, adapter: Adapter, validation: Validation, be
     in_comfyui = f"sampler ddim, scheduler sgm_uniform, {steps} steps, CFG 1"
     kohya_weights, drawn = export(args, run, adapter, usage_hint=in_comfyui), []
     with optional("check of the adapter and pictures"):
-        adapter.verify(args.output_dir, partial(predict, adapter, args.resolution))
-        logger.info(f"adapter: {Path(args.output_dir, WEIGHTS)}, reloaded and checked")
+        check(args, adapter)
         if before:
             teacher, student = f"teacher, {args.teacher_num_inference_steps} steps", f"student, {steps} steps"
             drawn = validation.write({teacher: before, student: validation.generate()})
     shown = [BEFORE_AFTER] if drawn else []
     settings = f"num_inference_steps={steps}, guidance_scale=1"
-    scheduler = ", ".join(["DDIMScheduler", *(f"{name}={value!r}" for name, value in DDIM.items())])
+    keywords = ", ".join(f"{name}={value!r}" for name, value in DDIM.items())
+    scheduler = f"DDIMScheduler.from_config(pipeline.scheduler.config, {keywords})"
     write_card(
         args,
         run,
@@ -278,7 +286,7 @@ def finish(args: Options, run: Run, adapter: Adapter, validation: Validation, be
         logger.warning(f"{run.meter.skipped} steps were skipped: their loss or gradient was not finite")
     seen = "the validation prompts by the teacher and by the student" if drawn else None
     print(list_files(args.output_dir, kohya_weights, seen))
-    print(f"Draw with diffusers: {scheduler.replace(', ', '.from_config(pipeline.scheduler.config, ', 1)}),")
+    print(f"Draw with diffusers: {scheduler},")
     print(f"pipeline(prompt, {settings}); with ComfyUI: {in_comfyui}")
     return [WEIGHTS, kohya_weights, "README.md", *shown]
 

@@ -12,7 +12,6 @@ with the drawing by a network that knows drawings; --perceptual_weight 0 turns t
 """
 
 from functools import partial
-from pathlib import Path
 
 from sketch_perceptual.extras import require
 
@@ -31,13 +30,18 @@ from sketch_perceptual.data.loaders import make_loader
 from sketch_perceptual.data.tags import with_trigger
 from sketch_perceptual.diffusion import Latents, PerceptualTerm, Process, balance, process_of
 from sketch_perceptual.diffusion.options import add_term_options, describe_term, make_term
-from sketch_perceptual.diffusion.pipelines import add_pipeline_options, load_noise_scheduler, load_pipeline
+from sketch_perceptual.diffusion.pipelines import (
+    add_pipeline_options,
+    fingerprints,
+    load_noise_scheduler,
+    load_pipeline,
+)
 from sketch_perceptual.diffusion.process import PREDICTION_TYPES
 from sketch_perceptual.errors import InputError
 from sketch_perceptual.lora.adapter import WEIGHTS, Adapter
 from sketch_perceptual.lora.caches import PromptCache, cache_latents, should_cache_latents
 from sketch_perceptual.lora.encoding import encode_prompts, warn_of_long_captions
-from sketch_perceptual.lora.export import export, predict
+from sketch_perceptual.lora.export import check, export
 from sketch_perceptual.lora.held_out import HeldOut
 from sketch_perceptual.lora.options import add_lora_options, check_lora_options, optimizer_class
 from sketch_perceptual.lora.pictures import (
@@ -67,7 +71,6 @@ from sketch_perceptual.lora.validation import (
     compare_looks,
     optional,
 )
-from sketch_perceptual.networks.hub_model import fingerprint
 from sketch_perceptual.training import hub
 from sketch_perceptual.training.optimizer import make_lr_scheduler, make_optimizer, make_steps
 from sketch_perceptual.training.options import add_training_options
@@ -78,7 +81,6 @@ from sketch_perceptual.training.trackers import start_trackers
 
 logger = get_logger(__name__, log_level="INFO")
 
-MODELS = ("unet", "vae", "text_encoder")  # a resumed run must share their weights
 TARGETS = {
     "unet": ["to_k", "to_q", "to_v", "to_out.0"],
     "text_encoder": ["q_proj", "k_proj", "v_proj", "out_proj"],  # with --train_text_encoder
@@ -124,8 +126,7 @@ def main(args: Options) -> None:
     term = make_term(args, latents, process)
     pictures = load_pictures(args, accelerator, seed)
     warn_of_long_captions(pipeline.tokenizer, pictures.captions(held_out=False))
-    models = {name: fingerprint(getattr(pipeline, name)) for name in MODELS}
-    run.settle(**pictures.identity(), **models, **describe_term(term))
+    run.settle(**pictures.identity(), **fingerprints(pipeline), **describe_term(term))
     hub.create_repo(args, run)
     start_trackers(accelerator, "text2image-fine-tune", args)
 
@@ -288,8 +289,7 @@ def finish(args: Options, run: Run, adapter: Adapter, validation: Validation, pi
     """Export the adapter, reload and check it, draw before and after, write the card; the names of these files."""
     kohya_weights, drawn = export(args, run, adapter), []
     with optional("check of the adapter and pictures"):
-        adapter.verify(args.output_dir, partial(predict, adapter, args.resolution))
-        logger.info(f"adapter: {Path(args.output_dir, WEIGHTS)}, reloaded and checked")
+        check(args, adapter)
         drawn = validation.before_and_after()
         compare_looks(pictures.train, drawn)
     shown = [BEFORE_AFTER] if drawn else []

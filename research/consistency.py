@@ -1,13 +1,13 @@
 """Consistency distillation of a LoRA, the baseline of research.students.
 
-    python -m research.consistency --pretrained_model_name_or_path sketch_perceptual/assets/tiny-sd \
-      --teacher_lora lora --pairs_dir pairs --guidance_scale 4 --resolution 128 --output_dir consistency
+    python -m research.consistency --pretrained_model_name_or_path sketch_perceptual/assets/tiny-sd \\
+      --teacher_lora lora --pairs_dir pairs --guidance_scale 4 --output_dir consistency
 
 Latent consistency distillation (Luo et al. 2023, sections 4.1 to 4.4) in the form of diffusers'
 train_lcm_distill_lora_sd_wds.py: 50 steps of a DDIM solver, boundary scalings, the student without a gradient as its
 own target, a pseudo-Huber loss with c = 0.001; but with one guidance, that of the teacher. The pictures are the pairs
-of distill_lora_sketch.py, whose batch size, steps and rate are the defaults; the student starts as the teacher. It is
-drawn with by `LCMScheduler`, without guidance.
+of distill_lora_sketch.py, whose batch size, steps and rate are the defaults; the student starts as the teacher.
+`LCMScheduler` draws with it, without guidance.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Distil one LoRA into students of few steps with and without the term, and judge what they draw.
 
     python -m research.judge --output judge.safetensors
-    python -m research.students --judge judge.safetensors --trunk vgg16_hed.safetensors --work students \
+    python -m research.students --judge judge.safetensors --trunk vgg16_hed.safetensors --work students \\
       --results students.jsonl --seeds 301
 
 For each seed, train_lora_sketch.py trains the teacher, a plain LoRA of 24 drawings of eight things, and

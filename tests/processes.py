@@ -53,10 +53,10 @@ def run_killed(script: Path, *options) -> None:
 
 def two_processes(script: Path, *options) -> SimpleNamespace:
     """Run a script in two CPU processes, as torchrun would; if one fails, the other is ended."""
-    with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
+    with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-        free.close()
+    with tempfile.TemporaryDirectory() as folder:
         world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         world |= {"ACCELERATE_USE_CPU": "true"}
         both = [start(script, options, folder, RANK=rank, LOCAL_RANK=rank, **world) for rank in "01"]

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ..errors import InputError
+from ..networks.hub_model import fingerprint
 from ..networks.pretrained import find_file, find_folder, load_model, naming, read_config, read_json
 from ..training.startup import silence
 from .latents import Latents
@@ -186,6 +187,11 @@ def latent_pixels(source: str) -> int | None:
         if not isinstance(blocks, list) or len(blocks) > 8:
             raise InputError(f"{path}: block_out_channels must be a list of channels")
         return 2 ** (len(blocks) - 1)
+
+
+def fingerprints(pipeline: "StableDiffusionPipeline") -> dict[str, str]:
+    """Return a hash of the weights of each network that a picture follows from."""
+    return {part: fingerprint(getattr(pipeline, part)) for part in ("unet", "vae", "text_encoder")}
 
 
 def about(source: str, part: str) -> AbstractContextManager[None]:

@@ -8,6 +8,7 @@ from accelerate import Accelerator
 
 from ..data.captions import captioned_folder
 from ..data.datasets import CaptionedImages
+from ..diffusion.pipelines import fingerprints
 from ..errors import InputError
 from ..lora.sampling import draw_missing, load_adapter
 from ..training.distributed import on_main
@@ -59,7 +60,8 @@ def draw_models(
         if source != "none":
             load_adapter(pipeline, source)
         on_main(accelerator, lock_folder, folder)
-        paths, weights = draw_missing(accelerator, pipeline, folder, prompts, batch_size, settings)
+        weights = fingerprints(pipeline)
+        paths = draw_missing(accelerator, pipeline, folder, prompts, batch_size, settings, weights)
         if source != "none":
             pipeline.unload_lora_weights()
         captions = [prompt for prompt, _ in prompts]

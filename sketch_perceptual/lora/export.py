@@ -1,16 +1,20 @@
 """Export of a trained LoRA of Stable Diffusion 1.x, and the check that it loads."""
 
+from functools import partial
 from pathlib import Path
 
 import torch
+from accelerate.logging import get_logger
 from torch import Tensor
 
 from ..cli.arguments import Options
 from ..training.run import Run
 from . import files
-from .adapter import Adapter
+from .adapter import WEIGHTS, Adapter
 from .encoding import tokenize
 from .report import kohya_file
+
+logger = get_logger(__name__, log_level="INFO")
 
 
 def export(args: Options, run: Run, adapter: Adapter, usage_hint: str | None = None) -> str:
@@ -34,7 +38,13 @@ def export(args: Options, run: Run, adapter: Adapter, usage_hint: str | None = N
     return kohya_weights
 
 
-def predict(adapter: Adapter, resolution: int) -> list[Tensor]:
+def check(args: Options, adapter: Adapter) -> None:
+    """Reload the file for diffusers as a user would; TrainingError unless it predicts as what was trained."""
+    adapter.verify(args.output_dir, partial(_predict, adapter, args.resolution))
+    logger.info(f"adapter: {Path(args.output_dir, WEIGHTS)}, reloaded and checked")
+
+
+def _predict(adapter: Adapter, resolution: int) -> list[Tensor]:
     """Predictions of the models for a fixed noise and prompt."""
     pipeline, rng = adapter.pipeline, torch.Generator().manual_seed(0)
     unet, side = pipeline.unet.eval(), resolution // pipeline.vae_scale_factor

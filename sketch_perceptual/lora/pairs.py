@@ -59,17 +59,19 @@ def draw_pairs(
     prompts: list[str],
     count: int,
     batch_size: int,
+    weights: dict[str, str],
     **settings,
 ) -> Pairs:
     """Return `count` pairs of `prompts`, in turn; those that `folder` lacks are drawn by the pipeline.
 
     Args:
+        weights: the pipeline's `fingerprints`.
         settings: seed, resolution, num_inference_steps and guidance_scale, see `draw_prompts`.
     """
     numbered, settings = cycle_prompts(prompts, count), settings | {"with_latents": True}
     on_main(accelerator, lock_folder, folder)
     try:
-        paths, _ = draw_missing(accelerator, pipeline, folder, numbered, batch_size, settings)
+        paths = draw_missing(accelerator, pipeline, folder, numbered, batch_size, settings, weights)
     except InputError as error:
         raise InputError(re.sub("`output_dir`", "`pairs_dir`", str(error))) from error
     pairs = Pairs(paths, [prompt for prompt, _ in numbered], settings["resolution"])

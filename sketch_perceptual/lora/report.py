@@ -111,16 +111,15 @@ def write_card(
         description: what follows "LoRA weights for Stable Diffusion 1.5, ".
         prompts: to try it with.
         pictures: files to show.
-        scheduler: class of diffusers' scheduler and its keywords, as code, if it is not the pipeline's.
+        scheduler: diffusers' scheduler as code, such as `DDIMScheduler.from_config(...)`, if it is not the pipeline's.
         settings: keywords of the call of the pipeline, as code.
     """
     base_model = cards.hub_id(args.pretrained_model_name_or_path)
     tags = "stable-diffusion stable-diffusion-diffusers text-to-image diffusers diffusers-training lora sketch"
-    kind, _, options = scheduler.partition(", ")
-    imports = ", ".join(filter(None, [kind, "StableDiffusionPipeline"]))
+    imports = ", ".join(filter(None, [scheduler.partition(".")[0], "StableDiffusionPipeline"]))
     lines = [f'pipeline.load_lora_weights("{run.hub_model_id or "path/to/this/folder"}", weight_name="{WEIGHTS}")']
     if scheduler:
-        lines.append(f"pipeline.scheduler = {kind}.from_config(pipeline.scheduler.config, {options})")
+        lines.append(f"pipeline.scheduler = {scheduler}")
     lines.append(f'pipeline({", ".join(filter(None, [repr(prompts[0]), settings]))}).images[0].save("sketch.png")')
     snippet = f"""from diffusers import {imports}
 

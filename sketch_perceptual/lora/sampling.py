@@ -15,7 +15,6 @@ from ..data.images import to_pil
 from ..diffusion import Latents
 from ..errors import InputError
 from ..files import write_whole
-from ..networks.hub_model import fingerprint
 from ..networks.pretrained import naming
 from ..seeds import generator
 from ..training.distributed import on_main
@@ -47,9 +46,14 @@ def draw_missing(
     prompts: list[tuple[str, int]],
     batch_size: int,
     settings: dict,
-) -> tuple[list[Path], dict[str, str]]:
-    """Draw the missing pictures, shared by the processes; return the paths of all, and hashes of the weights."""
-    weights = {part: fingerprint(getattr(pipeline, part)) for part in ("unet", "text_encoder", "vae")}
+    weights: dict[str, str],
+) -> list[Path]:
+    """Draw the missing pictures, shared by the processes, and return the paths of all.
+
+    Args:
+        settings: keyword arguments of `draw_prompts`.
+        weights: the pipeline's `fingerprints`, which the pictures in the folder must share.
+    """
     about = weights | settings | {"scheduler": type(pipeline.scheduler).__name__}
     about |= {"safety_checker": pipeline.safety_checker is not None, "mixed_precision": accelerator.mixed_precision}
     paths = on_main(accelerator, open_folder, folder, prompts, about)
@@ -62,7 +66,7 @@ def draw_missing(
         with accelerator.autocast():
             draw_prompts(pipeline, [prompts[index] for index in batch], [paths[index] for index in batch], **settings)
     accelerator.wait_for_everyone()
-    return paths, weights
+    return paths
 
 
 @torch.no_grad()

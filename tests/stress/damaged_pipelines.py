@@ -34,7 +34,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sketch_perceptual.diffusion import Latents
-from sketch_perceptual.diffusion.pipelines import load_noise_scheduler, load_pipeline
+from sketch_perceptual.diffusion.pipelines import fingerprints, load_noise_scheduler, load_pipeline
 from sketch_perceptual.errors import InputError
 from sketch_perceptual.networks.backbone import BUNDLED, load_backbone
 from sketch_perceptual.networks.hub_model import fingerprint
@@ -85,7 +85,7 @@ def load_all(accelerator: Accelerator, folder: Path) -> str:
     """Load the pipeline and the trainer's scheduler, use each part once, and return which weights were loaded."""
     pipeline = load_pipeline(accelerator, str(folder), 64)
     noise_scheduler = load_noise_scheduler(str(folder))
-    weights = "".join(fingerprint(getattr(pipeline, part)) for part in ("unet", "text_encoder", "vae"))
+    weights = "".join(fingerprints(pipeline).values())
     try:
         with torch.no_grad():
             size = {"height": 32, "width": 32}
